@@ -1,0 +1,7 @@
+"""The base of every configuration section: strict types, no unknown key, never changed after."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

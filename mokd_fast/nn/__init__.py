@@ -1,0 +1,18 @@
+"""Backbones, heads and the method."""
+
+from .backbones import Features, build_backbone, features
+from .build import build_mokd
+from .heads import MLPHead, THead
+from .mokd import MOKD, Model, Temperatures
+
+__all__ = [
+    "MOKD",
+    "Features",
+    "MLPHead",
+    "Model",
+    "THead",
+    "Temperatures",
+    "build_backbone",
+    "build_mokd",
+    "features",
+]

@@ -1,0 +1,134 @@
+"""The two heads of a MOKD model: MLPHead (DINO's) and THead (transformer, with the search).
+
+Letters: B images, N tokens, C backbone width, D T-Head width, K prototypes, Q queries.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .backbones import resize_positions
+
+
+class Prototypes(nn.Module):
+    """Weight-normed linear layer without bias: logits = x @ (g * v / |v|).T. [.., D] -> [.., K]
+
+    Key names, start (g = 1, v as nn.Linear's weight) and the frozen g are DINO's `last_layer`.
+    """
+
+    def __init__(self, dim: int, prototypes: int, *, train_norm: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_norm)
+        self.weight_v = nn.Parameter(nn.Linear(dim, prototypes, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class MLPHead(nn.Module):
+    """Linear-GELU, ..., Linear to a bottleneck, L2 norm, prototypes. [B, C] -> logits [B, K]"""
+
+    def __init__(
+        self,
+        width: int,
+        prototypes: int,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        batch_norm: bool = False,
+        train_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        steps: list[nn.Module] = []
+        for _ in range(layers - 1):
+            steps.append(nn.Linear(width, hidden))
+            if batch_norm:
+                steps.append(nn.BatchNorm1d(hidden))
+            steps.append(nn.GELU())
+            width = hidden
+        self.mlp = nn.Sequential(*steps, nn.Linear(width, bottleneck))
+        self.mlp.apply(_init)
+        self.last_layer = Prototypes(bottleneck, prototypes, train_norm=train_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class THead(nn.Module):
+    """Transformer head over a token map; also the place where the other model's queries search.
+
+    [stem C -> D,] + position embedding, pre-norm blocks, LayerNorm, mean over tokens, prototypes;
+    no L2 norm before the prototypes, whose g is trained (official MOKD).
+
+    Args:
+        width: C of the tokens.
+        dim: D of the blocks. Both models of a pair share it, so that queries fit.
+        grid: (h, w) the position embedding is made for; other grids resize it.
+        stem: project C -> D first. Needed when C != D; a CNN has one always.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        prototypes: int,
+        *,
+        dim: int,
+        grid: tuple[int, int],
+        stem: bool,
+        depth: int = 3,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(
+            *(Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        )
+        self.norm = norm(dim)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks.apply(_init)
+        # The stem and the prototypes keep PyTorch's own init, as the official ones do.
+        self.stem: nn.Module = nn.Linear(width, dim) if stem else nn.Identity()
+        self.last_layer = Prototypes(dim, prototypes, train_norm=True)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Plain embedding of a token map. [B, N, C] -> logits [B, K]"""
+        return self._logits(self._embed(tokens, grid))
+
+    def query(self, pooled: Tensor) -> Tensor:
+        """What this model asks the other teacher's map for. [B, C] -> [B, D]
+
+        For a CNN the stem of the pooled feature is the pooled stem of the map, as official.
+        No gradient: the stem is trained by the plain path alone.
+        """
+        return self.stem(pooled.detach()).detach()
+
+    def search(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
+        """Embedding of a map as seen with each query. [B, N, C], [Q, B, D] -> logits [Q, B, K]
+
+        The official search is joint self-attention: the query (without position) joins the tokens
+        in every block, its own output is dropped and the tokens are averaged.
+        """
+        x = self._embed(tokens, grid).expand(len(queries), -1, -1, -1)  # [Q, B, N, D]
+        x = torch.cat([queries.unsqueeze(2).to(x.dtype), x], dim=2).flatten(0, 1)  # [Q*B, 1+N, D]
+        return self._logits(x, skip=1).unflatten(0, queries.shape[:2])
+
+    def _embed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.stem(tokens) + resize_positions(self.pos_embed, self.grid, grid)
+
+    def _logits(self, x: Tensor, skip: int = 0) -> Tensor:
+        x = self.norm(self.blocks(x))[:, skip:]
+        return self.last_layer(x.mean(dim=1))
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

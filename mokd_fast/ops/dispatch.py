@@ -1,0 +1,71 @@
+"""Which backend runs an operator, and a sentence why another does not.
+
+An operator registers its backends here, each with a `why_not` that looks at device, dtype, shape
+and stride only, never at values: reading a value would synchronise the device and break a graph.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+PRIORITY = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT = "MOKD_FAST_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]  # None: it can run. Otherwise a sentence for the user.
+
+
+_BACKENDS: dict[str, list[Backend]] = {}
+
+
+def register(
+    op: str, name: str, run: Callable[..., Any], why_not: Callable[..., str | None] | None = None
+) -> None:
+    """Adds a backend called `name` (one of PRIORITY) to the operator `op`."""
+    if name not in PRIORITY:
+        raise ValueError(f"backend {name!r} of {op}: the names are {', '.join(PRIORITY)}")
+    backends = _BACKENDS.setdefault(op, [])
+    backends.append(Backend(name, run, why_not or (lambda *args: None)))
+    backends.sort(key=lambda backend: PRIORITY.index(backend.name))
+
+
+def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
+    """The backend that runs `op` on these arguments.
+
+    `backend`, or else the environment variable MOKD_FAST_BACKEND, forces one; a forced backend
+    that cannot run raises RuntimeError with the reason, an unknown one ValueError. The automatic
+    choice takes the first of PRIORITY that can.
+    """
+    forced = backend or os.environ.get(ENVIRONMENT)
+    if not forced:
+        for candidate in _BACKENDS[op]:
+            if candidate.why_not(*args) is None:
+                return candidate
+        raise RuntimeError(f"no backend can run {op}:\n{explain(op, *args)}")
+    for candidate in _BACKENDS[op]:
+        if candidate.name == forced:
+            reason = candidate.why_not(*args)
+            if reason is not None:
+                raise RuntimeError(f"{op}: backend {forced!r} was asked for but {reason}")
+            return candidate
+    names = ", ".join(candidate.name for candidate in _BACKENDS[op])
+    raise ValueError(f"{op}: no backend {forced!r}; it has {names}")
+
+
+def explain(op: str, *args: Any) -> str:
+    """One line a backend of `op`: which one the automatic choice takes, and why not the others."""
+    if op not in _BACKENDS:
+        raise ValueError(f"no operator {op!r}; there are {', '.join(sorted(_BACKENDS))}")
+    lines, chosen = [], False
+    for candidate in _BACKENDS[op]:
+        reason = candidate.why_not(*args)
+        if reason is None:
+            reason = "can run too" if chosen else "chosen"
+            chosen = True
+        lines.append(f"{candidate.name}: {reason}")
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""distill_cross_entropy: the cross-entropy of many student views with many teacher rows.
+
+Every loss of MOKD, DINO, iBOT, DINOv2/v3, SCFS and HSSL is a weighted sum over targets of
+
+    L = sum_{t,v} pairs[t,v] * mean_b row_weight[b] * CE(q_t[b], softmax(s_v[b] / tau_s))
+    q_t = softmax((z_t - center) / tau_t)
+
+Letters: V student views, T teacher rows, B images, K prototypes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import reference
+from .dispatch import pick, register
+
+Pairs = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a student is compared with: teacher rows and the weight of each (row, view) pair.
+
+    Args:
+        logits: teacher logits [T, B, K], floating; or
+        probs: teacher probabilities [T, B, K], used as they are (no centre, no temperature).
+        pairs: T rows of V host numbers, the weight of teacher row t for student view v;
+            see `cross_view_pairs` and `matched_pairs`.
+        temperature: teacher temperature, > 0; a 0-d tensor when it changes in a compiled step.
+        center: [K], subtracted from the logits before the temperature; None for no centring.
+        weight: factor of this target in the total (MOKD's lambda); its logged term is unscaled.
+        row_weight: [B], the weight of each image (iBOT's 1/count); None for 1.
+    No gradient flows into any of them.
+    """
+
+    pairs: Pairs
+    logits: Tensor | None = None
+    probs: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    center: Tensor | None = None
+    weight: float = 1.0
+    row_weight: Tensor | None = None
+
+
+def cross_view_pairs(T: int, V: int) -> Pairs:
+    """Every teacher row with every student view but its own, equally: 1 / (T*V - min(T, V)).
+
+    The pairing of DINO (Caron et al. 2021, algorithm 1): row t and view t are the same crop.
+    ValueError when nothing is left to pair (one row and one view).
+    """
+    count = T * V - min(T, V)
+    if T < 1 or V < 1 or count == 0:
+        raise ValueError(
+            f"cross_view_pairs: {T} teacher row(s) and {V} student view(s) leave nothing to pair; "
+            "there must be at least one row and one view, and two of one of them"
+        )
+    return tuple(tuple(0.0 if t == v else 1 / count for v in range(V)) for t in range(T))
+
+
+def matched_pairs(V: int, first: int = 0) -> Pairs:
+    """Row t is the target of view first + t alone, 1 / (V - first) each: T = V - first rows.
+
+    The pairing of MOKD's search: one searched embedding for each local crop.
+    """
+    if not 0 <= first < V:
+        raise ValueError(f"matched_pairs: first must lie in 0..{V - 1} for {V} views, got {first}")
+    rows = V - first
+    return tuple(tuple(1 / rows if v == first + t else 0.0 for v in range(V)) for t in range(rows))
+
+
+def distill_cross_entropy(
+    student: Tensor,
+    targets: Sequence[Target],
+    *,
+    temperature: float | Tensor = 0.1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy between student views and all their targets, in one call.
+
+    Args:
+        student: logits [V, B, K]; fp16, bf16, fp32 or fp64, any strides. The arithmetic is fp32
+            (fp64 for fp64), under autocast too.
+        targets: at least one `Target` for the same V, B and K.
+        temperature: student temperature, > 0.
+        backend: forces a backend, as the environment variable MOKD_FAST_BACKEND does.
+
+    Returns:
+        loss, 0-d: sum_i weight_i * per_target_i, with a gradient for `student`;
+        per_target [len(targets)]: the unscaled terms, detached. No images (B = 0) give zeros.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a temperature <= 0, nothing to pair.
+        RuntimeError: the forced backend cannot run on these arguments.
+
+    Example:
+        >>> import torch
+        >>> s, t = torch.randn(4, 8, 32), torch.randn(2, 8, 32)
+        >>> dino = Target(logits=t, pairs=cross_view_pairs(2, 4), temperature=0.04)
+        >>> loss, terms = distill_cross_entropy(s, [dino])
+        >>> loss.shape, terms.shape
+        (torch.Size([]), torch.Size([1]))
+    """
+    _check(student, targets, temperature)
+    chosen = pick("distill_cross_entropy", student, targets, temperature, backend=backend)
+    loss, per_target = chosen.run(student, targets, temperature)
+    return loss, per_target
+
+
+register("distill_cross_entropy", "reference", reference.distill_cross_entropy)
+
+
+def _check(student: Tensor, targets: Sequence[Target], temperature: float | Tensor) -> None:
+    if student.ndim != 3 or not student.is_floating_point():
+        raise ValueError(
+            "student must be floating logits [V, B, K], "
+            f"got {student.dtype} of shape {list(student.shape)}"
+        )
+    _check_temperature("temperature", temperature)
+    if not targets:
+        raise ValueError("targets is empty: there is nothing to pair the student with")
+    for i, target in enumerate(targets):
+        _check_target(f"targets[{i}]", target, student)
+
+
+def _check_target(name: str, target: Target, student: Tensor) -> None:
+    views, images, prototypes = student.shape
+    if (target.logits is None) == (target.probs is None):
+        raise ValueError(f"{name} takes either logits or probs [T, B, K]")
+    rows = target.logits if target.logits is not None else target.probs
+    assert rows is not None
+    if rows.ndim != 3 or rows.shape[1:] != student.shape[1:] or not rows.is_floating_point():
+        raise ValueError(
+            f"{name} must hold floating [T, {images}, {prototypes}] like the student's "
+            f"[V, B, K] = {list(student.shape)}, got {rows.dtype} of shape {list(rows.shape)}"
+        )
+    if len(target.pairs) != len(rows) or any(len(row) != views for row in target.pairs):
+        shape = [len(target.pairs), *sorted({len(row) for row in target.pairs})]
+        raise ValueError(f"{name}.pairs must be [T, V] = [{len(rows)}, {views}], got {shape}")
+    if not any(weight != 0 for row in target.pairs for weight in row):
+        raise ValueError(f"{name}.pairs is zero everywhere: there is nothing to pair")
+    if target.probs is not None and target.center is not None:
+        raise ValueError(f"{name} has probs, which take no center: centre the logits instead")
+    for label, tensor, size in (
+        ("center", target.center, prototypes),
+        ("row_weight", target.row_weight, images),
+    ):
+        if tensor is not None and tensor.shape != (size,):
+            raise ValueError(f"{name}.{label} must be [{size}], got {list(tensor.shape)}")
+    for label, tensor in (
+        ("logits" if target.probs is None else "probs", rows),
+        ("center", target.center),
+        ("row_weight", target.row_weight),
+    ):
+        if tensor is not None and tensor.device != student.device:
+            raise ValueError(
+                f"{name}.{label} is on {tensor.device}, the student on {student.device}"
+            )
+    _check_temperature(f"{name}.temperature", target.temperature)
+
+
+def _check_temperature(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):  # its value stays on the device: reading it would synchronise
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {list(value.shape)}")
+    elif not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+__all__ = ["Target", "cross_view_pairs", "distill_cross_entropy", "matched_pairs"]

@@ -1,0 +1,68 @@
+"""Every operator in plain PyTorch: the specification, the fallback, the gradcheck oracle.
+
+Letters: V student views, T teacher rows, B images, K prototypes.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .distill import Target
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """fp32 for 16-bit and fp32 tensors, fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.no_grad()
+def target_probs(target: "Target", dtype: torch.dtype) -> Tensor:
+    """q = softmax((logits - center) / temperature), or the given probabilities. [T, B, K]"""
+    if target.probs is not None:
+        return target.probs.to(dtype)
+    assert target.logits is not None
+    logits = target.logits.to(dtype)
+    if target.center is not None:
+        logits = logits - target.center.to(dtype)
+    return F.softmax(logits / target.temperature, dim=-1)
+
+
+def distill_cross_entropy(
+    student: Tensor, targets: "Sequence[Target]", temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The formula of `ops.distill.distill_cross_entropy`, one log-softmax a student view.
+
+    Written with log_softmax and not as n * lse(z) - <z, Q>: the latter cancels when the logits
+    carry a large offset (fp32, offset 1e4: loss off by 2.7e-5 where this form is off by 5e-6).
+    """
+    views, images, _ = student.shape
+    dtype = accumulation_dtype(student)
+    # Autocast would send the products below to 16 bit and with them the loss.
+    with torch.autocast(student.device.type, enabled=False):
+        probs = [target_probs(target, dtype) for target in targets]  # [T, B, K] each
+        terms = [torch.zeros((), dtype=dtype, device=student.device) for _ in targets]
+        for v in range(views):
+            log_p = F.log_softmax(student[v].to(dtype) / temperature, dim=-1)  # [B, K]
+            for i, (target, q) in enumerate(zip(targets, probs, strict=True)):
+                pairs = [(t, row[v]) for t, row in enumerate(target.pairs) if row[v] != 0]
+                if not pairs:
+                    continue
+                mix = sum(q[t] * weight for t, weight in pairs)  # Q_v [B, K]
+                rows = -(mix * log_p).sum(dim=-1)  # [B]
+                if target.row_weight is not None:
+                    rows = rows * target.row_weight.to(dtype)
+                # Not mean(): without images the loss is 0, not NaN.
+                terms[i] = terms[i] + rows.sum() / max(images, 1)
+        weighted = [term * target.weight for term, target in zip(terms, targets, strict=True)]
+        loss = torch.stack(weighted).sum()
+    return loss, torch.stack(terms).detach()
+
+
+@torch.no_grad()
+def column_mean(logits: Tensor) -> Tensor:
+    """Mean over every dimension but the last, accumulated in fp32 (fp64 for fp64). [K]"""
+    return logits.reshape(-1, logits.shape[-1]).mean(dim=0, dtype=accumulation_dtype(logits))

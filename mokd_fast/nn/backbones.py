@@ -215,3 +215,9 @@ def inspect_backbone(
 def _has_token_sequence(model: nn.Module) -> bool:
     """Transformers of tokens (ViT and its kin), as against networks of maps."""
     return hasattr(model, "num_prefix_tokens") or hasattr(model, "cls_token")
+
+
+def is_map_network(name: str, channels: int = 3) -> bool:
+    """Whether `name` is a CNN (gives a map) and not a transformer of tokens."""
+    with torch.device("meta"):
+        return not _has_token_sequence(build_backbone(name, channels=channels))

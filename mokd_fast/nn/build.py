@@ -31,7 +31,7 @@ class THeadConfig(Config):
 
 class NetworkConfig(Config):
     name: str
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     drop_path: float = Field(0.0, ge=0, lt=1)
     mlp_head: MLPHeadConfig = MLPHeadConfig()
 
@@ -82,8 +82,8 @@ def build_mokd(
         mlp = MLPHead(width, prototypes, **networks[i].mlp_head.model_dump())
         if t_head is None:
             return Model(backbone, mlp, None)
-        options = {**t_head.model_dump(), "dim": dim, "grid": grid}
-        return Model(backbone, mlp, THead(width, prototypes, stem=is_map or width != dim, **options))
+        options = {**t_head.model_dump(), "dim": dim, "grid": grid, "stem": is_map or width != dim}
+        return Model(backbone, mlp, THead(width, prototypes, **options))
 
     return MOKD(
         [model(i, backbone) for i, backbone in enumerate(students)],

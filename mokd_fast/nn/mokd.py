@@ -145,8 +145,9 @@ class MOKD(nn.Module):
         own, number, weight = students[i], i + 1, self.cross_weights[i]
         V = len(own.mlp)
         every = cross_view_pairs(GLOBALS, V)
-        names, targets = [f"self_mlp_{number}"], [self._target("mlp", i, teachers, every, taus.self)]
         other = 1 - i
+        names = [f"self_mlp_{number}"]
+        targets = [self._target("mlp", i, teachers, every, taus.self)]
         if len(teachers) == 2:
             names.append(f"cross_{number}")
             targets.append(self._target("mlp", other, teachers, every, taus.cross, weight))

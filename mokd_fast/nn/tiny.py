@@ -1,7 +1,7 @@
 """Two small backbones for 28 to 64 px pictures, made of timm's own classes.
 
 They are registered with timm, so that `timm.create_model("mokd_cnn_tiny")` builds them once
-`mokd_fast` is imported.
+`mokd_fast.nn` is imported.
 """
 
 from functools import partial

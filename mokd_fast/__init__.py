@@ -1,0 +1,23 @@
+"""mokd_fast: two different vision models pre-trained together without labels, fast."""
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .api import export, knn, linear, load_run
+    from .train.loop import pretrain
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain"]
+
+_HOMES = {"pretrain": "train.loop"} | dict.fromkeys(("export", "knn", "linear", "load_run"), "api")
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer is loaded on first use: `mokd_fast.ops` alone imports torch and nothing else."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mokd_fast' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"mokd_fast.{_HOMES[name]}"), name)

@@ -1,0 +1,145 @@
+"""What the command line does after pre-training, from Python: knn, linear, export."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .data.sources import Source, open_source
+from .errors import UserError
+from .evaluate import evaluate
+from .interop.export import export_backbone
+from .nn import MOKD, features
+from .train.checkpoint import last_checkpoint, load_checkpoint
+from .train.loop import build
+from .train.recipe import Recipe, load_recipe
+
+Which = Literal["teacher", "student"]
+
+
+def load_run(run: str | Path) -> tuple[Recipe, MOKD]:
+    """Recipe and trained networks of a run folder (its newest checkpoint) or a checkpoint file."""
+    path = Path(run)
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or checkpoint")
+    checkpoint = last_checkpoint(path) if path.is_dir() else path
+    if checkpoint is None:
+        raise UserError(f"{path} holds no checkpoint: expected {path}/checkpoints/*.pt")
+    state = load_checkpoint(checkpoint)
+    recipe = load_recipe(state["recipe"])
+    mokd = build(recipe)
+    mokd.load_state_dict(state["model"])
+    return recipe, mokd
+
+
+def knn(run: str | Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Weighted kNN of a run's backbones: clean, shifted and with 10 labels a class.
+
+    Beside each trained backbone stand two controls: the same network randomly initialised, and
+    raw pixels. overrides: `evaluate.train=DIR`, `evaluate.k=[1,20]` ...; options: `which`
+    ("teacher" or "student"), `progress`. Returns {backbone: {measure: percent}}.
+    """
+    return _evaluate(run, overrides, linear=False, **options)
+
+
+def linear(run: str | Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Like `knn`, with a linear probe on the frozen features as well."""
+    return _evaluate(run, overrides, linear=True, **options)
+
+
+def export(
+    run: str | Path, *, model: int = 1, which: Which = "teacher", path: str | Path | None = None
+) -> Path:
+    """Writes backbone number `model` (from 1) of a run as safetensors with timm's key names.
+
+    The default path is RUN/exported/<name>_<teacher or student>.safetensors. See
+    `interop.export.export_backbone` for how to load it.
+    """
+    recipe, mokd = load_run(run)
+    if not 1 <= model <= len(recipe.models):
+        raise UserError(f"model={model}: the run has {len(recipe.models)} model(s), counted from 1")
+    network = recipe.models[model - 1]
+    if path is None:
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        path = folder / "exported" / f"{model}_{network.name}_{which}.safetensors"
+    networks = mokd.teachers if which == "teacher" else mokd.students
+    return export_backbone(
+        networks[model - 1].backbone,  # type: ignore[arg-type]
+        network,
+        Path(path),
+        channels=recipe.data.channels,
+        size=recipe.augment.global_hw,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        trained_by=f"mokd_fast, recipe {recipe.name}, {which} of model {model}",
+    )
+
+
+def _evaluate(
+    run: str | Path,
+    overrides: tuple[str, ...],
+    *,
+    linear: bool,
+    which: Which = "teacher",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    recipe, mokd = load_run(run)
+    recipe = load_recipe(recipe.model_dump(mode="json"), list(overrides))
+    train, test = _evaluation_sources(recipe)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(recipe.train.seed)
+    random = build(recipe)  # the very weights this run started from
+    models: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, networks in ((which, getattr(mokd, f"{which}s")), ("random", random.students)):
+        for i, (config, network) in enumerate(zip(recipe.models, networks, strict=True), start=1):
+            models[f"{i} {config.name} {name}"] = _Pooled(network.backbone).to(device)
+    height, width = recipe.augment.global_hw
+    settings = recipe.evaluate
+    result = evaluate(
+        models,
+        train,
+        test,
+        size=(height, width),
+        resize=settings.resize or round(min(height, width) * 256 / 224),
+        channels=recipe.data.channels,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        ks=settings.k,
+        train_limit=settings.train_limit,
+        test_limit=settings.test_limit,
+        linear=linear,
+        device=device,
+        progress=progress,
+    )
+    if Path(run).is_dir():
+        name = "linear.json" if linear else "knn.json"
+        (Path(run) / name).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+class _Pooled(nn.Module):
+    """A backbone as pictures -> pooled feature, in evaluation mode."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return features(self.backbone, x).pooled
+
+
+def _evaluation_sources(recipe: Recipe) -> tuple[Source, Source]:
+    found = []
+    for key in ("train", "test"):
+        root = getattr(recipe.evaluate, key)
+        if root is None:
+            raise UserError(
+                f"evaluate.{key} is not set: give a folder with one folder a class, as "
+                f"evaluate.{key}=/path/to/{key}"
+            )
+        found.append(open_source(root))
+    return found[0], found[1]

@@ -1,0 +1,161 @@
+"""mokd-fast: pretrain, knn, linear, export, doctor, demo."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from .errors import UserError
+
+app = typer.Typer(
+    help="Two different vision models, pre-trained together without labels (MOKD).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RunArgument = Annotated[Path, typer.Argument(help="a run folder, or a checkpoint of one")]
+Student = Annotated[bool, typer.Option("--student", help="the student, not its EMA teacher")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value on top of the recipe", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def pretrain(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="run folder (default: runs/<recipe>)")] = None,
+) -> None:
+    """Pre-train the models of RECIPE: a published name or a .yaml file.
+
+    A run that was cut off goes on from its last checkpoint.
+
+    mokd-fast pretrain data.root=pictures pair=resnet50+vit_small
+    """
+    from .train.loop import pretrain as start
+
+    words = arguments or []
+    named = words[:1] if words and "=" not in words[0] else []
+    folder = start(*(named or ["resnet50-vit_small"]), *words[len(named) :], run=run, console=console)
+    console.print(f"Run folder: {folder}", highlight=False)
+
+
+@app.command()
+def knn(run: RunArgument, overrides: Overrides = None, student: Student = False) -> None:
+    """Weighted kNN of the backbones, beside random initialisation and raw pixels."""
+    _evaluate("knn", run, overrides or [], student)
+
+
+@app.command()
+def linear(run: RunArgument, overrides: Overrides = None, student: Student = False) -> None:
+    """Linear probe and kNN of the frozen backbones, with the same controls."""
+    _evaluate("linear", run, overrides or [], student)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    model: Annotated[int, typer.Option(help="number of the model, from 1")] = 1,
+    student: Student = False,
+    out: Annotated[Path | None, typer.Option(help="file (default: in the run folder)")] = None,
+) -> None:
+    """Write a backbone as safetensors that timm loads strictly."""
+    from . import api
+
+    which: api.Which = "student" if student else "teacher"
+    console.print(api.export(run, model=model, which=which, path=out), highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backends run here and why the others do not."""
+    from . import doctor as facts
+
+    console.print(facts.environment())
+    for op, lines in facts.backends().items():
+        console.print(f"\n[bold]{op}[/bold]\n{lines}", highlight=False)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    run: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
+) -> None:
+    """Minutes on a CPU: real pictures, MOKD pre-training of a small CNN + ViT, evaluation."""
+    from . import api
+    from .data.builtin import fashion_mnist_or_digits
+    from .train.loop import pretrain as start
+
+    name, folder = fashion_mnist_or_digits()
+    console.print(f"Pictures: {name} in {folder}", highlight=False)
+    if name != "fashion-mnist":
+        console.print("Fashion-MNIST is out of reach here, so scikit-learn's digits stand in.")
+    roots = [
+        f"data.root={folder}/train",
+        f"evaluate.train={folder}/train",
+        f"evaluate.test={folder}/test",
+    ]
+    start("fashion-mnist", *roots, *(overrides or []), run=run, console=console)
+    result = _evaluate("linear", run, [], student=False)
+    files = [api.export(run, model=i) for i in (1, 2)]
+    for i, kind in ((1, "CNN"), (2, "ViT")):
+        trained, random = (
+            next(row for key, row in result.items() if key.startswith(str(i)) and key.endswith(end))
+            for end in ("teacher", "random")
+        )
+        k = next(iter(trained["knn"]))
+        console.print(
+            f"The {kind} learned without a label: kNN {random['knn'][k]:.1f} -> "
+            f"{trained['knn'][k]:.1f} %, on shifted pictures {random['knn_shifted'][k]:.1f} -> "
+            f"{trained['knn_shifted'][k]:.1f} % (random initialisation -> trained).",
+            highlight=False,
+        )
+    console.print(f"The run lies in {run}, the backbones in:", highlight=False)
+    for file in files:
+        console.print(f"  {file}", highlight=False)
+
+
+def _evaluate(kind: str, run: Path, overrides: list[str], student: bool) -> dict[str, dict]:
+    from . import api
+    from .evaluate import format_table
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, object] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                if not console.is_terminal:
+                    console.print(f"evaluating: {stage}", highlight=False)
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        which: api.Which = "student" if student else "teacher"
+        command = api.linear if kind == "linear" else api.knn
+        result = command(run, *overrides, which=which, progress=show)
+    console.print(format_table(result))
+    return result
+
+
+def main() -> None:
+    """The console script. What the user can mend is one message and exit code 2, no traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        app(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(
+            f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

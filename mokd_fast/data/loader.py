@@ -1,0 +1,216 @@
+"""The reference loader: batches of uint8 views from any source, by Pillow, in worker processes.
+
+A worker makes a whole batch, writing each crop into its place, so that nothing is collated. The
+batch of micro-step s is a function of (source, augmentation, seed, batch x world, s) alone: any
+number of workers gives the same bits, and so does a start in the middle.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mokd_fast.data.params import AugmentConfig, draw_views, epoch_order
+from mokd_fast.data.pillow import decode, render
+from mokd_fast.data.sources import Source
+from mokd_fast.errors import UserError
+
+_TRIED = 100  # unreadable pictures in a row after which the data set itself is at fault
+_log = logging.getLogger(__name__)
+
+Bad = tuple[int, str, str]  # index, name, reason
+
+
+class Views(NamedTuple):
+    """One batch. H, W: the size of a global view, h, w: of a local one."""
+
+    globals: torch.Tensor  # uint8 [2, B, H, W, C]
+    locals: torch.Tensor | None  # uint8 [L, B, h, w, C], None without local views
+    index: torch.Tensor  # int64 [B], positions in the full list
+    bad: list[Bad]  # the unreadable pictures that were met and replaced
+
+
+@dataclass
+class _Batches(Dataset):
+    """Item s is the finished batch of micro-step s. It lives in the worker."""
+
+    source: Source
+    augment: AugmentConfig
+    batch: int
+    channels: int
+    seed: int
+    accumulate: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        self.steps = len(self.source) // (self.batch * self.world * self.accumulate)
+        self.steps *= self.accumulate  # an optimizer step never crosses the end of an epoch
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __getitem__(self, step: int) -> Views | UserError:
+        try:
+            return self._assemble(*divmod(step, self.steps))
+        except UserError as error:  # returned: DataLoader would wrap it in a traceback's text
+            return error
+
+    def _assemble(self, epoch: int, step: int) -> Views:
+        cfg, B, C = self.augment, self.batch, self.channels
+        views = np.empty((2, B, *cfg.global_hw, C), np.uint8)
+        small = np.empty((cfg.locals, B, *cfg.local_hw, C), np.uint8)
+        index, bad = np.empty(B, np.int64), []
+        first = (step * self.world + self.rank) * B
+        for b in range(B):
+            i, image = self._next_good(epoch, first + b, bad)
+            params = draw_views(cfg, self.seed, epoch, i, image.height, image.width)
+            for v, crop in enumerate(render(image, params, cfg)):
+                (views if v < 2 else small)[v if v < 2 else v - 2, b] = crop
+            index[b] = i
+        return Views(
+            torch.from_numpy(views),
+            torch.from_numpy(small) if cfg.locals else None,
+            torch.from_numpy(index),
+            bad,
+        )
+
+    def _next_good(self, epoch: int, position: int, bad: list[Bad]):
+        """(index, picture) at this position of the epoch's order, or at the next readable one."""
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.source), self.seed, epoch))
+        order = self._order[1]
+        tries = min(_TRIED, len(order))
+        for i in map(int, order.take(range(position, position + tries), mode="wrap")):
+            try:
+                return i, decode(self.source.read(i), self.channels)
+            except UserError:
+                raise
+            except Exception as error:  # Pillow's plugins raise anything for a broken file
+                bad.append((i, self.source.name(i), f"{type(error).__name__}: {error}"))
+        _, name, reason = bad[-tries]
+        raise UserError(
+            f"{tries} pictures in a row cannot be read, the first: {name}: {reason}. "
+            f"There are {len(order)} pictures in all; check the folder and its permissions"
+        )
+
+
+class _From(Sampler):
+    """Micro-steps from `start`, without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+
+class ViewLoader:
+    """Batches of views of a source, without end, from any micro-step on.
+
+    batch: pictures in a micro-step of this process; channels: 1 or 3; workers: processes that
+    prepare batches, 0 for none; accumulate: micro-steps of an optimizer step; rank, world: which
+    of how many training processes this is. An epoch is a permutation of the source, cut to whole
+    optimizer steps of batch x accumulate x world pictures. An
+    unreadable picture is logged once, kept in `bad_files` (name -> reason), and replaced by the
+    next readable one of the epoch's order. Raises UserError when the source is too small.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augment: AugmentConfig,
+        *,
+        batch: int,
+        channels: int,
+        seed: int,
+        workers: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if channels not in (1, 3):
+            raise UserError(f"channels must be 1 or 3, got {channels}")
+        if batch < 1 or batch * accumulate * world > len(source):
+            each = f" on each of {world} processes" if world > 1 else ""
+            raise UserError(
+                f"a batch of {batch * accumulate}{each} does not fit a data set of {len(source)} pictures: "
+                f"set batch between 1 and {len(source) // world} or give more pictures"
+            )
+        self._batches = _Batches(
+            source, augment, batch, channels, seed, accumulate, rank, world
+        )
+        self._workers = workers
+        self.steps_per_epoch = self._batches.steps
+        self.bad_files: dict[str, str] = {}
+
+    def batches(self, start: int = 0) -> Iterator[Views]:
+        """The batches of micro-steps start, start + 1, …; raises UserError if none can be read."""
+        loader = DataLoader(
+            self._batches,
+            batch_size=None,  # an item is a batch
+            sampler=_From(start),
+            num_workers=self._workers,
+            collate_fn=_same,
+            generator=torch.Generator(),  # else DataLoader draws a seed from the global one
+        )
+        try:
+            for views in loader:
+                if isinstance(views, UserError):
+                    raise views
+                self._note(views.bad)
+                yield views
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a loader worker died ({error}). Memory, or shared memory in a container, may be "
+                "short: use fewer workers, a smaller batch, or docker run --shm-size=8g"
+            ) from error
+
+    def _note(self, bad: list[Bad]) -> None:
+        for _, name, reason in bad:
+            if name not in self.bad_files:
+                self.bad_files[name] = reason
+                _log.warning("skipped %s: %s", name, reason)
+
+
+def _same(item):
+    return item
+
+
+@functools.lru_cache(maxsize=16)  # a tensor made from numbers on a GPU is a host sync: once
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return (1 / (255 * s)).float().to(device), (-m / s).float().to(device)
+
+
+def normalize(
+    views: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> torch.Tensor:
+    """(x / 255 - mean) / std: uint8 [..., H, W, C] to float [..., C, H, W] on the same device.
+
+    Computed in fp32, rounded once to `dtype`. mean, std: one number a channel. channels_last
+    keeps the memory as it is (NHWC for the last three axes); else the result is contiguous.
+    Raises UserError when the numbers do not fit the channels.
+    """
+    if not len(mean) == len(std) == views.shape[-1]:
+        raise UserError(
+            f"mean has {len(mean)} and std {len(std)} numbers, the views {views.shape[-1]} channels"
+        )
+    scale, shift = _affine(tuple(mean), tuple(std), views.device)
+    out = torch.addcmul(shift, views.to(torch.float32), scale).to(dtype).movedim(-1, -3)
+    return out if channels_last else out.contiguous()

@@ -1,0 +1,58 @@
+"""What is installed, which backends run here and why the others do not."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+from rich.table import Table
+
+from .ops import Target, cross_view_pairs, explain
+
+PACKAGES = {
+    "torch": "needed",
+    "torchvision": "needed",
+    "timm": "needed",
+    "triton": "Triton kernels, NVIDIA GPUs only",
+    "xformers": "optional: pip install mokd_fast[xformers]",
+    "nvidia-dali-cuda130": "optional: GPU decoding",
+    "scikit-learn": "optional: the digits data set, pip install mokd_fast[data]",
+}
+
+
+def environment() -> Table:
+    """Versions, processor, GPUs and the native module."""
+    table = Table("", "", show_header=False, box=None)
+    table.add_row("mokd_fast", importlib.metadata.version("mokd_fast"))
+    table.add_row("python", f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}")
+    for name, meaning in PACKAGES.items():
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, f"not installed ({meaning})")
+    table.add_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("gpu", ", ".join(gpus) or "none that this torch can see")
+    table.add_row("native module", native_module())
+    return table
+
+
+def native_module() -> str:
+    """How mokd_fast._C was built, or why it is not there."""
+    if importlib.util.find_spec("mokd_fast._C") is None:
+        return "not built: there was no C++ compiler; everything works in pure Python"
+    from . import _C  # after torch, so that both share one OpenMP runtime
+
+    return ", ".join(f"{key} {value}" for key, value in _C.build_info().items())
+
+
+def backends() -> dict[str, str]:
+    """`explain` of every operator for a small example on the device that would be used."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = torch.randn(4, 2, 64, device=device)
+    target = Target(
+        cross_view_pairs(2, 4), torch.randn(2, 2, 64, device=device), temperature=0.04
+    )
+    return {"distill_cross_entropy": explain("distill_cross_entropy", student, [target], 0.1)}

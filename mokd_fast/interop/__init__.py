@@ -1,0 +1,1 @@
+"""Doors to other code: one file a peer."""

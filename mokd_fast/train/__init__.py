@@ -1,0 +1,1 @@
+"""The trainer: recipe, schedules, optimizers, loop, checkpoints."""

@@ -1,0 +1,265 @@
+"""The pre-training loop: plain PyTorch, one process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from ..data.loader import ViewLoader, Views, normalize
+from ..data.sources import open_source
+from ..errors import UserError
+from ..nn import MOKD, Temperatures, build_mokd
+from ..ops import clip_grad_per_tensor_
+from .checkpoint import resumable, save_checkpoint, way_out
+from .log import RunLog
+from .meter import Meter, accumulate
+from .optim import ScheduledOptimizer, freeze_last_layers
+from .recipe import Recipe, load_recipe, total_steps
+from .schedule import cosine, in_steps, teacher_temperature
+
+
+def pretrain(
+    recipe: str | Path | dict[str, Any] | Recipe = "resnet50-vit_small",
+    *overrides: str,
+    run: str | Path | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Pre-trains the models of a recipe; returns the run folder.
+
+    Args:
+        recipe: a published recipe's name, a YAML file, a dict of its keys or a `Recipe`.
+        overrides: `key=value` on top of it, as on the command line.
+        run: the run folder, default runs/<recipe name>. A run that was cut off there goes on
+            from its last checkpoint.
+
+    Raises UserError for whatever the user can mend; see `Trainer`.
+
+    Example:
+        >>> import mokd_fast
+        >>> run = mokd_fast.pretrain("fashion-mnist", "train.duration=2it")  # doctest: +SKIP
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, list(overrides))
+    elif overrides:
+        recipe = load_recipe(recipe.model_dump(mode="json"), list(overrides))
+    folder = Path(run) if run is not None else Path("runs") / recipe.name
+    Trainer(recipe, folder, console or Console()).fit()
+    return folder
+
+
+class Trainer:
+    """Everything of one run. The cheap checks come first, the networks last.
+
+    Raises UserError for a missing or empty data folder, a batch larger than the data set, a
+    warm-up longer than the run, a run folder that cannot be written or holds another recipe's
+    checkpoint, and an unknown or unfit model.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, console: Console) -> None:
+        self.recipe, self.run, self.console = recipe, run, console
+        train, data = recipe.train, recipe.data
+        if data.root is None:
+            raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
+        self.device = _device(train.device)
+        self.source = open_source(data.root)
+        self.loader = ViewLoader(
+            self.source,
+            recipe.augment,
+            batch=train.batch // train.accumulate,
+            accumulate=train.accumulate,
+            channels=data.channels,
+            seed=train.seed,
+            workers=data.workers,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
+        self.total = total_steps(recipe, self.steps_per_epoch)
+        self.fingerprint = self.source.fingerprint()
+        _prepare_folder(run)
+        state = resumable(run, recipe.model_dump(mode="json"), self.fingerprint)
+        torch.manual_seed(train.seed)
+        self.mokd = build(recipe).to(self.device)
+        if train.channels_last:
+            self.mokd.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._schedules()
+        self.done = 0
+        if state is not None:
+            self._restore(state)
+        (run / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        )
+
+    def _schedules(self) -> None:
+        recipe, total, per_epoch = self.recipe, self.total, self.steps_per_epoch
+        train, loss = recipe.train, recipe.loss
+        warmup = in_steps(train.warmup, per_epoch, total)
+        scale = train.batch / train.lr_batch if train.lr_batch else 1.0
+        self.optimizers = [
+            ScheduledOptimizer(config, model, total=total, warmup=warmup, lr_scale=scale)
+            for config, model in zip(recipe.models, self.mokd.students, strict=True)
+        ]
+        self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)
+        self.frozen_steps = in_steps(train.freeze_last_layers, per_epoch, total)
+        self.temperatures = [
+            [
+                teacher_temperature(
+                    loss.warmup_teacher_temperature, loss.teacher_temperature, w, total, per_epoch
+                )
+                for _, w in config.temperature_warmup
+            ]
+            for config in recipe.models
+        ]
+
+    def fit(self) -> None:
+        """Runs to the end of the recipe, with a checkpoint at intervals and at the end."""
+        if self.done >= self.total:
+            self.console.print(f"{self.run} is finished: {self.total} steps are done")
+            return
+        train = self.recipe.train
+        every = max(in_steps(train.checkpoint_every, self.steps_per_epoch, self.total), 1)
+        if self.done:
+            self.console.print(f"resuming {self.run} from step {self.done} of {self.total}")
+        batches = self.loader.batches(self.done * train.accumulate)
+        meter = Meter(batches)
+        self.mokd.train()
+        with RunLog(self.run, self.done, self.total, self.console) as log:
+            while self.done < self.total:
+                losses = self.step(self.done, meter)
+                self.done += 1
+                meter.add(self.done, losses)
+                log.advance()
+                last = self.done == self.total
+                if self.done % train.log_every == 0 or last or self.done % every == 0:
+                    log.write(self._row(meter))  # raises on a non-finite loss, before a save
+                if self.done % every == 0 or last:
+                    self.save()
+
+    def step(self, k: int, batches: Iterator[Views]) -> dict[str, Tensor]:
+        """Optimizer step k: forward, backward, clip, freeze, update, EMA, centres.
+
+        Returns the loss terms and totals, means over the micro-batches, on the device.
+        """
+        train, parts = self.recipe.train, self.recipe.train.accumulate
+        taus = [Temperatures(*(float(t[k]) for t in rows)) for rows in self.temperatures]
+        losses: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
+        for _ in range(parts):
+            global_views, local_views = self.to_device(next(batches))
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=train.precision == "bf16"
+            ):
+                out = self.mokd(global_views, local_views, taus)
+            # The students' graphs are disjoint, so one backward of the sum is exact for both.
+            (torch.stack(out.totals).sum() / parts).backward()
+            for i, total in enumerate(out.totals, start=1):
+                out.terms[f"loss_{i}"] = total.detach()
+            accumulate(losses, out.terms, parts)
+            accumulate(means, out.center_means, parts)
+        for config, student, optimizer in zip(
+            self.recipe.models, self.mokd.students, self.optimizers, strict=True
+        ):
+            if config.clip is not None:
+                clip_grad_per_tensor_(student.parameters(), config.clip)
+            if k < self.frozen_steps:
+                freeze_last_layers(student.named_parameters())
+            optimizer.schedule(k)
+            optimizer.torch.step()
+            optimizer.torch.zero_grad(set_to_none=True)
+        self.mokd.update_teachers(float(self.momentum[k]))
+        self.mokd.update_centers(means)
+        return losses
+
+    def _row(self, meter: Meter) -> dict[str, float]:
+        """The metrics after `self.done` steps: means since the last row, and the schedules."""
+        k = self.done - 1
+        try:
+            row = {"step": self.done, "epoch": self.done / self.steps_per_epoch, **meter.read()}
+        except FloatingPointError as error:
+            raise UserError(f"{error}. {way_out(self.run)}") from error
+        row["images_per_s"] = row.pop("steps_per_s") * self.recipe.train.batch
+        row["bad_files"] = len(self.loader.bad_files)
+        row["ema_momentum"] = float(self.momentum[k])
+        for i, optimizer in enumerate(self.optimizers, start=1):
+            row[f"lr_{i}"] = float(optimizer.schedules[0][0][k])
+            row[f"temperature_self_{i}"] = float(self.temperatures[i - 1][0][k])
+        return row
+
+    def to_device(self, views: Views) -> tuple[Tensor, Tensor | None]:
+        """uint8 crops to normalised float [views, B, channels, H, W] on the device."""
+
+        def convert(crops: Tensor) -> Tensor:
+            crops = crops.to(self.device, non_blocking=True)
+            data = self.recipe.data
+            return normalize(
+                crops, data.mean, data.std, channels_last=self.recipe.train.channels_last
+            )
+
+        local_views = None if views.locals is None else convert(views.locals)
+        return convert(views.globals), local_views
+
+    def save(self) -> Path:
+        """A checkpoint of this step. Refuses to save a state that is not finite."""
+        norms = torch._foreach_norm([p.detach() for p in self.mokd.parameters()])
+        if not torch.stack(norms).isfinite().all():
+            where = f"the weights are not finite after step {self.done}"
+            raise UserError(f"{where}. {way_out(self.run)}")
+        state = {
+            "step": self.done,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": self.fingerprint,
+            "model": self.mokd.state_dict(),
+            "optimizers": [optimizer.torch.state_dict() for optimizer in self.optimizers],
+            "rng": {"cpu": torch.get_rng_state()},
+        }
+        if self.device.type == "cuda":
+            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        return save_checkpoint(self.run / "checkpoints", self.done, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.mokd.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.torch.load_state_dict(saved)
+        self.done = state["step"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def build(recipe: Recipe) -> MOKD:
+    """The networks of a recipe, randomly initialised."""
+    augment, loss = recipe.augment, recipe.loss
+    return build_mokd(
+        recipe.models,
+        recipe.t_head,
+        prototypes=recipe.prototypes,
+        channels=recipe.data.channels,
+        global_size=augment.global_hw,
+        local_size=augment.local_hw if augment.locals else None,
+        cross_weights=[model.cross_weight for model in recipe.models],
+        student_temperature=loss.student_temperature,
+        center_momentum=loss.center_momentum,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda but this torch sees no CUDA device; set cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _prepare_folder(run: Path) -> None:
+    """Finds out now, not at the first checkpoint, that the run folder cannot be written."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run folder {run} cannot be written ({error.strerror}): give another one with --run"
+        ) from error

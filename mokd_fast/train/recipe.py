@@ -1,0 +1,286 @@
+"""A recipe: every number of a run, strictly typed, from a YAML file plus `key=value` overrides."""
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ..config import Config
+from ..data.params import AugmentConfig
+from ..errors import UserError
+from ..nn.backbones import is_map_network
+from ..nn.build import NetworkConfig, THeadConfig
+from .schedule import Duration, in_steps
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Floats = Annotated[
+    tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
+Ints = Annotated[
+    tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
+
+
+class DataConfig(Config):
+    root: str | None = None  # a folder, a .txt list, fashion-mnist or digits
+    channels: Literal[1, 3] = 3
+    mean: Floats = (0.485, 0.456, 0.406)
+    std: Floats = (0.229, 0.224, 0.225)
+    workers: NonNegativeInt = 8
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> "DataConfig":
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"{key} needs {self.channels} values, one a channel")
+        if min(self.std) <= 0:
+            raise ValueError("std must be > 0")
+        return self
+
+
+class ScheduleConfig(Config):
+    lr: PositiveFloat
+    final_lr: NonNegativeFloat  # not scaled with the batch (official)
+    weight_decay: NonNegativeFloat
+    final_weight_decay: NonNegativeFloat
+
+
+class OptimizerConfig(ScheduleConfig):
+    name: Literal["sgd", "adamw"]
+    momentum: Fraction = 0.9  # of sgd
+
+
+class TemperatureWarmup(Config):
+    self: Duration
+    cross: Duration
+    search: Duration
+
+
+class ModelConfig(NetworkConfig):
+    cross_weight: NonNegativeFloat = 1.0  # lambda of this model's cross and search losses
+    optimizer: OptimizerConfig
+    t_head_optimizer: ScheduleConfig | None = None  # None: the T-Head is trained like the rest
+    clip: PositiveFloat | None = 3.0  # gradient norm of each tensor
+    temperature_warmup: TemperatureWarmup
+
+
+class LossConfig(Config):
+    student_temperature: PositiveFloat = 0.1
+    warmup_teacher_temperature: PositiveFloat = 0.04
+    teacher_temperature: PositiveFloat = 0.07
+    center_momentum: Fraction = 0.9
+
+
+class TeacherConfig(Config):
+    momentum: Fraction = 0.996
+    final_momentum: Fraction = 1.0
+
+
+class TrainConfig(Config):
+    duration: Duration
+    batch: PositiveInt  # pictures an optimizer step, all micro-batches together
+    accumulate: PositiveInt = 1
+    warmup: Duration = "10ep"
+    freeze_last_layers: Duration = "1ep"
+    lr_batch: PositiveInt | None = 256  # lr is for this batch and scales with it; null: as it is
+    precision: Literal["fp32", "bf16"] = "bf16"
+    channels_last: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: PositiveInt = 10
+    checkpoint_every: Duration = "1ep"
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainConfig":
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        return self
+
+
+class EvaluateConfig(Config):
+    train: str | None = None  # labelled: one folder a class
+    test: str | None = None
+    resize: PositiveInt | None = None  # shorter side; null: global size * 256 / 224
+    k: Ints = (10, 20)
+    train_limit: PositiveInt | None = None  # null: all of them
+    test_limit: PositiveInt | None = None
+
+
+class Recipe(Config):
+    name: str
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    models: Annotated[
+        tuple[ModelConfig, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+    ] = Field(min_length=1, max_length=2)
+    prototypes: PositiveInt = 65536
+    t_head: THeadConfig | None = THeadConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _pairs_share_a_head(self) -> "Recipe":
+        if len(self.models) == 2 and self.t_head is None:
+            raise ValueError("t_head: two models need one, the search goes through it")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML alone reads 1e-4 as a string."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
+def published_recipes() -> list[str]:
+    folder = resources.files("mokd_fast") / "recipes"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """A published recipe's name, a YAML file or a dict, with `key=value` overrides on top.
+
+    Keys are dotted paths (`train.batch=64`, `models.0.name=resnet18`); `pair=A+B` names the two
+    models. Raises UserError that names the key and the nearest right one.
+    """
+    tree = source if isinstance(source, dict) else _read(source)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"override {override!r} is not key=value")
+        value = yaml.load(text, _Loader) if text else None
+        tree = _with_pair(tree, str(value)) if key == "pair" else _set(tree, key.split("."), value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, tree)) from error
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(source) not in published_recipes():
+            raise UserError(
+                f"no recipe {str(source)!r}: give a .yaml file or one of "
+                f"{', '.join(published_recipes())}"
+            )
+        path = Path(str(resources.files("mokd_fast") / "recipes" / f"{source}.yaml"))
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must be a mapping of keys, got {type(tree).__name__}")
+    return tree
+
+
+def _set(tree: Any, keys: list[str], value: Any) -> Any:
+    """`tree` with the value at the path replaced; the original is left alone."""
+    if not keys:
+        return value
+    if isinstance(tree, list) and keys[0].isdigit() and int(keys[0]) < len(tree):
+        i = int(keys[0])
+        return [*tree[:i], _set(tree[i], keys[1:], value), *tree[i + 1 :]]
+    if isinstance(tree, list):
+        raise UserError(f"key {keys[0]!r}: a number from 0 to {len(tree) - 1} is needed here")
+    branch = dict(tree or {})
+    branch[keys[0]] = _set(branch.get(keys[0]), keys[1:], value)
+    return branch
+
+
+def _with_pair(tree: dict[str, Any], pair: str) -> dict[str, Any]:
+    """Two names in place of the recipe's models; CNNs take the first row, the others the last."""
+    names = pair.split("+")
+    if len(names) != 2 or not all(names):
+        raise UserError(f"pair={pair}: two model names joined by +, as resnet50+vit_small")
+    rows = tree["models"]
+    channels = tree.get("data", {}).get("channels", 3)
+    models = [
+        {**(rows[0] if is_map_network(name, channels) else rows[-1]), "name": name, "kwargs": {}}
+        for name in names
+    ]
+    return {**tree, "models": models}
+
+
+def _explain(error: ValidationError, tree: Any) -> str:
+    lines = []
+    for found in error.errors():
+        key = ".".join(str(part) for part in found["loc"]) or "recipe"
+        if found["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, _known_keys(tree), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"unknown key {key}{hint}")
+        else:
+            got = "" if found["type"] == "missing" else f", got {found['input']!r}"
+            message = found["msg"].removeprefix("Value error, ")
+            if found["type"] == "value_error" and isinstance(found["input"], dict | Config):
+                got = ""
+            lines.append(f"{key}: {message}{got}")
+    return "the recipe has mistakes:\n  " + "\n  ".join(lines)
+
+
+def _known_keys(tree: Any) -> list[str]:
+    """Every key a recipe can have, dotted, with one row for each model of this one."""
+    models = tree.get("models") if isinstance(tree, dict) else None
+    rows = len(models) if isinstance(models, list) else 1
+
+    def walk(section: type[BaseModel], prefix: str) -> list[str]:
+        keys = []
+        for name, field in section.model_fields.items():
+            inner = _section(field.annotation)
+            places = [f"{name}.{i}" for i in range(rows)] if name == "models" else [name]
+            for place in places:
+                keys.append(prefix + place)
+                if inner is not None:
+                    keys.extend(walk(inner, f"{prefix}{place}."))
+        return keys
+
+    return walk(Recipe, "")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section(a)) is not None), None)
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run; UserError when a warm-up or the freeze is longer than it."""
+    train = recipe.train
+    total = in_steps(train.duration, steps_per_epoch)
+    if train.duration.endswith("%") or total < 1:
+        raise UserError(f"train.duration={train.duration}: at least one step, as 100ep or 5000it")
+    durations = {"train.warmup": train.warmup, "train.freeze_last_layers": train.freeze_last_layers}
+    for i, model in enumerate(recipe.models):
+        for kind, duration in model.temperature_warmup:
+            durations[f"models.{i}.temperature_warmup.{kind}"] = duration
+    for key, duration in durations.items():
+        steps = in_steps(duration, steps_per_epoch, total)
+        if steps > total:
+            raise UserError(
+                f"{key}={duration} is {steps} steps, longer than the run "
+                f"(train.duration={train.duration} is {total} steps): shorten it, or write it in %"
+            )
+    return total

@@ -1,0 +1,55 @@
+"""Durations and the schedules they shape, one value an optimizer step."""
+
+import re
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator
+
+Schedule = NDArray[np.float64]  # [steps]
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
+
+
+def _duration(text: str) -> str:
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"a duration is written 3ep, 200it or 8%, got {text!r}")
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+
+
+def in_steps(duration: str, steps_per_epoch: int, total: int = 0) -> int:
+    """Optimizer steps of '3ep', '200it' or '8%' (of `total` steps)."""
+    match = _DURATION.fullmatch(duration)
+    assert match is not None, duration
+    unit = {"ep": steps_per_epoch, "it": 1, "%": total / 100}[match[2]]
+    return round(float(match[1]) * unit)
+
+
+def cosine(base: float, final: float, total: int, warmup: int = 0) -> Schedule:
+    """Linear from 0 to `base` over `warmup` steps, then half a cosine to `final`.
+
+    DINO's: the ramp reaches `base` on its last step, the cosine stops one step short of `final`.
+    """
+    ramp = np.linspace(0, base, warmup)
+    n = total - warmup
+    wave = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(n) / max(n, 1)))
+    return np.concatenate([ramp, wave])
+
+
+def teacher_temperature(
+    start: float, final: float, warmup: str, total: int, steps_per_epoch: int
+) -> Schedule:
+    """linspace(start, final) with its end point over the warm-up, then `final`.
+
+    A warm-up in epochs is indexed by whole epochs (official); any other moves every step.
+    """
+    step = np.arange(total)
+    if warmup.endswith("ep"):
+        count, position = in_steps(warmup, 1), step // steps_per_epoch
+    else:
+        count, position = in_steps(warmup, steps_per_epoch, total), step
+    table = np.concatenate([np.linspace(start, final, count), [final]])
+    return table[np.minimum(position, count)]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mokd_fast.errors import UserError
+from ..errors import UserError
 
 NAMES = ("fashion-mnist", "digits")
 SPLITS = ("train", "test")
@@ -51,6 +51,8 @@ def builtin(name: str, progress: Progress | None = None) -> Path:
     name: one of NAMES. progress: called with (pictures written, pictures in all); left out, a
     line on stderr tells. Raises UserError when the data cannot be had or the cache not written.
     """
+    if name not in NAMES:
+        raise UserError(f"no built-in data set {name!r}; there are {', '.join(NAMES)}")
     target = cache_folder() / name
     if not target.is_dir():
         splits, classes = _fashion_mnist() if name == "fashion-mnist" else _digits()
@@ -86,7 +88,10 @@ def _fashion_mnist() -> tuple[dict[str, Split], tuple[str, ...]]:
             )
             for split, prefix in _FILES.items()
         }
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        for split, (pictures, labels) in splits.items():
+            if pictures.shape != (len(labels), _SIDE, _SIDE) or labels.max() >= len(_CLASSES):
+                raise ValueError(f"pictures {pictures.shape} and labels of {split} do not fit")
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise _OutOfReach(f"{folder}: not the files of Fashion-MNIST: {error}") from error
     return splits, _CLASSES
 
@@ -127,7 +132,8 @@ def _digits() -> tuple[dict[str, Split], tuple[str, ...]]:
     small, labels = load_digits(return_X_y=True)
     grey = np.rint(small.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     bicubic = Image.Resampling.BICUBIC
-    large = np.stack([Image.fromarray(x).resize((_SIDE, _SIDE), bicubic) for x in grey])
+    enlarged = [Image.fromarray(x).resize((_SIDE, _SIDE), bicubic) for x in grey]
+    large = np.stack([np.asarray(x) for x in enlarged])
     test = np.arange(len(large)) % 5 == 0
     splits = {"train": (large[~test], labels[~test]), "test": (large[test], labels[test])}
     return splits, tuple("0123456789")
@@ -172,7 +178,8 @@ def _png(picture: np.ndarray) -> bytes:
     """uint8 [h, w] as a grey PNG. Pillow's writer takes 100 us for 28x28, this one 10."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     h, w = picture.shape
     rows = np.zeros((h, 1 + w), np.uint8)  # each row starts with its filter, 0: none

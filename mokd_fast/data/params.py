@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, ValidationInfo, field_validator
 
-from mokd_fast.config import Config
+from ..config import Config
 
 # Philox raws are stable across NumPy versions, the streams of Generator are not (NEP 19).
 _SLOTS = 64  # uniforms reserved for each view, 33 in use; a multiple of Philox's block of 4
 _TRIES = 10
-_AUGMENT, _ORDER = 0, 1  # counter word 2: what the numbers are for
+_AUGMENT, _ORDER = 0, 1  # purposes of `philox` taken here; evaluation has its own
 _MASK = 2**64 - 1
 _ORDERS = tuple(itertools.permutations(range(4)))
 
@@ -129,7 +129,10 @@ class ViewParams:
 
 
 def philox(seed: int, epoch: int, index: int, purpose: int, n: int) -> np.ndarray:
-    """n raw Philox4x64-10 numbers (uint64) of the key (seed, epoch); NumPy counts blocks from 1."""
+    """n raw Philox4x64-10 numbers, uint64 [n], of the key (seed, epoch).
+
+    The counter is (block, index, purpose, 0), blocks of four numbers counted from 1.
+    """
     key = np.array([seed & _MASK, epoch], np.uint64)
     counter = np.array([0, index, purpose, 0], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(n)

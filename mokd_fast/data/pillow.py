@@ -9,7 +9,7 @@ import io
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
-from mokd_fast.data.params import AugmentConfig, ViewParams
+from .params import AugmentConfig, ViewParams
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -42,9 +42,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def render(image: Image.Image, params: list[ViewParams], cfg: AugmentConfig) -> list[np.ndarray]:
     """The views of one decoded picture: uint8 [h, w, C] each, two global ones, then local ones."""
-    return [
-        _view(image, p, cfg.global_hw if v < 2 else cfg.local_hw) for v, p in enumerate(params)
-    ]
+    return [_view(image, p, cfg.global_hw if v < 2 else cfg.local_hw) for v, p in enumerate(params)]
 
 
 def _view(image: Image.Image, p: ViewParams, size: tuple[int, int]) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mokd_fast.data import builtin
-from mokd_fast.errors import UserError
+from ..errors import UserError
+from .builtin import NAMES, SPLITS, builtin
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, so that a folder means the same pictures there.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -96,16 +96,16 @@ def open_source(root: str | Path) -> Source:
     exists goes before a built-in name. Raises UserError for what is missing or holds no picture.
     """
     path = Path(root).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return open_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return open_list(path)
     name, _, split = str(root).partition("/")
-    if name in builtin.NAMES and split in ("", *builtin.SPLITS):
-        return open_folder(builtin.builtin(name) / (split or builtin.SPLITS[0]))
+    if name in NAMES and split in ("", *SPLITS):
+        return open_folder(builtin(name) / (split or SPLITS[0]))
     raise UserError(
         f"{root}: no such folder or file list. Give a folder of pictures, a .txt file with one "
-        f"path a line, or a built-in data set: {', '.join(builtin.NAMES)} (/train or /test)"
+        f"path a line, or a built-in data set: {', '.join(NAMES)} (/train or /test)"
     )
 
 
@@ -136,8 +136,9 @@ def _walk(folder: str, prefix: str, others: Counter[str]) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"{folder}: cannot list this folder: {error.strerror}") from error
     for entry in entries:
-        if entry.is_dir():
-            if not (entry.is_symlink() and _loops(entry.path)):
+        link = entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():
+            if not (link and _loops(entry.path)):
                 yield from _walk(entry.path, f"{prefix}{entry.name}{os.sep}", others)
         elif entry.name.lower().endswith(EXTENSIONS):
             yield prefix + entry.name
@@ -160,9 +161,12 @@ def open_list(path: Path) -> FileSource:
     """
     if path.suffix.lower() != ".txt":
         raise UserError(f"{path}: is a file; expected a folder or a .txt list, one path a line")
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this list: {error.strerror}") from error
     lines = (line.strip() for line in text.split("\n"))
-    names = [os.path.normpath(line) for line in lines if line and line[0] != "#"]
+    names = [line for line in lines if line and line[0] != "#"]
     if not names:
         raise UserError(f"{path}: the list names no file; expected one path a line")
     root = path.parent

@@ -29,8 +29,10 @@ class ScheduledOptimizer:
         ]
         options = [{"params": group, "weight_decay": 0.0} for group in groups]
         if main.name == "sgd":
+            # Not fused: torch's fused SGD fails when only some tensors have momentum yet, which is
+            # so on the step after the last layers were frozen.
             self.torch: torch.optim.Optimizer = torch.optim.SGD(
-                options, lr=0.0, momentum=main.momentum, fused=True
+                options, lr=0.0, momentum=main.momentum, foreach=True
             )
         else:
             self.torch = torch.optim.AdamW(options, lr=0.0, fused=True)

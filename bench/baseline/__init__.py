@@ -1,0 +1,1 @@
+"""The official training step in plain PyTorch: baseline of the benchmarks, oracle of the tests."""

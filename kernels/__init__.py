@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `mokd_fast.kernels`."""

@@ -1,0 +1,18 @@
+"""What frozen features are worth: kNN, few-shot, linear probe, beside controls."""
+
+from .features import Pictures, extract, pixels
+from .knn import few_shot_indices, knn
+from .linear import LinearResult, linear_probe
+from .suite import evaluate, format_table
+
+__all__ = [
+    "LinearResult",
+    "Pictures",
+    "evaluate",
+    "extract",
+    "few_shot_indices",
+    "format_table",
+    "knn",
+    "linear_probe",
+    "pixels",
+]

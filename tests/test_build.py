@@ -1,0 +1,229 @@
+"""Real builds and installs, as a user's pip makes them, in temporary copies of the tree.
+
+One wheel is built in isolation. The others take the build tools of this environment, which is much
+faster, and every install sees this environment's torch instead of a second one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import cmake
+import ninja
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [
+    *("mokd_fast", "kernels", "csrc", "bench", "tests", "setup.py", "CMakeLists.txt"),
+    *("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("Makefile", "constraints.txt"),
+]
+NATIVE = f"mokd_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+WITHOUT = "mokd_fast is built without native kernels: no C++ compiler was found"
+
+COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="native code is for Linux only")
+needs_compiler = pytest.mark.skipif(
+    not (COMPILER and HEADERS), reason="needs a C++ compiler and Python's headers"
+)
+
+
+def run(*command, **env):
+    """Exit status and output, stderr included; an environment variable set to None is removed."""
+    env = {**os.environ, "MOKD_FAST_BUILD": None, **env}
+    process = subprocess.run(
+        list(map(str, command)),
+        env={name: value for name, value in env.items() if value is not None},
+        cwd="/",  # not the tree, whose mokd_fast would be imported
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # no terminal: what a build says then lands in the output
+    )
+    return process.returncode, process.stdout
+
+
+def succeed(*command, **env):
+    code, output = run(*command, **env)
+    assert code == 0, output
+    return output
+
+
+def pip(*arguments, **env):
+    return run(sys.executable, "-m", "pip", *arguments, **env)
+
+
+def build_wheel(source, out, *options, **env):
+    code, log = pip("wheel", "-v", "--no-deps", *options, "-w", out, source, **env)
+    assert code == 0, log
+    (wheel,) = out.glob("*.whl")
+    return wheel, log
+
+
+def contents(wheel):
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def pure_contents():
+    """What a wheel holds besides native code, read off the tree."""
+    python = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mokd_fast").rglob("*.py")}
+    recipes = {f"mokd_fast/recipes/{p.name}" for p in (ROOT / "mokd_fast/recipes").glob("*.yaml")}
+    kernels = {f"mokd_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    info = ("METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "licenses/LICENSE")
+    info = {f"mokd_fast-0.1.0.dist-info/{name}" for name in info}
+    return python | recipes | kernels | info | {"mokd_fast/py.typed"}
+
+
+def copy_tree(folder):
+    """The sources alone, without what an earlier build left among them."""
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path):
+    (tmp_path / "tree").mkdir()
+    return copy_tree(tmp_path / "tree")
+
+
+@pytest.fixture(scope="session")
+def isolated(tmp_path_factory):
+    """(wheel, log) of a build in isolation, pip's default."""
+    return build_wheel(copy_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory):
+    """A folder for PATH with CMake and ninja, and no compiler."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "cmake").symlink_to(Path(cmake.CMAKE_BIN_DIR, "cmake"))
+    # A reused ninja stands beside the Python it belongs to, and BIN_DIR is this Python's folder.
+    places = f"{ninja.BIN_DIR}:{Path(ninja.__file__).parents[4] / 'bin'}:{os.environ['PATH']}"
+    (folder / "ninja").symlink_to(shutil.which("ninja", path=places))
+    return str(folder)
+
+
+@pytest.fixture
+def here(tools):
+    """Options and variables for a build with the tools of this environment."""
+    return ["--no-build-isolation"], {"PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def fresh_python(tmp_path):
+    """A new environment's Python. It sees the packages of this one through a .pth file, but not its
+    editable installs: a .pth file in a folder named by another is not read."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    packages = (path for path in sys.path if path.endswith("-packages"))
+    (site / "outer.pth").write_text("\n".join(packages))
+    return tmp_path / "venv/bin/python"
+
+
+@needs_compiler
+def test_isolated_wheel(isolated, tmp_path):
+    wheel, log = isolated
+    installed = re.findall(r"Successfully installed (.*)", log)[0].split()
+    names = {word.rsplit("-", 1)[0] for word in installed}
+    assert names == {"setuptools", "cmake", "ninja", "pybind11"}
+    assert contents(wheel) == pure_contents() | {NATIVE}
+    version = sysconfig.get_config_var("py_version_nodot")
+    assert f"-cp{version}-cp{version}-linux_" in wheel.name
+
+    # `-I -S` knows no site-packages: the module needs no torch, nor anything else.
+    module = zipfile.ZipFile(wheel).extract(NATIVE, tmp_path)
+    code = """if True:
+        import importlib.util, sys
+        spec = importlib.util.spec_from_file_location("mokd_fast._C", sys.argv[1])
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        info = native.build_info()
+        assert info.pop("compiler") in ("gcc", "clang") and info.pop("compiler_version")
+        assert isinstance(info.pop("openmp"), bool)
+        assert info == {"cxx_standard": 17, "build_type": "Release", "cuda_archs": []}, info
+        """
+    succeed(sys.executable, "-I", "-S", "-c", code, module)
+
+
+@needs_compiler
+@pytest.mark.parametrize("editable", [False, True])
+def test_install(isolated, tree, here, fresh_python, editable):
+    options, env = here
+    what = [*options, "-e", tree] if editable else [isolated[0]]
+    install = ("install", "--no-deps", "--force-reinstall", *what)
+    succeed(sys.executable, "-m", "pip", "--python", fresh_python, *install, **env)
+
+    code = "import torch, mokd_fast, mokd_fast.kernels as k, mokd_fast._C as c; c.build_info()"
+    output = succeed(fresh_python, "-c", f"{code}; print(k.__file__, c.__file__)")
+    home = tree if editable else fresh_python.parents[1]
+    assert output.count(str(home)) == 2, output
+    assert "pretrain" in succeed(fresh_python.with_name("mokd-fast"), "--help")
+
+
+def test_no_compiler_is_a_pure_python_wheel_and_one_sentence(tree, tmp_path, tools):
+    env = {"PATH": tools, "CXX": None}
+    wheel, log = build_wheel(tree, tmp_path, "--no-build-isolation", **env)
+    assert wheel.name == "mokd_fast-0.1.0-py3-none-any.whl"
+    assert contents(wheel) == pure_contents()
+    assert log.count(WITHOUT) == log.count("native kernels") == 1
+
+
+def test_off_is_a_pure_python_wheel_without_a_word(tree, tmp_path, here):
+    options, env = here
+    wheel, log = build_wheel(tree, tmp_path, *options, MOKD_FAST_BUILD="off", **env)
+    assert contents(wheel) == pure_contents()
+    assert "native kernels" not in log
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("cpu", "MOKD_FAST_BUILD=cpu: no C++ compiler was found (install g++, or set CXX)."),
+        ("cuda", "MOKD_FAST_BUILD=cuda: no CUDA kernels exist yet; use auto, cpu or off."),
+        ("fast", "MOKD_FAST_BUILD=fast: choose auto, cpu or off."),
+    ],
+)
+def test_refusals(tree, tmp_path, tools, mode, message):
+    env = {"PATH": tools, "CXX": None, "MOKD_FAST_BUILD": mode}
+    code, log = pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, **env)
+    assert code != 0
+    assert message in log
+    assert "Traceback" not in log
+
+
+@needs_compiler
+def test_sdist_builds_the_same_wheel(tree, tmp_path, here):
+    options, env = here
+    code = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b"
+    succeed(sys.executable, "-c", f"{code}; b.build_sdist(sys.argv[2])", tree, tmp_path)
+    with tarfile.open(tmp_path / "mokd_fast-0.1.0.tar.gz") as archive:
+        archive.extractall(tmp_path)
+    wheel, _ = build_wheel(tmp_path / "mokd_fast-0.1.0", tmp_path, *options, **env)
+    assert contents(wheel) == pure_contents() | {NATIVE}
+
+
+@needs_compiler
+def test_leftovers_of_another_build_do_no_harm(tree, tmp_path, here):
+    options, env = here
+    platform = f"linux-x86_64-{sys.implementation.cache_tag}"
+    cache = tree / f"build/temp.{platform}/mokd_fast._C/CMakeCache.txt"
+    ghost = tree / f"build/lib.{platform}/mokd_fast/ghost.py"
+    for path in (cache, ghost, tree / "build/lib/mokd_fast/ghost.py", tree / NATIVE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("CMAKE_MAKE_PROGRAM:FILEPATH=/gone/ninja\n")
+    wheel, _ = build_wheel(tree, tmp_path, *options, **env)
+    assert contents(wheel) == pure_contents() | {NATIVE}
+    assert len(zipfile.ZipFile(wheel).read(NATIVE)) > 1000  # not the leftover

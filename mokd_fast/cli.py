@@ -21,7 +21,8 @@ console = Console()
 RunArgument = Annotated[Path, typer.Argument(help="a run folder, or a checkpoint of one")]
 Student = Annotated[bool, typer.Option("--student", help="the student, not its EMA teacher")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value on top of the recipe", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="key=value on top of the recipe", metavar="[KEY=VALUE]..."),
 ]
 
 
@@ -42,7 +43,8 @@ def pretrain(
 
     words = arguments or []
     named = words[:1] if words and "=" not in words[0] else []
-    folder = start(*(named or ["resnet50-vit_small"]), *words[len(named) :], run=run, console=console)
+    recipe = named[0] if named else "resnet50-vit_small"
+    folder = start(recipe, *words[len(named) :], run=run, console=console)
     console.print(f"Run folder: {folder}", highlight=False)
 
 

@@ -67,8 +67,8 @@ def _vit_tokens(model: VisionTransformer, x: Tensor) -> tuple[Tensor, tuple[int,
     x = model.patch_embed(x)  # [B, h, w, C]: built with dynamic_img_size
     grid = (x.shape[1], x.shape[2])
     x = x.flatten(1, 2)
-    prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
-    prefix = [token.expand(len(x), -1, -1) for token in prefix]
+    learned = [token for token in (model.cls_token, model.reg_token) if token is not None]
+    prefix = [token.expand(len(x), -1, -1) for token in learned]
     if model.pos_embed is None:
         x = torch.cat([*prefix, x], dim=1)
     else:

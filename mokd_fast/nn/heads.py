@@ -88,7 +88,10 @@ class THead(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim))
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
-            *(Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+            *(
+                Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
+                for _ in range(depth)
+            )
         )
         self.norm = norm(dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

@@ -8,7 +8,7 @@ Letters: V student views (2 global, L local), T = 2 teacher views, B images, K p
 D T-Head width, C backbone width, N tokens, Q queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,8 +119,8 @@ class MOKD(nn.Module):
             totals.append(total)
             terms.update(found)
             means[f"center_mlp_{i + 1}"] = column_mean(teachers[i].mlp)
-            if teachers[i].t is not None:
-                means[f"center_t_{i + 1}"] = column_mean(teachers[i].t)
+            if (logits := teachers[i].t) is not None:
+                means[f"center_t_{i + 1}"] = column_mean(logits)
         return StepLosses(totals, terms, means)
 
     @torch.no_grad()  # not inference mode: the losses save these tensors for backward
@@ -135,7 +135,9 @@ class MOKD(nn.Module):
             return first
         second: Embedding = student(local_views)
         mlp = torch.cat([first.mlp, second.mlp])  # [V, B, K]
-        t = None if first.t is None else torch.cat([first.t, second.t])
+        t = None
+        if first.t is not None and second.t is not None:
+            t = torch.cat([first.t, second.t])
         return Embedding(mlp, t, second.query, first.features)
 
     def _losses(
@@ -187,7 +189,7 @@ class MOKD(nn.Module):
         Local crops search the first global view. Without local crops (`crossed`) view 1 searches
         the map of view 2 and the other way round.
         """
-        search = self.teachers[teacher].t_head.search
+        search: Callable[..., Tensor] = self.teachers[teacher].t_head.search  # type: ignore
         maps = found.tokens.unflatten(0, (GLOBALS, -1))  # [2, B, N, C]
         if not crossed:
             return search(maps[0], found.grid, queries)

@@ -83,7 +83,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.mokd = build(recipe).to(self.device)
         if train.channels_last:
-            self.mokd.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.mokd.to(memory_format=torch.channels_last)
         self._schedules()
         self.done = 0
         if state is not None:
@@ -206,7 +206,7 @@ class Trainer:
         if not torch.stack(norms).isfinite().all():
             where = f"the weights are not finite after step {self.done}"
             raise UserError(f"{where}. {way_out(self.run)}")
-        state = {
+        state: dict[str, Any] = {
             "step": self.done,
             "recipe": self.recipe.model_dump(mode="json"),
             "data": self.fingerprint,

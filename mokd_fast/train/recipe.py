@@ -30,9 +30,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Floats = Annotated[
     tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
-Ints = Annotated[
-    tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-]
+Ints = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
 class DataConfig(Config):
@@ -107,7 +105,9 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
         if self.batch % self.accumulate:
-            raise ValueError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+            raise ValueError(
+                f"batch={self.batch} must be a multiple of accumulate={self.accumulate}"
+            )
         return self
 
 
@@ -145,7 +145,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML alone reads 1e-4 as a string."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
     list("-+.0123456789"),

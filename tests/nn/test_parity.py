@@ -113,7 +113,7 @@ def test_the_batch_statistics_are_the_official_ones():
 
 @pytest.mark.parametrize("official_groups", [True, False])
 def test_twenty_steps(tmp_path: Path, official_groups: bool):
-    """The curve of a tiny pair in fp64: optimizers, groups, clip, freeze, EMA, centres, all of it."""
+    """The curve of a tiny pair: optimizers, groups, clip, freeze, EMA, centres, all of it."""
     cnn = {**CNN, "t_head_optimizer": T_HEAD} if official_groups else CNN
     cnn = {**cnn, "temperature_warmup": {"self": "3ep", "cross": "2ep", "search": "2ep"}}
     recipe = small(pictures(tmp_path / "data", 20), "models.0.clip=0.3", models=(cnn, VIT))

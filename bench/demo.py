@@ -1,0 +1,90 @@
+"""The demo over several seeds: what the backbones learned, and where the processor time went.
+
+    python bench/demo.py [--seeds 0 1 2] [--json FILE] [KEY=VALUE ...]
+
+For each seed: the fashion-mnist recipe, then kNN and linear probe of both teachers beside their
+random initialisation and raw pixels; images/s, data-wait and the loader's share of processor time.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mokd_fast
+from bench.timing import machine
+
+
+def run(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """One seed: the evaluation table, seconds and rates."""
+    before = cpu_seconds()
+    begin = time.perf_counter()
+    mokd_fast.pretrain("fashion-mnist", f"train.seed={seed}", *overrides, run=folder)
+    seconds = time.perf_counter() - begin
+    own, loader = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    begin = time.perf_counter()
+    table = mokd_fast.linear(folder)
+    return {
+        "table": table,
+        "train_s": seconds,
+        "evaluate_s": time.perf_counter() - begin,
+        "images_per_s": statistics.median(row["images_per_s"] for row in rows),
+        "data_wait": statistics.mean(row["data_wait"] for row in rows),
+        "loader_cpu_share": loader / (own + loader),
+        "steps": rows[-1]["step"],
+        "loss_1": rows[-1]["loss_1"],
+        "loss_2": rows[-1]["loss_2"],
+    }
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Processor seconds of this process and of the loader workers that have ended."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime, workers.ru_utime + workers.ru_stime
+
+
+def gains(table: dict[str, Any], k: str) -> dict[str, float]:
+    """The points each teacher gained over its random initialisation, and over raw pixels."""
+    found = {}
+    for name, row in table.items():
+        if not name.endswith(" teacher"):
+            continue
+        random = table[name.removesuffix("teacher") + "random"]
+        for measure in ("knn", "knn_shifted"):
+            found[f"{name} {measure} over random"] = row[measure][k] - random[measure][k]
+        found[f"{name} knn_shifted over pixels"] = (
+            row["knn_shifted"][k] - table["pixels"]["knn_shifted"][k]
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    result: dict[str, Any] = {"machine": machine(), "overrides": options.overrides, "seeds": {}}
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            result["seeds"][seed] = run(seed, options.overrides, Path(folder) / "run")
+        row = result["seeds"][seed]
+        rates = {key: value for key, value in row.items() if key != "table"}
+        print(f"seed {seed}", json.dumps(rates), sep="\n  ")
+        for k in next(iter(row["table"].values()))["knn"]:
+            print(
+                f"  k={k}", json.dumps({n: round(v, 1) for n, v in gains(row["table"], k).items()})
+            )
+        if options.json:  # after every seed, so that nothing is lost
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

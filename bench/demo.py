@@ -10,13 +10,16 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
+
 import mokd_fast
-from bench.timing import machine
+from bench.timing import machine, write_json
 
 
 def run(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -82,8 +85,7 @@ def main() -> None:
                 f"  k={k}", json.dumps({n: round(v, 1) for n, v in gains(row["table"], k).items()})
             )
         if options.json:  # after every seed, so that nothing is lost
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.json, result)
 
 
 if __name__ == "__main__":

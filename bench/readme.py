@@ -1,0 +1,100 @@
+"""Fills the generated parts of README.md from bench/results/.
+
+python bench/readme.py [--check]     --check: exit 1 when the README is stale
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "cpu-2core"
+K = "20"  # neighbours in the table
+
+
+def demo_output() -> str:
+    return "```\n" + (RESULTS / "demo.txt").read_text().strip("\n") + "\n```"
+
+
+def demo_table() -> str:
+    """Mean over the seeds, with the range."""
+    result = json.loads((RESULTS / "demo.json").read_text())
+    tables = [seed["table"] for seed in result["seeds"].values()]
+    lines = ["| | clean | shifted | 10 labels | linear |", "|---|---|---|---|---|"]
+    for name in tables[0]:
+        rows = [table[name] for table in tables]
+        few = [next(iter(row["knn_few"].values())) for row in rows]
+        columns = [
+            [row["knn"][K] for row in rows],
+            [row["knn_shifted"][K] for row in rows],
+            few,
+            [row["linear"] for row in rows],
+        ]
+        lines.append(f"| {name} | " + " | ".join(spread(values) for values in columns) + " |")
+    seeds = list(result["seeds"].values())
+    facts = {
+        key: statistics.median(seed[key] for seed in seeds) for key in seeds[0] if key in FACTS
+    }
+    lines += ["", "; ".join(FACTS[key].format(value) for key, value in facts.items()) + ". "]
+    lines[-1] += machine(result)
+    return "\n".join(lines)
+
+
+FACTS = {
+    "train_s": "Pre-training {:.0f} s",
+    "images_per_s": "{:.0f} images/s",
+    "data_wait": "data wait {:.1%} of the time",
+    "loader_cpu_share": "loader {:.1%} of the processor time",
+}
+
+
+def step_table() -> str:
+    result = json.loads((RESULTS / "step.json").read_text())
+    lines = ["| pair | dtype | ours | official | ratio |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['shape']} | {row['dtype']} | {row['median_s']:.2f} s "
+            f"| {row['baseline_s']:.2f} s | {row['ratio']:.2f}x |"
+        )
+    return "\n".join([*lines, "", machine(result)])
+
+
+def spread(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if high - low < 0.05 else f"{mean} ({low:.1f}-{high:.1f})"
+
+
+def machine(result: dict[str, Any]) -> str:
+    facts = result["machine"]
+    return (
+        f"Measured on {facts['cores']} cores of {facts['cpu']}, torch {facts['torch']}, "
+        f"Python {facts['python']}, {facts['date']}."
+    )
+
+
+PARTS = {"demo-output": demo_output, "demo-table": demo_table, "step-table": step_table}
+
+
+def render(text: str) -> str:
+    for name, part in PARTS.items():
+        pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
+        body = part() + "\n"
+        text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = render(old)
+    if "--check" in sys.argv:
+        sys.exit(0 if new == old else "README.md is stale: run python bench/readme.py")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from .errors import UserError
@@ -154,7 +155,7 @@ def main() -> None:
         if debug:
             raise
         Console(stderr=True).print(
-            f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True
+            f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(2)
 

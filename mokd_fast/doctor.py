@@ -7,8 +7,10 @@ import platform
 import sys
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
+from . import __version__
 from .ops import Target, cross_view_pairs, explain
 
 PACKAGES = {
@@ -25,13 +27,13 @@ PACKAGES = {
 def environment() -> Table:
     """Versions, processor, GPUs and the native module."""
     table = Table("", "", show_header=False, box=None)
-    table.add_row("mokd_fast", importlib.metadata.version("mokd_fast"))
+    table.add_row("mokd_fast", __version__)
     table.add_row("python", f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}")
     for name, meaning in PACKAGES.items():
         try:
             table.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, f"not installed ({meaning})")
+            table.add_row(name, escape(f"not installed ({meaning})"))  # the extras' brackets
     table.add_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("gpu", ", ".join(gpus) or "none that this torch can see")
@@ -42,7 +44,7 @@ def environment() -> Table:
 def native_module() -> str:
     """How mokd_fast._C was built, or why it is not there."""
     if importlib.util.find_spec("mokd_fast._C") is None:
-        return "not built: there was no C++ compiler; everything works in pure Python"
+        return "not built, so everything runs in pure Python; `pip install -v .` shows why"
     from . import _C  # after torch, so that both share one OpenMP runtime
 
     return ", ".join(f"{key} {value}" for key, value in _C.build_info().items())

@@ -1,0 +1,172 @@
+"""Every mistake a user can make: one message that names it and the way out, exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mokd_fast import cli
+from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
+from tests.train.recipes import pictures, small
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "data", 12)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path) -> str:
+    tree = small(data, "train.duration=4it", "train.checkpoint_every=2it").model_dump(mode="json")
+    for section in tree["models"]:
+        section["temperature_warmup"] = {"self": "0ep", "cross": "0ep", "search": "0ep"}
+    tree["train"].update(warmup="0it", freeze_last_layers="0it")
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mokd-fast", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, " ".join(out.err.split())
+
+    return call
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, message = result
+    assert code == 2, message
+    assert message.startswith("error:") and "Traceback" not in message
+    for part in parts:
+        assert part in message, f"{part!r} is not in: {message}"
+
+
+def test_pictures_that_are_not_there(run, recipe, tmp_path):
+    refused(run("pretrain", recipe, "data.root=/no/such"), "/no/such", "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(run("pretrain", recipe, f"data.root={tmp_path / 'empty'}"), "the folder is empty")
+    refused(run("pretrain", recipe, "data.root="), "data.root is not set", "data.root=/path")
+
+
+def test_one_picture_and_a_batch_larger_than_the_data(run, recipe, tmp_path):
+    one = pictures(tmp_path / "one", 1)
+    out = tmp_path / "run"
+    refused(run("pretrain", recipe, f"data.root={one}", "--run", out), "1 picture", "train.batch")
+    refused(run("pretrain", recipe, "train.batch=50", "--run", out), "50", "12", "train.batch")
+    assert not out.exists(), "nothing is made before the mistake is known"
+
+
+def test_an_unreadable_picture_is_named_skipped_and_counted(run, recipe, data, tmp_path, caplog):
+    broken = data / "class0" / "broken [1].png"
+    broken.write_bytes(b"not a picture")
+    code, _, _ = run("pretrain", recipe, "train.duration=9it", "--run", tmp_path / "run")
+    assert code == 0
+    assert str(broken) in caplog.text
+    assert '"bad_files": 1' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_run_folder_that_cannot_be_written(run, recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    where = tmp_path / "file" / "run"
+    refused(run("pretrain", recipe, "--run", where), str(where), "cannot be written", "--run")
+
+
+def test_unknown_model_and_keys(run, recipe):
+    refused(run("pretrain", recipe, "models.0.name=resnet5o"), "resnet5o", "resnet50")
+    refused(run("pretrain", recipe, "train.bach=3"), "train.bach", "train.batch")
+    refused(run("pretrain", recipe, "train.batch=many"), "train.batch", "many")
+    refused(run("pretrain", recipe, "train.batch=0"), "train.batch", "greater than 0")
+    refused(run("pretrain", "no-such-recipe"), "no-such-recipe", "fashion-mnist")
+
+
+def test_warmup_longer_than_the_run(run, recipe, tmp_path):
+    out = tmp_path / "run"
+    refused(
+        run("pretrain", recipe, "train.warmup=9it", "--run", out), "train.warmup=9it", "4 steps"
+    )
+
+
+def test_non_finite_loss_leaves_the_last_good_checkpoint(run, recipe, tmp_path, monkeypatch):
+    from mokd_fast.train.loop import Trainer
+
+    step = Trainer.step
+
+    def poisoned(self, k, batches):
+        if k == 2:
+            with torch.no_grad():
+                self.mokd.students[1].mlp_head.last_layer.weight_v.fill_(torch.nan)
+        return step(self, k, batches)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    out = tmp_path / "run"
+    result = run("pretrain", recipe, "--run", out)
+    refused(result, "non-finite loss at step 3", "_2", "00000002.pt", "learning rate")
+    last = last_checkpoint(out)
+    assert last is not None
+    state = load_checkpoint(last)
+    assert state["step"] == 2
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_checkpoint_of_another_recipe(run, recipe, tmp_path):
+    out = tmp_path / "run"
+    assert run("pretrain", recipe, "--run", out)[0] == 0
+    before = last_checkpoint(out).read_bytes()
+    refused(
+        run("pretrain", recipe, "train.seed=5", "--run", out), "train.seed: 0 there, 5 now", "--run"
+    )
+    assert last_checkpoint(out).read_bytes() == before
+    code, text, _ = run("pretrain", recipe, "data.workers=1", "--run", out)
+    assert code == 0 and "is finished" in text
+
+
+def test_a_damaged_checkpoint_and_a_missing_run(run, recipe, tmp_path):
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "00000002.pt").write_bytes(b"PK damaged")
+    refused(run("pretrain", recipe, "--run", out), "00000002.pt", "not a readable checkpoint")
+    refused(run("knn", tmp_path / "nothing"), "nothing", "no such run")
+    refused(run("export", tmp_path), "holds no checkpoint")
+
+
+def test_evaluation_needs_labelled_pictures(run, recipe, tmp_path):
+    out = tmp_path / "run"
+    run("pretrain", recipe, "--run", out)
+    refused(run("knn", out), "evaluate.train is not set")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate((tmp_path / "data").rglob("*.png")):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    refused(run("knn", out, f"evaluate.train={flat}", f"evaluate.test={flat}"), "folder")
+
+
+def test_debug_shows_the_traceback(recipe):
+    command = [sys.executable, "-m", "mokd_fast.cli", "pretrain", recipe, "data.root=/no/such"]
+    plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
+    assert plain.returncode == 2 and "Traceback" not in plain.stderr
+    assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+def test_brackets_in_a_message_are_not_markup(run):
+    refused(run("knn", "/no/[red]folder"), "/no/[red]folder")
+
+
+def test_doctor(run):
+    code, text, _ = run("doctor")
+    assert code == 0
+    assert "distill_cross_entropy" in text and "reference: chosen" in text
+    assert "xformers" in text and "torch" in text

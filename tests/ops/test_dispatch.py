@@ -1,0 +1,44 @@
+"""Which backend runs, and the sentence why another does not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mokd_fast.ops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def operator(monkeypatch):
+    monkeypatch.setattr(dispatch, "_BACKENDS", {})
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    dispatch.register("op", "reference", lambda x: "slow")
+    dispatch.register("op", "cuda", lambda x: "fast", lambda x: "x is not on a GPU" if x else None)
+
+
+def test_priority_and_fall_through():
+    assert dispatch.pick("op", 0).name == "cuda"
+    assert dispatch.pick("op", 1).name == "reference"
+    assert dispatch.explain("op", 1) == "cuda: x is not on a GPU\nreference: chosen"
+    assert dispatch.explain("op", 0) == "cuda: chosen\nreference: can run too"
+
+
+def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
+    assert dispatch.pick("op", 0, backend="reference").name == "reference"
+    with pytest.raises(RuntimeError, match="'cuda' was asked for but x is not on a GPU"):
+        dispatch.pick("op", 1, backend="cuda")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    with pytest.raises(ValueError, match="no backend 'triton'; it has cuda, reference"):
+        dispatch.pick("op", 0)
+    with pytest.raises(ValueError, match="no operator 'other'"):
+        dispatch.explain("other")
+    with pytest.raises(ValueError, match="the names are"):
+        dispatch.register("op", "fastest", lambda: None)
+
+
+def test_the_operators_import_torch_alone():
+    code = "import sys, mokd_fast.ops; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"timm", "torchvision", "pydantic", "PIL", "rich"} & set(loaded)

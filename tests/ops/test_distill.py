@@ -1,0 +1,165 @@
+"""distill_cross_entropy against the official loop (bench.baseline), and its contract."""
+
+import doctest
+
+import pytest
+import torch
+
+from bench.baseline.official import DINOLoss, SearchLoss
+from mokd_fast.ops import Target, cross_view_pairs, distill, distill_cross_entropy, matched_pairs
+
+V, T, B, K = 5, 2, 3, 17
+
+
+def logits(rows: int, dtype=torch.float64, scale=3.0, **options) -> torch.Tensor:
+    g = torch.Generator().manual_seed(rows)
+    return (torch.randn(rows, B, K, generator=g, dtype=torch.float64) * scale).to(dtype, **options)
+
+
+def official(student, teacher, center, tau):
+    loss = DINOLoss(K, len(student), [tau]).to(student.dtype)
+    loss.center.copy_(center)
+    return loss(student.flatten(0, 1), teacher.flatten(0, 1), 0)
+
+
+def test_dino_and_search_equal_the_official_loops():
+    student, teacher, searched = logits(V).requires_grad_(), logits(T), logits(V - 2)
+    center = torch.linspace(-1, 1, K, dtype=torch.float64)
+    targets = [
+        Target(cross_view_pairs(T, V), teacher, temperature=0.05, center=center),
+        Target(matched_pairs(V, 2), searched, temperature=0.04, weight=0.3),
+    ]
+    loss, terms = distill_cross_entropy(student, targets)
+    dino = official(student, teacher, center, 0.05)
+    search = SearchLoss([0.04])(student[2:].flatten(0, 1), searched.flatten(0, 1), 0)
+    torch.testing.assert_close(terms, torch.stack([dino, search]).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, dino + 0.3 * search, rtol=1e-12, atol=0)
+    (mine,) = torch.autograd.grad(loss, student)
+    (theirs,) = torch.autograd.grad(dino + 0.3 * search, student)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    assert not terms.requires_grad
+
+
+def test_gradcheck_row_sums_and_entropy_bound():
+    student = logits(V).requires_grad_()
+    target = Target(cross_view_pairs(T, V), logits(T), temperature=0.5)
+    assert torch.autograd.gradcheck(
+        lambda s: distill_cross_entropy(s, [target], temperature=0.5)[0], student
+    )
+    loss, _ = distill_cross_entropy(student, [target], temperature=0.5)
+    loss.backward()
+    assert student.grad.sum(-1).abs().max() < 1e-15  # n * 1 - n
+    q = (target.logits / 0.5).softmax(-1)
+    assert loss > -(q * q.log()).sum(-1).mean()  # Gibbs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_low_precision_is_no_worse_than_the_official_loop(dtype, offset):
+    if dtype == torch.float16 and offset:
+        offset = 1e3  # 1e4 leaves fp16 no digit of the logits
+    student, teacher = logits(V) + offset, logits(T)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    center = torch.zeros(K, dtype=torch.float64)
+    exact = official(student.double(), teacher.double(), center, 0.04)
+    rough = official(student.float(), teacher.float(), center.float(), 0.04)
+    mine, _ = distill_cross_entropy(
+        student, [Target(cross_view_pairs(T, V), teacher, temperature=0.04)]
+    )
+    assert mine.dtype == torch.float32
+    assert (mine - exact).abs() <= (rough - exact).abs() + 1e-6 * exact.abs()
+
+
+def test_row_weights_probabilities_and_tensor_temperatures():
+    student, teacher = logits(V), logits(T)
+    pairs = cross_view_pairs(T, V)
+    weight = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    tau = torch.tensor(0.3)
+    loss, _ = distill_cross_entropy(
+        student, [Target(pairs, teacher, temperature=tau, row_weight=weight)], temperature=tau
+    )
+    q, p = (teacher / 0.3).softmax(-1), (student / 0.3).log_softmax(-1)
+    rows = [
+        pairs[t][v] * (weight * -(q[t] * p[v]).sum(-1)).mean() for t in range(T) for v in range(V)
+    ]
+    torch.testing.assert_close(loss, torch.stack(rows).sum(), rtol=1e-6, atol=0)
+    given, _ = distill_cross_entropy(
+        student, [Target(pairs, probs=q, row_weight=weight)], temperature=0.3
+    )
+    torch.testing.assert_close(given, loss, rtol=1e-6, atol=0)
+
+
+def test_extreme_and_empty_inputs():
+    pairs = cross_view_pairs(T, V)
+    student, teacher = logits(V).requires_grad_(), logits(T)
+    empty = torch.zeros(V, 0, K, requires_grad=True)
+    loss, _ = distill_cross_entropy(empty, [Target(pairs, torch.zeros(T, 0, K))])
+    loss.backward()
+    assert loss == 0 and empty.grad.shape == empty.shape
+    teacher[..., 0] = -torch.inf  # probability 0, and the student's column there is pushed down
+    loss, _ = distill_cross_entropy(student, [Target(pairs, teacher)])
+    assert loss.isfinite()
+    bad = student.detach().clone()
+    bad[0, 0, 1] = -torch.inf
+    assert not distill_cross_entropy(bad, [Target(pairs, teacher)])[0].isfinite()
+    bad[0, 0, 1] = torch.nan
+    assert distill_cross_entropy(bad, [Target(pairs, teacher)])[0].isnan()
+
+
+def test_strides_autocast_and_no_gradient_to_the_teacher():
+    pairs = cross_view_pairs(T, V)
+    student, teacher = logits(V), logits(T).requires_grad_()
+    wide = student.repeat(1, 1, 2)[..., :K].transpose(0, 1).contiguous().transpose(0, 1)
+    one = distill_cross_entropy(student, [Target(pairs, teacher)])[0]
+    torch.testing.assert_close(distill_cross_entropy(wide, [Target(pairs, teacher)])[0], one)
+    assert not one.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        under, _ = distill_cross_entropy(student.float(), [Target(pairs, teacher.float())])
+    assert under.dtype == torch.float32
+    torch.testing.assert_close(under, one.float(), rtol=1e-5, atol=0)
+
+
+def test_pairs():
+    assert cross_view_pairs(2, 3) == ((0.0, 0.25, 0.25), (0.25, 0.0, 0.25))
+    assert matched_pairs(3, 1) == ((0.0, 0.5, 0.0), (0.0, 0.0, 0.5))
+    with pytest.raises(ValueError, match="nothing to pair"):
+        cross_view_pairs(1, 1)
+    with pytest.raises(ValueError, match="first"):
+        matched_pairs(2, 2)
+
+
+GOOD = {"pairs": cross_view_pairs(T, V), "logits": torch.zeros(T, B, K)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(T, B, K + 1)}, r"targets\[0\] must hold floating"),
+        ({"logits": torch.zeros(T, B, K, dtype=torch.int64)}, "floating"),
+        ({"logits": torch.zeros(T, B, K, device="meta")}, "is on meta"),
+        ({"logits": None}, "either logits or probs"),
+        ({"probs": torch.zeros(T, B, K)}, "either logits or probs"),
+        ({"pairs": cross_view_pairs(T, V - 1)}, r"pairs must be \[T, V\]"),
+        ({"pairs": ((0.0,) * V,) * T}, "nothing to pair"),
+        ({"temperature": 0.0}, r"targets\[0\].temperature must be > 0"),
+        ({"temperature": torch.nan}, "must be > 0"),
+        ({"center": torch.zeros(K + 1)}, r"center must be \[17\]"),
+        ({"row_weight": torch.zeros(B + 1)}, r"row_weight must be \[3\]"),
+    ],
+)
+def test_bad_targets(change, message):
+    with pytest.raises(ValueError, match=message):
+        distill_cross_entropy(torch.zeros(V, B, K), [Target(**{**GOOD, **change})])
+
+
+def test_bad_students():
+    with pytest.raises(ValueError, match="student must be floating logits"):
+        distill_cross_entropy(torch.zeros(B, K), [Target(**GOOD)])
+    with pytest.raises(ValueError, match="targets is empty"):
+        distill_cross_entropy(torch.zeros(V, B, K), [])
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        distill_cross_entropy(torch.zeros(V, B, K), [Target(**GOOD)], temperature=-1)
+
+
+def test_the_docstring_example():
+    assert doctest.testmod(distill).failed == 0

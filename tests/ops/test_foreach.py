@@ -1,0 +1,60 @@
+"""EMA and the per-tensor clip against the official loops."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.baseline.official import clip_per_tensor_, ema_
+from mokd_fast.ops import clip_grad_per_tensor_, ema_update_
+
+
+def nets() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    student, teacher = (
+        nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)).double() for _ in "st"
+    )
+    return student, teacher
+
+
+def test_ema_is_the_official_one_and_leaves_buffers():
+    student, teacher = nets()
+    twin, buffer = copy.deepcopy(teacher), teacher[1].running_mean.clone()
+    student[1].running_mean.fill_(3)
+    ema_update_(list(teacher.parameters()), list(student.parameters()), 0.9)
+    ema_(twin, student, 0.9)
+    for mine, theirs in zip(teacher.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-15, atol=1e-16)
+    assert torch.equal(teacher[1].running_mean, buffer)
+
+
+def test_clip_is_the_official_one():
+    student, _ = nets()
+    student(torch.randn(9, 5, dtype=torch.float64)).pow(2).sum().mul(10).backward()
+    student[0].bias.grad = None
+    twin = copy.deepcopy(student)
+    for p, q in zip(student.parameters(), twin.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    sizes = sorted(p.grad.norm().item() for p in student.parameters() if p.grad is not None)
+    limit = (sizes[1] + sizes[2]) / 2  # so that some tensors are clipped and some are not
+    norms = clip_grad_per_tensor_(student.parameters(), limit)
+    assert [norm.item() for norm in norms] == clip_per_tensor_(twin, limit)
+    for p, q in zip(student.parameters(), twin.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-14, atol=0)
+    assert clip_grad_per_tensor_([], 1.0) == []
+
+
+class NoHostRead(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), "the host reads a value"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_by_the_host():
+    student, teacher = nets()
+    student(torch.randn(9, 5, dtype=torch.float64)).sum().backward()
+    with NoHostRead():
+        clip_grad_per_tensor_(student.parameters(), 0.1)
+        ema_update_(list(teacher.parameters()), list(student.parameters()), 0.9)

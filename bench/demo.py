@@ -1,6 +1,8 @@
 """The demo over several seeds: what the backbones learned, and where the processor time went.
 
-    python bench/demo.py [--seeds 0 1 2] [--json FILE] [KEY=VALUE ...]
+    python bench/demo.py [--seeds 0 1 2] [--json FILE] [--demo RUN] [KEY=VALUE ...]
+
+--demo takes a run folder that `mokd-fast demo` left as seed 0; --json adds to the file's seeds.
 
 For each seed: the fashion-mnist recipe, then kNN and linear probe of both teachers beside their
 random initialisation and raw pixels; images/s, data-wait and the loader's share of processor time.
@@ -18,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
+import torch
+
 import mokd_fast
 from bench.timing import machine, write_json
 
@@ -29,16 +33,24 @@ def run(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     mokd_fast.pretrain("fashion-mnist", f"train.seed={seed}", *overrides, run=folder)
     seconds = time.perf_counter() - begin
     own, loader = (now - then for now, then in zip(cpu_seconds(), before, strict=True))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     begin = time.perf_counter()
-    table = mokd_fast.linear(folder)
-    return {
-        "table": table,
+    mokd_fast.linear(folder)
+    evaluated = time.perf_counter() - begin
+    measured = {
         "train_s": seconds,
-        "evaluate_s": time.perf_counter() - begin,
+        "evaluate_s": evaluated,
+        "torch_threads": torch.get_num_threads(),
+    }
+    return read(folder) | measured | {"loader_cpu_share": loader / (own + loader)}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What a finished and evaluated run says of itself."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "table": json.loads((folder / "linear.json").read_text()),
         "images_per_s": statistics.median(row["images_per_s"] for row in rows),
         "data_wait": statistics.mean(row["data_wait"] for row in rows),
-        "loader_cpu_share": loader / (own + loader),
         "steps": rows[-1]["step"],
         "loss_1": rows[-1]["loss_1"],
         "loss_2": rows[-1]["loss_2"],
@@ -71,13 +83,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--demo", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "overrides": options.overrides, "seeds": {}}
-    for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            result["seeds"][seed] = run(seed, options.overrides, Path(folder) / "run")
-        row = result["seeds"][seed]
+    result: dict[str, Any] = {"machine": machine(), "seeds": {}}
+    if options.json and options.json.exists():
+        result["seeds"] = json.loads(options.json.read_text())["seeds"]
+    for seed in [0] if options.demo else options.seeds:
+        if options.demo:
+            row = read(options.demo)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                row = run(seed, options.overrides, Path(folder) / "run")
+        result["seeds"][str(seed)] = row
         rates = {key: value for key, value in row.items() if key != "table"}
         print(f"seed {seed}", json.dumps(rates), sep="\n  ")
         for k in next(iter(row["table"].values()))["knn"]:

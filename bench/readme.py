@@ -35,19 +35,15 @@ def demo_table() -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(spread(values) for values in columns) + " |")
     seeds = list(result["seeds"].values())
-    facts = {
-        key: statistics.median(seed[key] for seed in seeds) for key in seeds[0] if key in FACTS
-    }
+    facts = {key: statistics.median(s[key] for s in seeds if key in s) for key in FACTS}
     lines += ["", "; ".join(FACTS[key].format(value) for key, value in facts.items()) + ". "]
     lines[-1] += machine(result)
     return "\n".join(lines)
 
 
 FACTS = {
-    "train_s": "Pre-training {:.0f} s",
-    "images_per_s": "{:.0f} images/s",
-    "data_wait": "data wait {:.1%} of the time",
-    "loader_cpu_share": "loader {:.1%} of the processor time",
+    "data_wait": "Data wait {:.1%} of the time",
+    "loader_cpu_share": "the loader {:.1%} of the processor time",
 }
 
 

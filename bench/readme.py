@@ -15,10 +15,6 @@ RESULTS = ROOT / "bench" / "results" / "cpu-2core"
 K = "20"  # neighbours in the table
 
 
-def demo_output() -> str:
-    return "```\n" + (RESULTS / "demo.txt").read_text().strip("\n") + "\n```"
-
-
 def demo_table() -> str:
     """Mean over the seeds, with the range."""
     result = json.loads((RESULTS / "demo.json").read_text())
@@ -72,7 +68,7 @@ def machine(result: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"demo-output": demo_output, "demo-table": demo_table, "step-table": step_table}
+PARTS = {"demo-table": demo_table, "step-table": step_table}
 
 
 def render(text: str) -> str:

@@ -1,6 +1,7 @@
 """What the command line does after pre-training, from Python: knn, linear, export."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from .train.loop import build
 from .train.recipe import Recipe, load_recipe
 
 Which = Literal["teacher", "student"]
+_log = logging.getLogger(__name__)
 
 
 def load_run(run: str | Path) -> tuple[Recipe, MOKD]:
@@ -116,7 +118,10 @@ def _evaluate(
     )
     if Path(run).is_dir():
         name = "linear.json" if linear else "knn.json"
-        (Path(run) / name).write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            (Path(run) / name).write_text(json.dumps(result, indent=1) + "\n")
+        except OSError as error:  # the result of a long evaluation is worth more than its file
+            _log.warning("%s cannot be written: %s", Path(run) / name, error.strerror)
     return result
 
 

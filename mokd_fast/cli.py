@@ -46,7 +46,7 @@ def pretrain(
     named = words[:1] if words and "=" not in words[0] else []
     recipe = named[0] if named else "resnet50-vit_small"
     folder = start(recipe, *words[len(named) :], run=run, console=console)
-    console.print(f"Run folder: {folder}", highlight=False)
+    _say(f"Run folder: {folder}")
 
 
 @app.command()
@@ -72,7 +72,7 @@ def export(
     from . import api
 
     which: api.Which = "student" if student else "teacher"
-    console.print(api.export(run, model=model, which=which, path=out), highlight=False)
+    _say(str(api.export(run, model=model, which=which, path=out)))
 
 
 @app.command()
@@ -82,7 +82,8 @@ def doctor() -> None:
 
     console.print(facts.environment())
     for op, lines in facts.backends().items():
-        console.print(f"\n[bold]{op}[/bold]\n{lines}", highlight=False)
+        console.print(f"\n[bold]{op}[/bold]")
+        _say(lines)
 
 
 @app.command()
@@ -96,9 +97,9 @@ def demo(
     from .train.loop import pretrain as start
 
     name, folder = fashion_mnist_or_digits()
-    console.print(f"Pictures: {name} in {folder}", highlight=False)
+    _say(f"Pictures: {name} in {folder}")
     if name != "fashion-mnist":
-        console.print("Fashion-MNIST is out of reach here, so scikit-learn's digits stand in.")
+        _say("Fashion-MNIST is out of reach here, so scikit-learn's digits stand in.")
     roots = [
         f"data.root={folder}/train",
         f"evaluate.train={folder}/train",
@@ -113,15 +114,19 @@ def demo(
             for end in ("teacher", "random")
         )
         k = next(iter(trained["knn"]))
-        console.print(
+        _say(
             f"The {kind} learned without a label: kNN {random['knn'][k]:.1f} -> "
             f"{trained['knn'][k]:.1f} %, on shifted pictures {random['knn_shifted'][k]:.1f} -> "
-            f"{trained['knn_shifted'][k]:.1f} % (random initialisation -> trained).",
-            highlight=False,
+            f"{trained['knn_shifted'][k]:.1f} % (random initialisation -> trained)."
         )
-    console.print(f"The run lies in {run}, the backbones in:", highlight=False)
+    _say(f"The run lies in {run}, the backbones in:")
     for file in files:
-        console.print(f"  {file}", highlight=False)
+        _say(f"  {file}")
+
+
+def _say(text: str) -> None:
+    """A line as it is: brackets of a path are no markup, and it is not broken at 80 columns."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _evaluate(kind: str, run: Path, overrides: list[str], student: bool) -> dict[str, dict]:

@@ -37,7 +37,7 @@ def environment() -> Table:
     table.add_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("gpu", ", ".join(gpus) or "none that this torch can see")
-    table.add_row("native module", native_module())
+    table.add_row("native module", escape(native_module()))
     return table
 
 
@@ -45,8 +45,10 @@ def native_module() -> str:
     """How mokd_fast._C was built, or why it is not there."""
     if importlib.util.find_spec("mokd_fast._C") is None:
         return "not built, so everything runs in pure Python; `pip install -v .` shows why"
-    from . import _C  # after torch, so that both share one OpenMP runtime
-
+    try:
+        from . import _C  # after torch, so that both share one OpenMP runtime
+    except ImportError as error:
+        return f"built, but it cannot be loaded: {error}"
     return ", ".join(f"{key} {value}" for key, value in _C.build_info().items())
 
 

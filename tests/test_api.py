@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mokd_fast
-from mokd_fast.nn.backbones import features
+from mokd_fast.interop.export import export_backbone
+from mokd_fast.nn.backbones import build_backbone, features
+from mokd_fast.nn.build import NetworkConfig
 from mokd_fast.train.loop import pretrain
 from tests.train.recipes import CNN, model, pictures, silent, small
 
@@ -39,6 +42,68 @@ def test_export_is_the_backbone_of_the_run(run, number, which):
     trained = getattr(mokd, f"{which}s")[number - 1].backbone.eval()
     assert torch.equal(features(trained, x).pooled, backbone(x))
     assert json.loads(facts["mean"]) == [0.5]
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet10t", "coat_lite_tiny"])
+def test_export_of_other_kinds_loads_strictly(tmp_path, name):
+    """Bias tables that depend on the picture's size; a CNN; tied weights."""
+    backbone = build_backbone(name, size=(64, 64)).eval()
+    network = NetworkConfig(name=name)
+    path = export_backbone(backbone, network, tmp_path / "x", channels=3, size=(64, 64))
+    with safe_open(path, "pt") as file:
+        arguments = json.loads(file.metadata()["create_model"])
+    again = timm.create_model(**arguments).eval()
+    again.load_state_dict(load_file(path))
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x), backbone(x))
+
+
+def test_export_of_a_torchvision_network_does_not_claim_timm(tmp_path):
+    backbone = build_backbone("shufflenet_v2_x0_5")
+    network = NetworkConfig(name="shufflenet_v2_x0_5")
+    path = export_backbone(backbone, network, tmp_path / "x", channels=3, size=(64, 64))
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    assert "create_model" not in facts
+    whole = torchvision.models.get_model(**json.loads(facts["get_model"]))
+    missing, unexpected = whole.load_state_dict(load_file(path), strict=False)
+    assert not unexpected and all(key.startswith("fc.") for key in missing)
+
+
+def test_export_of_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(mokd_fast.UserError, match=r"nothing: no such run folder"):
+        mokd_fast.export(tmp_path / "nothing")
+    with pytest.raises(mokd_fast.UserError, match=r"holds no checkpoint"):
+        mokd_fast.export(tmp_path)
+
+
+def test_pretrain_from_a_dict(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = small(pictures(tmp_path / "data", 8)).model_dump(mode="json")
+    run = mokd_fast.pretrain(tree, "train.duration=4it", console=silent())
+    assert run == Path("runs/small")
+    recipe, mokd = mokd_fast.load_run(run / "checkpoints" / "00000004.pt")
+    assert recipe.train.duration == "4it" and len(mokd.students) == 2
+    with pytest.raises(mokd_fast.UserError, match=r"train.duration: 4it there, 5it now"):
+        mokd_fast.pretrain(recipe, "train.duration=5it", run=run)
+
+
+def test_evaluation_of_unlabelled_pictures(run, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate((tmp_path / "data").rglob("*.png")):
+        path.rename(flat / f"{i}.png")
+    with pytest.raises(mokd_fast.UserError, match="label"):
+        mokd_fast.knn(run, f"evaluate.train={flat}", f"evaluate.test={flat}")
+    with pytest.raises(mokd_fast.UserError, match=r"evaluate.train is not set"):
+        mokd_fast.linear(run)
+
+
+def test_a_result_that_cannot_be_kept_is_still_returned(run, tmp_path, caplog):
+    (run / "knn.json").mkdir()
+    roots = [f"evaluate.{key}={tmp_path / 'data'}" for key in ("train", "test")]
+    assert "pixels" in mokd_fast.knn(run, *roots, which="student")
+    assert "knn.json cannot be written" in caplog.text
 
 
 def test_export_refuses_a_model_that_is_not_there(run):

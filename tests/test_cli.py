@@ -1,5 +1,6 @@
 """Every mistake a user can make: one message that names it and the way out, exit code 2."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from mokd_fast import cli
+import mokd_fast
+from mokd_fast import cli, doctor
 from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
 from tests.train.recipes import pictures, small
 
@@ -155,18 +157,65 @@ def test_evaluation_needs_labelled_pictures(run, recipe, tmp_path):
 
 def test_debug_shows_the_traceback(recipe):
     command = [sys.executable, "-m", "mokd_fast.cli", "pretrain", recipe, "data.root=/no/such"]
-    plain = subprocess.run(command, capture_output=True, text=True, check=False)
-    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
-    assert plain.returncode == 2 and "Traceback" not in plain.stderr
-    assert debug.returncode != 0 and "Traceback" in debug.stderr
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    plain = subprocess.Popen(command, **streams)  # both at once: each imports torch
+    debug = subprocess.Popen([*command, "--debug"], **streams)
+    out, err = plain.communicate()
+    assert plain.returncode == 2 and out == ""
+    assert err.startswith("error: /no/such: no such folder") and "Traceback" not in err
+    _, err = debug.communicate()
+    assert debug.returncode != 0 and "Traceback" in err and "UserError: /no/such" in err
 
 
 def test_brackets_in_a_message_are_not_markup(run):
     refused(run("knn", "/no/[red]folder"), "/no/[red]folder")
 
 
-def test_doctor(run):
+def test_paths_are_printed_as_they_are(run, recipe, tmp_path):
+    """Brackets are no markup, and a long path is not broken over lines."""
+    out = tmp_path / ("[bold]" + "long" * 30)
+    code, text, _ = run("pretrain", recipe, "--run", out)
+    assert code == 0 and f"Run folder: {out}\n" in text
+    assert f"{out} is finished" in run("pretrain", recipe, "--run", out)[1]
+    code, text, _ = run("export", out, "--model", "2", "--student")
+    assert code == 0 and text == f"{out}/exported/2_mokd_vit_tiny_student.safetensors\n"
+    refused(run("export", out, "--model", "3"), "model=3: the run has 2")
+    refused(run("export", out, "--out", tmp_path / "small.yaml" / "x"), "x cannot be written")
+
+
+def test_knn_prints_the_controls_and_keeps_the_result(run, recipe, data, tmp_path):
+    out = tmp_path / "run"
+    run("pretrain", recipe, "--run", out)
+    roots = [f"evaluate.train={data}", f"evaluate.test={data}", "evaluate.k=[1]"]
+    code, text, _ = run("knn", out, *roots)
+    assert code == 0 and (out / "knn.json").exists()
+    for row in ("1 mokd_cnn_tiny teacher", "2 mokd_vit_tiny random", "pixels", "kNN k=1"):
+        assert row in text
+    assert "mokd_cnn_tiny student" in run("knn", out, *roots, "--student")[1]
+
+
+def test_usage_mistakes(run):
+    for words in (("pretrian",), ("knn",), ("export", "x", "--model", "one")):
+        code, _, message = run(*words)
+        assert code == 2 and "Traceback" not in message
+    assert run("--help")[0] == 0
+
+
+def test_doctor(run, monkeypatch):
+    monkeypatch.setattr(doctor, "native_module", lambda: "why [not]")
+    monkeypatch.setitem(doctor.PACKAGES, "no-such-package", "pip install mokd_fast[extra]")
     code, text, _ = run("doctor")
     assert code == 0
+    assert "mokd_fast[extra]" in text and "why [not]" in text
     assert "distill_cross_entropy" in text and "reference: chosen" in text
     assert "xformers" in text and "torch" in text
+
+
+def test_doctor_says_why_there_is_no_native_module(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not built" in doctor.native_module()
+    assert "`pip install -v .` shows why" in doctor.native_module()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setitem(sys.modules, "mokd_fast._C", None)  # an import of it fails
+    monkeypatch.delattr(mokd_fast, "_C", raising=False)
+    assert "cannot be loaded" in doctor.native_module()

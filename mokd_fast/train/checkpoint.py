@@ -1,6 +1,8 @@
 """Checkpoints that are whole or not there: temporary file, fsync, rename."""
 
+import contextlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ..errors import UserError
 # What may differ between a checkpoint and the recipe that resumes it: nothing of the result.
 FREE_KEYS = ("data.workers", "train.device", "train.log_every", "train.checkpoint_every")
 KEEP = 2  # the newest ones; the older one is there in case the newest is damaged
+_REMOVE = "Remove this file to go on from the checkpoint before it."
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -34,7 +37,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is no such folder
+            temporary.unlink(missing_ok=True)
         raise UserError(f"checkpoint {path} cannot be written: {error}") from error
     for old in checkpoints(folder)[:-KEEP]:
         old.unlink()
@@ -50,8 +54,17 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """The state of a checkpoint, loaded with weights_only=True: no code in it can run."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:  # torch's text tells to load it with weights_only=False
+        raise UserError(
+            f"{path} is not a readable checkpoint: it is damaged, or holds Python objects, which "
+            f"are never loaded. {_REMOVE}"
+        ) from error
     except Exception as error:  # a damaged zip raises half a dozen types
-        raise UserError(f"{path} is not a readable checkpoint: {error}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = reason.rstrip(".")
+        raise UserError(f"{path} is not a readable checkpoint: {reason}. {_REMOVE}") from error
     if not isinstance(state, dict) or "step" not in state or "recipe" not in state:
         raise UserError(f"{path} is not a checkpoint of mokd-fast: it has no step and no recipe")
     return state

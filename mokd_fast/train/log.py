@@ -19,12 +19,20 @@ from torch.utils.tensorboard import SummaryWriter
 LINE_EVERY = 10.0  # seconds between two lines where the output is not a terminal
 
 
+def _step(row: str) -> float:
+    """The step of a row of metrics.jsonl; infinite when it is not whole."""
+    try:
+        return json.loads(row)["step"] if row.endswith("\n") else float("inf")
+    except ValueError:
+        return float("inf")
+
+
 class RunLog:
     """Writes every logged step to the run folder and shows the progress.
 
     Args:
-        run: the run folder. metrics.jsonl there loses the rows at or after `start`, which a
-            resumed run writes again.
+        run: the run folder. metrics.jsonl there loses the rows after step `start`, which a
+            resumed run writes again, and a row that a crash cut in two.
         start, total: first step of this process and steps of the whole run.
     """
 
@@ -33,9 +41,10 @@ class RunLog:
         path = run / "metrics.jsonl"
         if path.exists():
             rows = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(row for row in rows if json.loads(row)["step"] <= start))
+            path.write_text("".join(row for row in rows if _step(row) <= start))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        # TensorBoard purges from this step on, and the row of `start` itself stays.
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self._bar = Progress(
             TextColumn("pre-training"),
             BarColumn(),

@@ -116,12 +116,12 @@ class Trainer:
     def fit(self) -> None:
         """Runs to the end of the recipe, with a checkpoint at intervals and at the end."""
         if self.done >= self.total:
-            self.console.print(f"{self.run} is finished: {self.total} steps are done")
+            self._say(f"{self.run} is finished: {self.total} steps are done")
             return
         train = self.recipe.train
         every = max(in_steps(train.checkpoint_every, self.steps_per_epoch, self.total), 1)
         if self.done:
-            self.console.print(f"resuming {self.run} from step {self.done} of {self.total}")
+            self._say(f"resuming {self.run} from step {self.done} of {self.total}")
         batches = self.loader.batches(self.done * train.accumulate)
         meter = Meter(batches)
         self.mokd.train()
@@ -136,6 +136,9 @@ class Trainer:
                     log.write(self._row(meter))  # raises on a non-finite loss, before a save
                 if self.done % every == 0 or last:
                     self.save()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths as they are
 
     def step(self, k: int, batches: Iterator[Views]) -> dict[str, Tensor]:
         """Optimizer step k: forward, backward, clip, freeze, update, EMA, centres.

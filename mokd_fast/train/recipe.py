@@ -30,7 +30,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Floats = Annotated[
     tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
-Ints = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Ints = Annotated[
+    tuple[PositiveInt, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+]
 
 
 class DataConfig(Config):
@@ -45,7 +49,7 @@ class DataConfig(Config):
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"{key} needs {self.channels} values, one a channel")
-        if min(self.std) <= 0:
+        if not all(value > 0 for value in self.std):  # also refuses nan
             raise ValueError("std must be > 0")
         return self
 
@@ -100,7 +104,7 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
     checkpoint_every: Duration = "1ep"
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**64)
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
@@ -166,10 +170,13 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None
     tree = source if isinstance(source, dict) else _read(source)
     for override in overrides or []:
         key, separator, text = override.partition("=")
-        if not separator:
+        if not separator or not key:
             raise UserError(f"override {override!r} is not key=value")
-        value = yaml.load(text, _Loader) if text else None
-        tree = _with_pair(tree, str(value)) if key == "pair" else _set(tree, key.split("."), value)
+        try:
+            value = yaml.load(text, _Loader) if text else None
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        tree = _with_pair(tree, str(value)) if key == "pair" else _set(tree, key, value)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -186,7 +193,9 @@ def _read(source: str | Path) -> dict[str, Any]:
             )
         path = Path(str(resources.files("mokd_fast") / "recipes" / f"{source}.yaml"))
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not a text file in UTF-8: {error}") from error
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -196,17 +205,21 @@ def _read(source: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _set(tree: Any, keys: list[str], value: Any) -> Any:
-    """`tree` with the value at the path replaced; the original is left alone."""
-    if not keys:
-        return value
-    if isinstance(tree, list) and keys[0].isdigit() and int(keys[0]) < len(tree):
-        i = int(keys[0])
-        return [*tree[:i], _set(tree[i], keys[1:], value), *tree[i + 1 :]]
+def _set(tree: Any, key: str, value: Any, done: str = "") -> Any:
+    """`tree` with the value at the dotted path replaced; the original is left alone."""
+    first, _, rest = key.partition(".")
     if isinstance(tree, list):
-        raise UserError(f"key {keys[0]!r}: a number from 0 to {len(tree) - 1} is needed here")
+        if not (first.isdigit() and int(first) < len(tree)):
+            raise UserError(
+                f"key {done}{key}: {first!r} must be a number from 0 to {len(tree) - 1}"
+            )
+        i = int(first)
+        new = _set(tree[i], rest, value, f"{done}{first}.") if rest else value
+        return [*tree[:i], new, *tree[i + 1 :]]
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"key {done}{key}: {done[:-1]} is a value ({tree!r}), with no keys in it")
     branch = dict(tree or {})
-    branch[keys[0]] = _set(branch.get(keys[0]), keys[1:], value)
+    branch[first] = _set(branch.get(first), rest, value, f"{done}{first}.") if rest else value
     return branch
 
 
@@ -215,8 +228,11 @@ def _with_pair(tree: dict[str, Any], pair: str) -> dict[str, Any]:
     names = pair.split("+")
     if len(names) != 2 or not all(names):
         raise UserError(f"pair={pair}: two model names joined by +, as resnet50+vit_small")
-    rows = tree["models"]
-    channels = tree.get("data", {}).get("channels", 3)
+    rows = tree.get("models")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"pair={pair}: the recipe has no list of models for it to name")
+    data = tree.get("data")
+    channels = data.get("channels", 3) if isinstance(data, dict) else 3
     models = [
         {**(rows[0] if is_map_network(name, channels) else rows[-1]), "name": name, "kwargs": {}}
         for name in names
@@ -229,8 +245,8 @@ def _explain(error: ValidationError, tree: Any) -> str:
     for found in error.errors():
         key = ".".join(str(part) for part in found["loc"]) or "recipe"
         if found["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, _known_keys(tree), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = _nearest(key, _known_keys(tree))
+            hint = f"; did you mean {near}?" if near else ""
             lines.append(f"unknown key {key}{hint}")
         else:
             got = "" if found["type"] == "missing" else f", got {found['input']!r}"
@@ -239,6 +255,17 @@ def _explain(error: ValidationError, tree: Any) -> str:
                 got = ""
             lines.append(f"{key}: {message}{got}")
     return "the recipe has mistakes:\n  " + "\n  ".join(lines)
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """A key beside it with nearly its name, one of its name elsewhere, or the most alike."""
+    parent, _, last = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    if near := difflib.get_close_matches(last, beside, n=1, cutoff=0.6):
+        return beside[near[0]]
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    found = difflib.get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.5)
+    return found[0] if found else None
 
 
 def _known_keys(tree: Any) -> list[str]:
@@ -250,9 +277,9 @@ def _known_keys(tree: Any) -> list[str]:
         keys = []
         for name, field in section.model_fields.items():
             inner = _section(field.annotation)
+            keys.append(prefix + name)
             places = [f"{name}.{i}" for i in range(rows)] if name == "models" else [name]
             for place in places:
-                keys.append(prefix + place)
                 if inner is not None:
                     keys.extend(walk(inner, f"{prefix}{place}."))
         return keys

@@ -44,10 +44,10 @@ def teacher_temperature(
 ) -> Schedule:
     """linspace(start, final) with its end point over the warm-up, then `final`.
 
-    A warm-up in epochs is indexed by whole epochs (official); any other moves every step.
+    A warm-up of whole epochs is indexed by them (official); any other moves every step.
     """
     step = np.arange(total)
-    if warmup.endswith("ep"):
+    if warmup.endswith("ep") and float(warmup[:-2]).is_integer():
         count, position = in_steps(warmup, 1), step // steps_per_epoch
     else:
         count, position = in_steps(warmup, steps_per_epoch, total), step

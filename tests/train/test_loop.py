@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mokd_fast
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.recipe import load_recipe
-from tests.train.recipes import CNN, HEAD, VIT, model, pictures, silent, small
+from tests.train.recipes import CNN, HEAD, T_HEAD, VIT, model, pictures, silent, small
 
 TERMS = [f"{kind}_{i}" for i in (1, 2) for kind in ("self_mlp", "self_t", "cross", "search")]
 
@@ -25,11 +26,16 @@ def final_state(run: Path) -> dict:
     return load_checkpoint(checkpoints(run / "checkpoints")[-1])
 
 
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_what_a_run_leaves_behind(data, tmp_path):
     recipe = small(data)
     run = pretrain(recipe, run=tmp_path / "run", console=silent())
     assert load_recipe(run / "recipe.yaml") == recipe
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9, 10, 12]  # every 2 and every epoch
     assert rows[-1]["step"] == 12  # 4 epochs of 14 // 4 steps
     for key in (*TERMS, "loss_1", "loss_2", "images_per_s", "data_wait", "bad_files", "lr_1"):
         assert key in rows[-1]
@@ -41,16 +47,22 @@ def test_what_a_run_leaves_behind(data, tmp_path):
     assert not list(run.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("stop", [1, 5, 7])
-def test_resume_is_bit_equal(data, tmp_path, monkeypatch, stop):
-    """Drop-path draws from torch's generator, so its state must come back too."""
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A recipe and its run. Drop-path draws from torch's generator: its state must come back."""
+    folder = tmp_path_factory.mktemp("whole")
     recipe = small(
-        data,
-        "train.checkpoint_every=1it",
+        pictures(folder / "data", 14),
+        "train.checkpoint_every=2it",
         "train.accumulate=2",
-        models=(CNN, {**VIT, "drop_path": 0.3}),
+        models=({**CNN, "t_head_optimizer": T_HEAD}, {**VIT, "drop_path": 0.3}),
     )
-    whole = pretrain(recipe, run=tmp_path / "whole", console=silent())
+    return recipe, pretrain(recipe, run=folder / "run", console=silent())
+
+
+@pytest.mark.parametrize("stop", [1, 7])  # before the first checkpoint; between two of them
+def test_resume_is_bit_equal(uninterrupted, tmp_path, monkeypatch, stop):
+    recipe, whole = uninterrupted
     step = Trainer.step
 
     def killed(self, k, batches):
@@ -61,12 +73,49 @@ def test_resume_is_bit_equal(data, tmp_path, monkeypatch, stop):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", killed)
         pretrain(recipe, run=tmp_path / "parts", console=silent())
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss_')  # a row that the crash cut in two
     parts = pretrain(recipe, run=tmp_path / "parts", console=silent())
     one, two = final_state(whole), final_state(parts)
     for name, value in one["model"].items():
         assert torch.equal(value, two["model"][name]), name
-    steps = [json.loads(x)["step"] for x in (parts / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps))
+    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    assert [row["step"] for row in metrics(parts)] == [2, 4, 6, 8, 10, 12]
+    for mine, theirs in zip(metrics(parts), metrics(whole), strict=True):
+        for key in (*TERMS, "loss_1", "loss_2", "lr_1", "ema_momentum"):
+            assert mine[key] == theirs[key], key
+    board = EventAccumulator(str(parts / "tensorboard"))
+    board.Reload()
+    logged = {event.step: event.value for event in board.Scalars("loss_1")}
+    assert logged == {row["step"]: pytest.approx(row["loss_1"]) for row in metrics(parts)}
+
+
+def test_a_finished_run_does_nothing(uninterrupted):
+    recipe, run = uninterrupted
+    logged, kept = (run / "metrics.jsonl").read_text(), checkpoints(run / "checkpoints")
+    times = [path.stat().st_mtime_ns for path in kept]
+    console = silent()
+    pretrain(recipe, run=run, console=console)
+    assert f"{run} is finished: 12 steps are done" in console.file.getvalue()
+    assert (run / "metrics.jsonl").read_text() == logged
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_the_last_layers_are_frozen_for_one_epoch(data, tmp_path):
+    trainer = Trainer(small(data), tmp_path / "run", silent())
+    trainer.mokd.train()
+    batches = trainer.loader.batches()
+    for k in range(trainer.steps_per_epoch + 2):
+        before = {n: p.detach().clone() for n, p in trainer.mokd.students.named_parameters()}
+        trainer.step(k, batches)
+        for name, parameter in trainer.mokd.students.named_parameters():
+            if not parameter.requires_grad or k == 0:  # the first step of the warm-up has lr 0
+                continue
+            frozen = ".last_layer." in name and k < trainer.steps_per_epoch
+            moved = not torch.equal(parameter, before[name])
+            assert not (frozen and moved), (k, name)
+            if name.endswith("last_layer.weight_v"):
+                assert frozen or moved, (k, name)
 
 
 def test_accumulation_is_the_whole_batch(data, tmp_path):
@@ -81,9 +130,14 @@ def test_accumulation_is_the_whole_batch(data, tmp_path):
         trainer.mokd.double().train()
         convert = trainer.to_device
         trainer.to_device = lambda views, f=convert: tuple(v.double() for v in f(views))
+        emas = []
+        update = trainer.mokd.update_teachers
+        trainer.mokd.update_teachers = lambda m, f=update, seen=emas: (seen.append(m), f(m))
         losses = [trainer.step(k, iter_from(trainer, k)) for k in range(2)]
+        assert emas == list(trainer.momentum[:2])  # once an optimizer step
         trainers.append((trainer, losses))
     (one, first), (two, second) = trainers
+    assert any(name.startswith("center") for name in one.mokd.state_dict())
     for a, b in zip(first, second, strict=True):
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)
@@ -96,11 +150,13 @@ def iter_from(trainer: Trainer, k: int):
 
 
 def test_bf16_autocast(data, tmp_path):
-    run = pretrain(
-        small(data, "train.precision=bf16", "train.channels_last=true"),
-        run=tmp_path / "run",
-        console=silent(),
-    )
+    precision = ("train.precision=bf16", "train.channels_last=true")
+    run = pretrain(small(data, *precision), run=tmp_path / "run", console=silent())
+    full = pretrain(small(data), run=tmp_path / "full", console=silent())
+    mine, theirs = metrics(run)[0], metrics(full)[0]  # before the two drift apart
+    for key in TERMS:
+        assert mine[key] == pytest.approx(theirs[key], rel=0.1), key
+    assert mine["self_mlp_1"] != theirs["self_mlp_1"], "it ran in fp32"
     assert all(v.isfinite().all() for v in final_state(run)["model"].values())
 
 
@@ -108,7 +164,9 @@ def test_bf16_autocast(data, tmp_path):
 def test_one_model_alone(data, tmp_path, t_head, terms):
     recipe = small(data, models=[VIT], t_head=t_head)
     run = pretrain(recipe, run=tmp_path / "run", console=silent())
-    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    row = metrics(run)[-1]
+    assert row["loss_1"] == pytest.approx(sum(row[key] for key in TERMS if key in row))
+    assert "loss_2" not in row
     assert [key for key in row if key in TERMS] == ["self_mlp_1", "self_t_1"][:terms]
 
 
@@ -138,3 +196,38 @@ def test_checkpoint_every_and_a_failing_save(data, tmp_path, monkeypatch):
         pretrain(recipe, run=tmp_path / "run", console=silent())
     assert final_state(tmp_path / "run")["step"] == 2
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_a_run_that_diverges(data, tmp_path):
+    """The rate is absurd from the second step on, so the loss of the third shows it."""
+    absurd = "models.1.optimizer.lr=1e30"
+    recipe = small(data, absurd, "train.checkpoint_every=10it")
+    message = r"non-finite loss at step 3: \w+\. No checkpoint was written yet\. Try a lower"
+    with pytest.raises(mokd_fast.UserError, match=message):
+        pretrain(recipe, run=tmp_path / "one", console=silent())
+    assert not checkpoints(tmp_path / "one" / "checkpoints")
+
+    recipe = small(data, absurd, "train.checkpoint_every=1it")  # now a save comes first
+    with pytest.raises(mokd_fast.UserError, match=r"not finite after step 2\. .*00000001.pt"):
+        pretrain(recipe, run=tmp_path / "two", console=silent())
+    assert all(v.isfinite().all() for v in final_state(tmp_path / "two")["model"].values())
+    mokd_fast.load_run(tmp_path / "two")
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+    """The last step of a run has no loss after it that would show them."""
+    trainer = Trainer(small(data), tmp_path / "run", silent())
+    trainer.done = 3
+    trainer.save()
+    with torch.no_grad():
+        next(trainer.mokd.students.parameters()).view(-1)[0] = torch.nan
+    trainer.done = 4
+    with pytest.raises(mokd_fast.UserError, match=r"not finite after step 4.*00000003.pt"):
+        trainer.save()
+    assert final_state(tmp_path / "run")["step"] == 3
+
+
+def test_a_gpu_that_is_not_there(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(mokd_fast.UserError, match=r"train.device=cuda but this torch sees no CUDA"):
+        Trainer(small(data, "train.device=cuda"), tmp_path / "run", silent())

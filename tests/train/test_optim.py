@@ -1,10 +1,12 @@
 """Parameter groups, rates and the freeze, as the official code sets them."""
 
+import pytest
 import torch
 
-from mokd_fast.train.loop import build
+from bench.baseline import official
+from mokd_fast.train.loop import Trainer, build
 from mokd_fast.train.optim import ScheduledOptimizer, freeze_last_layers, parameter_groups
-from tests.train.recipes import CNN, T_HEAD, VIT, small
+from tests.train.recipes import CNN, T_HEAD, VIT, pictures, silent, small
 
 
 def names(model, group) -> set[str]:
@@ -13,35 +15,58 @@ def names(model, group) -> set[str]:
 
 
 def test_groups():
-    cnn, vit = build(small("x")).students
+    vit = build(small("x")).students[1]
     decayed, plain = (names(vit, group) for group in parameter_groups(vit, own_t_head=False))
-    assert {"backbone.cls_token", "backbone.pos_embed", "t_head.pos_embed"} <= decayed
-    assert {"mlp_head.last_layer.weight_g", "mlp_head.last_layer.weight_v"} <= decayed
-    assert all(n.endswith(".bias") or "norm" in n or ".bn." in n for n in plain)
+    for name in (
+        "backbone.cls_token", "backbone.pos_embed", "t_head.pos_embed",
+        "mlp_head.last_layer.weight_g", "mlp_head.last_layer.weight_v",
+        "t_head.last_layer.weight_g", "t_head.last_layer.weight_v",
+    ):  # fmt: skip
+        assert name in decayed, name
+    trained = {n: p for n, p in vit.named_parameters() if p.requires_grad}
+    assert plain == {n for n, p in trained.items() if n.endswith(".bias") or p.ndim == 1}
+    assert decayed == trained.keys() - plain
+    assert any(n.endswith("norm.weight") for n in plain)
+
+
+def test_the_t_head_group_of_the_cnn():
+    cnn = build(small("x")).students[0]
     decayed, plain, head = (names(cnn, group) for group in parameter_groups(cnn, own_t_head=True))
     assert {n for n, _ in cnn.named_parameters() if n.startswith("t_head.")} == head
-    assert "mlp_head.last_layer.weight_g" not in decayed | plain | head  # frozen at 1
+    assert any(n.endswith(".bias") for n in head) and any("norm" in n for n in head)
+    rest = {n for n, _ in cnn.named_parameters()} - head
+    # train_norm is false for the CNN: its prototype norms stay 1 and are in no group.
+    assert decayed | plain == rest - {"mlp_head.last_layer.weight_g"} and not decayed & plain
 
 
 def test_rates_follow_the_schedules():
     recipe = small("x", models=({**CNN, "t_head_optimizer": T_HEAD}, VIT))
     student = build(recipe).students[0]
     optimizer = ScheduledOptimizer(recipe.models[0], student, total=10, warmup=2, lr_scale=4.0)
-    optimizer.schedule(1)
-    groups = optimizer.torch.param_groups
-    assert [g["lr"] for g in groups] == [0.2, 0.2, 0.004]  # the ends of the ramps, scaled
-    assert [round(g["weight_decay"], 6) for g in groups] == [
-        1e-4,
-        0.0,
-        round(groups[2]["weight_decay"], 6),
-    ]
-    assert 0.04 < groups[2]["weight_decay"] < 0.4
-    optimizer.schedule(9)
-    assert 0.001 < groups[0]["lr"] < 0.02  # final_lr is not scaled
+    lr = official.cosine_schedule(0.05 * 4, 0.001, 10, 1, warmup_epochs=2)
+    lr_head = official.cosine_schedule(1e-3 * 4, 1e-5, 10, 1, warmup_epochs=2)
+    decay = official.cosine_schedule(0.04, 0.4, 10, 1)
+    for step in range(10):
+        optimizer.schedule(step)
+        groups = optimizer.torch.param_groups
+        assert [g["lr"] for g in groups] == pytest.approx([lr[step], lr[step], lr_head[step]])
+        assert [g["weight_decay"] for g in groups] == pytest.approx([1e-4, 0.0, decay[step]])
+        assert {type(g["lr"]) for g in groups} == {float}  # a NumPy number would not load again
+
+
+def test_lr_scales_with_the_batch(tmp_path):
+    """lr_batch: lr is for that batch; final_lr does not scale; null leaves it as it is."""
+    data = pictures(tmp_path / "data", 14)
+    for lr_batch, factor in ((2, 2.0), ("null", 1.0)):
+        recipe = small(data, f"train.lr_batch={lr_batch}", "train.duration=40it")
+        trainer = Trainer(recipe, tmp_path / "run", silent())
+        rates = trainer.optimizers[0].schedules[0][0]
+        assert rates.max() == pytest.approx(0.05 * factor)
+        assert 0.001 < rates[-1] < 0.001 + 0.01 * 0.05 * factor
 
 
 def test_frozen_layers_do_not_move():
-    recipe = small("x")
+    recipe = small("x", models=({**CNN, "t_head_optimizer": T_HEAD}, VIT))
     for config, student in zip(recipe.models, build(recipe).students, strict=True):
         optimizer = ScheduledOptimizer(config, student, total=4, warmup=0, lr_scale=1.0)
         before = {n: p.detach().clone() for n, p in student.named_parameters()}
@@ -54,3 +79,10 @@ def test_frozen_layers_do_not_move():
         for name, parameter in student.named_parameters():
             frozen = ".last_layer." in name
             assert torch.equal(parameter, before[name]) == frozen, name
+        for p in student.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.schedule(2)
+        optimizer.torch.step()  # momentum of some tensors only, since the others were frozen
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad:
+                assert not torch.equal(parameter, before[name]), name

@@ -1,6 +1,9 @@
 """Recipes: the published numbers, strictness, overrides."""
 
+from importlib import resources
+
 import pytest
+import yaml
 
 from mokd_fast import UserError
 from mokd_fast.train.recipe import load_recipe, published_recipes, total_steps
@@ -42,19 +45,70 @@ def test_every_number_of_the_official_run():
     assert (a.local_size, a.local_scale) == (96, (0.05, 0.25))
     assert (cnn.mlp_head.train_norm, vit.mlp_head.train_norm) == (False, True)
     assert (cnn.mlp_head.hidden, cnn.mlp_head.bottleneck, cnn.mlp_head.layers) == (2048, 256, 3)
+    assert (cnn.mlp_head.batch_norm, vit.mlp_head.batch_norm) == (False, False)
+    assert (vit.mlp_head.hidden, vit.mlp_head.bottleneck, vit.mlp_head.layers) == (2048, 256, 3)
     assert (r.t_head.depth, r.t_head.heads, r.t_head.mlp_ratio) == (3, 6, 4.0)
+    assert r.t_head.dim is None  # the ViT's width
+    assert (a.flip, a.jitter, a.brightness, a.contrast) == (0.5, 0.8, 0.4, 0.4)
+    assert (a.saturation, a.hue, a.grey, a.blur_sigma) == (0.2, 0.1, 0.2, (0.1, 2.0))
+    assert (a.blur, a.solarize) == ((1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
+    assert (r.data.mean, r.data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_the_official_file_states_every_number():
+    """It leans on no default: a changed default cannot change a published run."""
+    text = resources.files("mokd_fast") / "recipes" / "resnet50-vit_small.yaml"
+    stated = yaml.safe_load(text.read_text())
+    official = load_recipe("resnet50-vit_small").model_dump(mode="json")
+    unused = {"kwargs", "momentum", "train_limit", "test_limit"}  # AdamW has no momentum
+
+    def missing(whole, part):
+        if isinstance(whole, dict) and part is not None:
+            for key, value in whole.items():
+                if key not in part:
+                    yield key
+                else:
+                    yield from missing(value, part[key])
+        elif isinstance(whole, list):
+            for one, other in zip(whole, part, strict=True):
+                yield from missing(one, other)
+
+    assert set(missing(official, stated)) <= unused
+    assert stated["models"][0]["optimizer"]["momentum"] == 0.9
+
+
+def test_the_baselines_are_the_official_vit():
+    vit = load_recipe("resnet50-vit_small").models[1]
+    for name in ("dino", "self-distill"):
+        assert load_recipe(name).models[0].model_copy(update={"cross_weight": 0.1}) == vit
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("modles=3", r"unknown key modles; did you mean models\?"),
+        ("batch=3", r"unknown key batch; did you mean train.batch\?"),
+        ("models.0.lr=3", r"did you mean models.0.optimizer.lr\?"),
         ("train.bach=3", "unknown key train.bach; did you mean train.batch"),
-        ("trian.batch=3", "unknown key trian"),
+        ("trian.batch=3", r"unknown key trian; did you mean train\?"),
         ("models.1.optimizer.momentun=0.5", "did you mean models.1.optimizer.momentum"),
         ("train.batch=1.5", "train.batch: .*integer"),
         ("augment.flip=2", "augment.flip"),
         ("data.channels=2", "data.channels"),
         ("data.std=[0.0]", "std must be > 0"),
+        ("data.std=[.nan]", "std must be > 0"),
+        ("data.mean=[0.5", "value is not valid YAML"),
+        ("data.root=[a]", r"data.root: .*string, got \['a'\]"),
+        ("train=3", "train: .*dictionary"),
+        ("train.batch.x=3", "train.batch.x: train.batch is a value"),
+        ("train.seed=99999999999999999999", "train.seed"),
+        ("teacher.momentum=1.5", "teacher.momentum: .*less than or equal to 1"),
+        ("models.0.optimizer.lr=-1", "models.0.optimizer.lr: .*greater than 0"),
+        ("models.0.optimizer.name=lars", "models.0.optimizer.name: .*'sgd' or 'adamw', got 'lars'"),
+        ("models=[]", "models: .*at least 1"),
+        ("evaluate.k=[0]", "evaluate.k"),
+        ("evaluate.k=[]", "evaluate.k"),
+        ("=3", "is not key=value"),
         ("data.mean=[0.1,0.2]", "mean needs 1 values"),
         ("train.duration=5", "duration"),
         ("train.duration=five", "3ep, 200it or 8%"),
@@ -77,6 +131,38 @@ def test_overrides():
     pair = load_recipe("resnet50-vit_small", ["pair=vit_small+resnet18"]).models
     assert [m.optimizer.name for m in pair] == ["adamw", "sgd"]
     assert [m.name for m in pair] == ["vit_small", "resnet18"]
+    both = load_recipe("resnet50-vit_small", ["pair=resnet18+resnet34"]).models
+    assert [m.optimizer.name for m in both] == ["sgd", "sgd"]
+    free = load_recipe("resnet50-vit_small", ["models.1.clip=null", "models.0.clip="])
+    assert [m.clip for m in free.models] == [None, None]
+    tree = small("x").model_dump(mode="json")
+    assert load_recipe(tree, ["train.batch=8"]).train.batch == 8
+    assert tree["train"]["batch"] == 4, "the caller's dict is left alone"
+
+
+def test_a_pair_needs_models_to_name():
+    with pytest.raises(UserError, match="no list of models"):
+        load_recipe({"name": "x", "data": None}, ["pair=resnet18+resnet18"])
+
+
+def test_files_of_recipes(tmp_path):
+    tree = small("x").model_dump(mode="json")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree).replace("lr: 0.05", "lr: 5e-2"))  # YAML 1.1: a string
+    assert load_recipe(path) == small("x")
+    for content, message in (
+        (b"", "must be a mapping of keys"),
+        (b"a: [1", "is not valid YAML"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+        (b"name: x\n", "models: Field required"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_recipe(path)
+    with pytest.raises(UserError, match=r"gone.yaml cannot be read: No such file"):
+        load_recipe(tmp_path / "gone.yaml")
+    with pytest.raises(UserError, match=r"no recipe 'dinno'.*dino, fashion-mnist"):
+        load_recipe("dinno")
 
 
 @pytest.mark.parametrize(
@@ -87,3 +173,6 @@ def test_a_warmup_longer_than_the_run(key):
     with pytest.raises(UserError, match=rf"{key}=5ep is 15 steps, longer than the run"):
         total_steps(recipe, 3)
     assert total_steps(small("x"), 3) == 12
+    for wrong in ("50%", "0it", "0.1ep"):
+        with pytest.raises(UserError, match=rf"train.duration={wrong}: at least one step"):
+            total_steps(small("x", f"train.duration={wrong}"), 3)

@@ -28,4 +28,9 @@ def test_teacher_temperature():
     steps = teacher_temperature(0.04, 0.07, "20it", 70, 7)
     np.testing.assert_allclose(steps[:20], np.linspace(0.04, 0.07, 20))
     assert (steps[20:] == 0.07).all()
-    assert (teacher_temperature(0.04, 0.07, "0ep", 70, 7) == 0.07).all()
+    percent = teacher_temperature(0.04, 0.07, "50%", 70, 7)
+    assert (np.diff(percent[:35]) > 0).all() and (percent[34:] == 0.07).all()
+    half = teacher_temperature(0.04, 0.07, "0.5ep", 70, 10)  # not whole: moves every step
+    np.testing.assert_allclose(half[:5], np.linspace(0.04, 0.07, 5))
+    for none in ("0ep", "0it", "0%"):
+        assert (teacher_temperature(0.04, 0.07, none, 70, 7) == 0.07).all()

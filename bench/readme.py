@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def demo_table() -> str:
     seeds = list(result["seeds"].values())
     facts = {key: statistics.median(s[key] for s in seeds if key in s) for key in FACTS}
     lines += ["", "; ".join(FACTS[key].format(value) for key, value in facts.items()) + ". "]
-    lines[-1] += machine(result)
+    lines[-1] += f"Seeds {', '.join(result['seeds'])}. {machine(result)}"
     return "\n".join(lines)
 
 
@@ -51,7 +52,8 @@ def step_table() -> str:
             f"| {row['shape']} | {row['dtype']} | {row['median_s']:.2f} s "
             f"| {row['baseline_s']:.2f} s | {row['ratio']:.2f}x |"
         )
-    return "\n".join([*lines, "", machine(result)])
+    load = result["calibration"]["load_average"]
+    return "\n".join([*lines, "", f"{machine(result)} Load average at the start: {load:.1f}."])
 
 
 def spread(values: list[float]) -> str:
@@ -71,10 +73,18 @@ def machine(result: dict[str, Any]) -> str:
 PARTS = {"demo-table": demo_table, "step-table": step_table}
 
 
+def filled(name: str, part: Callable[[], str]) -> str:
+    try:
+        return part()
+    except FileNotFoundError as error:
+        print(f"{name}: not measured yet, no {Path(error.filename).name}")
+        return "Not measured yet."
+
+
 def render(text: str) -> str:
     for name, part in PARTS.items():
         pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
-        body = part() + "\n"
+        body = filled(name, part) + "\n"
         text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
     return text
 

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from bench import readme
 from bench.readme import ROOT, render
 from tests.train.recipes import pictures
 
@@ -11,6 +14,20 @@ README = (ROOT / "README.md").read_text()
 
 def test_generated_parts_are_fresh():
     assert render(README) == README, "run python bench/readme.py"
+
+
+def test_missing_results_are_said(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert render(README).count("Not measured yet.") == len(readme.PARTS)
+    assert "step-table: not measured yet, no step.json" in capsys.readouterr().out
+
+
+def test_check_fails_on_a_stale_readme(tmp_path: Path, monkeypatch):
+    (tmp_path / "README.md").write_text("<!-- generated: step-table -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    with pytest.raises(SystemExit, match="stale"):
+        readme.main()
 
 
 def test_links_exist():

@@ -13,9 +13,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
 from . import tiny  # noqa: F401  (registers the tiny models with timm)
@@ -107,7 +109,8 @@ def build_backbone(
 
     A timm name first, a torchvision name otherwise. timm's ResNets are built as torchvision's
     (no zero-init of the last BatchNorm); a ViT's class token starts with std 0.02 (official MOKD).
-    `size` is the global crop size (H, W), `kwargs` go to the network's own constructor.
+    `size` is the global crop size (H, W), `kwargs` go to the network's own constructor. Without
+    `drop_path` and a drop rate in `kwargs` nothing is random, whatever the library's default.
 
     Raises UserError for an unknown name, with the nearest ones, and for kwargs it does not take.
     """
@@ -117,15 +120,32 @@ def build_backbone(
         kwargs["drop_path_rate"] = drop_path
     try:
         if timm.is_model(name):
-            return _timm(name, channels, size, kwargs)
+            return _without_drop(_timm(name, channels, size, kwargs), kwargs)
         if name in torchvision.models.list_models(module=torchvision.models):
-            return _torchvision(name, channels, kwargs)
+            return _without_drop(_torchvision(name, channels, kwargs), kwargs)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise UserError(f"model {name!r} cannot be built with {kwargs}: {error}") from error
     known = [*ALIASES, *timm.list_models(), *torchvision.models.list_models()]
     near = difflib.get_close_matches(name, dict.fromkeys(known), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
     raise UserError(f"unknown model {name!r}: neither timm nor torchvision has it; {hint}")
+
+
+def is_drop_rate(key: str) -> bool:
+    """Whether a constructor's keyword sets drop-path or a dropout, in either library."""
+    return "drop" in key or key == "stochastic_depth_prob"
+
+
+def _without_drop(model: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    """Drop-path and dropout at 0 unless `kwargs` set a rate: Swin's is 0.1 by default."""
+    if any(is_drop_rate(key) for key in kwargs):
+        return model
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, (StochasticDepth, nn.modules.dropout._DropoutNd)):
+            module.p = 0.0
+    return model
 
 
 def _timm(name: str, channels: int, size: tuple[int, int], kwargs: dict[str, Any]) -> nn.Module:

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ..config import Config
 from ..errors import UserError
-from .backbones import Layout, build_backbone, inspect_backbone
+from .backbones import Layout, build_backbone, inspect_backbone, is_drop_rate
 from .heads import MLPHead, THead
 from .mokd import MOKD, Model
 
@@ -71,7 +71,7 @@ def build_mokd(
             network.name,
             channels=channels,
             size=global_size,
-            kwargs={key: value for key, value in network.kwargs.items() if "drop" not in key},
+            kwargs={key: value for key, value in network.kwargs.items() if not is_drop_rate(key)},
         )
         for network in networks
     ]

@@ -83,7 +83,7 @@ def distill_cross_entropy(
         student: logits [V, B, K]; fp16, bf16, fp32 or fp64, any strides. The arithmetic is fp32
             (fp64 for fp64), under autocast too.
         targets: at least one `Target` for the same V, B and K.
-        temperature: student temperature, > 0.
+        temperature: student temperature, > 0; a 0-d tensor as in `Target`.
         backend: forces a backend, as the environment variable MOKD_FAST_BACKEND does.
 
     Returns:
@@ -162,8 +162,8 @@ def _check_target(name: str, target: Target, student: Tensor) -> None:
 
 def _check_temperature(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):  # its value stays on the device: reading it would synchronise
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be one number, got shape {list(value.shape)}")
+        if value.ndim:
+            raise ValueError(f"{name} must be 0-d, one number, got shape {list(value.shape)}")
     elif not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
 

@@ -13,6 +13,8 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
     Both sequences are parameters in the same order; buffers (BN statistics) are not averaged,
     the teacher's come from its own forward passes (official MOKD and DINO).
     """
+    if not teacher:
+        return
     torch._foreach_mul_(list(teacher), momentum)
     torch._foreach_add_(list(teacher), list(student), alpha=1 - momentum)
 

@@ -23,7 +23,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def target_probs(target: "Target", dtype: torch.dtype) -> Tensor:
     """q = softmax((logits - center) / temperature), or the given probabilities. [T, B, K]"""
     if target.probs is not None:
-        return target.probs.to(dtype)
+        return target.probs.detach().to(dtype)  # to() alone may return the tensor itself
     assert target.logits is not None
     logits = target.logits.to(dtype)
     if target.center is not None:
@@ -54,7 +54,7 @@ def distill_cross_entropy(
                 mix = sum(q[t] * weight for t, weight in pairs)  # Q_v [B, K]
                 rows = -(mix * log_p).sum(dim=-1)  # [B]
                 if target.row_weight is not None:
-                    rows = rows * target.row_weight.to(dtype)
+                    rows = rows * target.row_weight.detach().to(dtype)
                 # Not mean(): without images the loss is 0, not NaN.
                 terms[i] = terms[i] + rows.sum() / max(images, 1)
         weighted = [term * target.weight for term, target in zip(terms, targets, strict=True)]

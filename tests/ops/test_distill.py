@@ -163,3 +163,13 @@ def test_bad_students():
 
 def test_the_docstring_example():
     assert doctest.testmod(distill).failed == 0
+
+
+def test_no_gradient_reaches_probabilities_or_row_weights():
+    """Same dtype as the arithmetic: a cast alone would hand back the tensor with its graph."""
+    q = logits(T).softmax(-1).requires_grad_()
+    weight = torch.ones(B, dtype=torch.float64, requires_grad=True)
+    target = Target(cross_view_pairs(T, V), probs=q, row_weight=weight)
+    loss, _ = distill_cross_entropy(logits(V).requires_grad_(), [target])
+    loss.backward()
+    assert q.grad is None and weight.grad is None

@@ -2,9 +2,12 @@
 
 import warnings
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from bench.baseline.official import THead as OfficialTHead
 from mokd_fast.nn.heads import MLPHead, Prototypes, THead
 
 
@@ -23,6 +26,29 @@ def test_prototypes_are_weight_norm():
     theirs.load_state_dict(layer.state_dict())
     x = torch.randn(4, 6)
     torch.testing.assert_close(layer(x), theirs(x))
+    for module in (layer, theirs):
+        module(x).pow(2).sum().backward()
+    for name in ("weight_g", "weight_v"):
+        mine, expected = layer.get_parameter(name).grad, theirs.get_parameter(name).grad
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_mlp_head_step_by_step(batch_norm):
+    head = MLPHead(6, 9, hidden=8, bottleneck=5, layers=3, batch_norm=batch_norm)
+    first, second = (3, 6) if batch_norm else (2, 4)
+    linear = {f"mlp.{i}.{w}" for i in (0, first, second) for w in ("weight", "bias")}
+    last = {"last_layer.weight_g", "last_layer.weight_v"}
+    norm = {f"mlp.{i}.{w}" for i in (1, 4) for w in ("weight", "bias")} if batch_norm else set()
+    assert {name for name, _ in head.named_parameters()} == linear | norm | last
+    y = x = torch.randn(4, 6)
+    for i in (0, first):
+        y = head.mlp[i](y)
+        y = F.gelu(head.mlp[i + 1](y) if batch_norm else y)
+    y = head.mlp[second](y)
+    y = y / y.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(head(x), F.linear(y, F.normalize(head.last_layer.weight_v)))
+    assert len(MLPHead(6, 9, layers=1).mlp) == 1
 
 
 def test_names_and_starts():
@@ -42,6 +68,23 @@ def test_names_and_starts():
     assert "stem" not in {n.split(".")[0] for n in t_head(stem=False).state_dict()}
 
 
+@pytest.mark.parametrize("stem", [True, False])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 3)])
+def test_t_head_is_the_official_one(stem, grid):
+    """Strict state dict, plain pass and the search with its repeated maps."""
+    head = t_head(stem)
+    width = 20 if stem else 12
+    official = OfficialTHead(width, 12, 33, (4, 4), depth=2, num_heads=3, stem=stem).double()
+    official.load_state_dict(head.state_dict())
+    tokens = torch.randn(2, grid[0] * grid[1], width, dtype=torch.float64)
+    queries = torch.randn(3, 2, 12, dtype=torch.float64)
+    plain, _ = official(tokens, grid)
+    searched, _ = official(tokens.repeat(3, 1, 1), grid, queries.flatten(0, 1))
+    torch.testing.assert_close(head(tokens, grid), plain, rtol=1e-12, atol=1e-13)
+    found = head.search(tokens, grid, queries).flatten(0, 1)
+    torch.testing.assert_close(found, searched, rtol=1e-12, atol=1e-13)
+
+
 def test_search_is_the_literal_concatenation():
     head, tokens = t_head(), torch.randn(2, 6, 20, dtype=torch.float64)
     queries = torch.randn(3, 2, 12, dtype=torch.float64)
@@ -59,3 +102,6 @@ def test_the_query_is_detached_and_the_pooled_stem():
     query = head.query(tokens.mean(1))
     assert not query.requires_grad
     torch.testing.assert_close(query, head.stem(tokens).mean(1).detach())
+    pooled = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    query = t_head(stem=False).query(pooled)  # of the T-Head's width: the feature itself
+    assert torch.equal(query, pooled) and not query.requires_grad

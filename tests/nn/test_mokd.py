@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from timm.layers import DropPath
 
+from bench.baseline.official import SearchLoss
 from mokd_fast import UserError
 from mokd_fast.nn import Temperatures
 from mokd_fast.nn.build import NetworkConfig, THeadConfig, build_mokd
 from mokd_fast.train.loop import build
-from tests.train.recipes import CNN, VIT, small
+from tests.train.recipes import CNN, VIT, model, small
 
 TAUS = [Temperatures(0.04, 0.04, 0.04)] * 2
 
@@ -17,9 +19,23 @@ def views(n_local: int = 2):
     return torch.randn(2, 4, 1, 28, 28), torch.randn(n_local, 4, 1, 14, 14) if n_local else None
 
 
-def test_no_parameter_lives_on_the_search_path_alone():
-    mokd = build(small("x")).train()
-    torch.stack(mokd(*views(), TAUS).totals).sum().backward()
+NARROW = model("vit_tiny_patch16_224", kwargs={"patch_size": 7, "depth": 1, "embed_dim": 24})
+NARROW["kwargs"]["num_heads"] = 3
+
+
+@pytest.mark.parametrize(
+    ("models", "t_head"),
+    [
+        ((CNN, VIT), {"dim": 48, "depth": 2, "heads": 4}),  # both have a stem
+        ((CNN, VIT), {"depth": 1, "heads": 4}),  # the ViT has none
+        ((CNN, CNN), {"dim": 128, "depth": 1, "heads": 4}),
+        ((NARROW, VIT), {"depth": 1, "heads": 4}),  # unequal widths
+    ],
+)
+@pytest.mark.parametrize("locals_", [0, 2])
+def test_no_parameter_lives_on_the_search_path_alone(models, t_head, locals_):
+    mokd = build(small("x", models=models, t_head=t_head)).train()
+    torch.stack(mokd(*views(locals_), TAUS).totals).sum().backward()
     for name, parameter in mokd.named_parameters():
         if name.startswith("teachers"):
             assert not parameter.requires_grad and parameter.grad is None
@@ -33,11 +49,85 @@ def test_teachers_start_as_copies_without_drop_path():
     for student, teacher in zip(mokd.students, mokd.teachers, strict=True):
         for name, value in student.state_dict().items():
             assert torch.equal(value, teacher.state_dict()[name])
+    assert not any(isinstance(m, DropPath) and m.drop_prob for m in mokd.teachers.modules())
+    assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in mokd.teachers.modules())
+    assert not any(p.requires_grad for p in mokd.teachers.parameters())
     x, _ = views()
     first, second = (mokd.teachers[1](x).mlp for _ in range(2))
     assert torch.equal(first, second)
     first, second = (mokd.students[1](x).mlp for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def test_batch_norm_of_a_teacher_sees_the_globals_alone():
+    mokd = build(small("x")).train()
+    x, local = views()
+    mokd(x, local, TAUS)
+    teacher, student = (m.backbone.stem.bn for m in (mokd.teachers[0], mokd.students[0]))
+    assert teacher.num_batches_tracked == 1 and student.num_batches_tracked == 2
+    y = mokd.teachers[0].backbone.stem.conv(x.flatten(0, 1))
+    torch.testing.assert_close(teacher.running_mean, 0.1 * y.mean((0, 2, 3)))
+    mokd.teachers[0].backbone.stem.bn.reset_running_stats()
+    again = mokd.teachers[0](x).mlp  # batch statistics, not the running ones
+    mokd.eval()
+    assert not torch.allclose(mokd.teachers[0](x).mlp, again)
+
+
+@pytest.mark.parametrize("locals_", [0, 1, 3])
+def test_who_searches_which_map(locals_):
+    """Locals search view 1's map; without them view 1 searches view 2's and the other way round."""
+    mokd = build(small("x")).train()
+    x, local = views(locals_)
+    out = mokd(x, local, TAUS)
+    for i in (0, 1):
+        student, teacher = mokd.students[i], mokd.teachers[1 - i]
+        maps = teacher(x).features.tokens.unflatten(0, (2, 4))
+        grid, head = teacher(x).features.grid, teacher.t_head
+        own = student(x if local is None else local)
+        searched = [
+            head.search(maps[1 - q if local is None else 0], grid, own.query[q : q + 1])[0]
+            for q in range(len(own.query))
+        ]
+        expected = SearchLoss([0.04])(own.t.flatten(0, 1), torch.cat(searched), 0)
+        torch.testing.assert_close(out.terms[f"search_{i + 1}"], expected.detach())
+
+
+def changed(mokd, taus):
+    """Names of the losses that are not those of the plain temperatures and centres."""
+    plain = build(small("x")).train()
+    plain.load_state_dict(mokd.state_dict())
+    for name, buffer in plain.named_buffers():
+        if name.startswith("center"):
+            buffer.zero_()
+    before, after = plain(*views(), TAUS).terms, mokd(*views(), taus).terms
+    assert list(before) == list(after) and len(before) == 8
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_each_temperature_belongs_to_its_own_losses():
+    mokd = build(small("x")).train()
+    for i in (0, 1):
+        for kind in ("self", "cross", "search"):
+            taus = list(TAUS)
+            taus[i] = taus[i]._replace(**{kind: 0.09})
+            names = {"self_mlp", "self_t"} if kind == "self" else {kind}
+            assert changed(mokd, taus) == {f"{name}_{i + 1}" for name in names}
+
+
+def test_each_centre_belongs_to_its_teacher():
+    """Cross-distillation takes the other teacher's centre, the search none."""
+    users = {
+        "center_mlp_1": {"self_mlp_1", "cross_2"},
+        "center_mlp_2": {"self_mlp_2", "cross_1"},
+        "center_t_1": {"self_t_1"},
+        "center_t_2": {"self_t_2"},
+    }
+    mokd = build(small("x")).train()
+    assert {name for name, _ in mokd.named_buffers(recurse=False)} == set(users)
+    for name, losses in users.items():
+        mokd.get_buffer(name).normal_()
+        assert changed(mokd, TAUS) == losses
+        mokd.get_buffer(name).zero_()
 
 
 def test_ema_moves_parameters_alone():
@@ -83,6 +173,7 @@ def test_one_model_is_self_distillation(t_head, names):
     mokd = build(small("x", models=[VIT], t_head=t_head)).train()
     out = mokd(*views(), TAUS)
     assert list(out.terms) == (names or ["self_mlp_1", "self_t_1"]) and len(out.totals) == 1
+    torch.testing.assert_close(out.totals[0].detach(), sum(out.terms.values()))
 
 
 def build_pair(*names: str, **t_head):

@@ -27,6 +27,12 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     assert dispatch.pick("op", 0, backend="reference").name == "reference"
     with pytest.raises(RuntimeError, match="'cuda' was asked for but x is not on a GPU"):
         dispatch.pick("op", 1, backend="cuda")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    assert dispatch.pick("op", 0).name == "reference"
+    assert dispatch.pick("op", 0, backend="cuda").name == "cuda"  # the argument wins
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
+    with pytest.raises(RuntimeError, match="x is not on a GPU"):
+        dispatch.pick("op", 1)
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
     with pytest.raises(ValueError, match="no backend 'triton'; it has cuda, reference"):
         dispatch.pick("op", 0)
@@ -34,6 +40,20 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
         dispatch.explain("other")
     with pytest.raises(ValueError, match="the names are"):
         dispatch.register("op", "fastest", lambda: None)
+
+
+def test_the_order_does_not_depend_on_who_registers_first():
+    for name in ("cpu", "triton"):
+        dispatch.register("op", name, lambda x: None)
+    lines = dispatch.explain("op", 0).splitlines()
+    assert tuple(line.split(":")[0] for line in lines) == dispatch.PRIORITY
+
+
+def test_when_none_can_run_every_reason_is_said():
+    dispatch.register("gpu_op", "triton", lambda: None, lambda: "there is no GPU")
+    dispatch.register("gpu_op", "cuda", lambda: None, lambda: "it was not built")
+    with pytest.raises(RuntimeError, match="cuda: it was not built\ntriton: there is no GPU"):
+        dispatch.pick("gpu_op")
 
 
 def test_the_operators_import_torch_alone():

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from bench.baseline.official import DINOLoss, SearchLoss
-from mokd_fast.ops import Target, cross_view_pairs, distill, distill_cross_entropy, matched_pairs
+from mokd_fast.ops import (
+    Target,
+    cross_view_pairs,
+    distill,
+    distill_cross_entropy,
+    explain,
+    matched_pairs,
+)
 
 V, T, B, K = 5, 2, 3, 17
 
@@ -40,6 +47,47 @@ def test_dino_and_search_equal_the_official_loops():
     assert not terms.requires_grad
 
 
+@pytest.mark.parametrize(("v", "t", "k"), [(1, 3, 7), (4, 1, 1), (3, 5, 33)])
+def test_the_formula_as_a_double_sum(v, t, k):
+    """Any pairs and any shape: loss and gradient as the design writes them."""
+    g = torch.Generator().manual_seed(v)
+    student, teacher = (torch.randn(n, B, k, generator=g, dtype=torch.float64) * 3 for n in (v, t))
+    student.requires_grad_()
+    center, pairs = torch.randn(k, generator=g, dtype=torch.float64), torch.rand(t, v, generator=g)
+    pairs[0, -1] = 0
+    row = torch.rand(B, generator=g, dtype=torch.float64)
+    target = Target(tuple(map(tuple, pairs.tolist())), teacher, None, 0.07, center, 0.5, row)
+    loss, terms = distill_cross_entropy(student, [target], temperature=0.2)
+    (mine,) = torch.autograd.grad(loss, student)
+    weights, q = pairs.double(), ((teacher - center) / 0.07).softmax(-1)
+    expected, gradient = 0.0, torch.zeros_like(student)
+    for j in range(v):
+        log_p = (student[j] / 0.2).log_softmax(-1)
+        for i in range(t):
+            expected += weights[i, j] * (row * -(q[i] * log_p).sum(-1)).mean()
+            gradient[j] += weights[i, j] * row[:, None] * (log_p.exp() - q[i]) / (0.2 * B)
+    torch.testing.assert_close(terms[0], expected.detach(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(loss, 0.5 * expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(mine, 0.5 * gradient.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_one_call_is_the_sum_of_its_targets():
+    student, pairs = logits(V).requires_grad_(), cross_view_pairs(T, V)
+    targets = [
+        Target(pairs, logits(T), temperature=0.05),
+        Target(matched_pairs(V), logits(V), temperature=0.3, weight=-2.0),
+        Target(pairs, probs=logits(T).softmax(-1), weight=0.0),
+    ]
+    loss, terms = distill_cross_entropy(student, targets)
+    alone = [distill_cross_entropy(student, [target]) for target in targets]
+    torch.testing.assert_close(loss, torch.stack([x for x, _ in alone]).sum())
+    torch.testing.assert_close(terms, torch.cat([x for _, x in alone]))
+    torch.testing.assert_close(loss, terms[0] - 2 * terms[1])
+    (mine,) = torch.autograd.grad(loss, student)
+    (theirs,) = torch.autograd.grad(sum(x for x, _ in alone), student)
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_gradcheck_row_sums_and_entropy_bound():
     student = logits(V).requires_grad_()
     target = Target(cross_view_pairs(T, V), logits(T), temperature=0.5)
@@ -61,13 +109,21 @@ def test_low_precision_is_no_worse_than_the_official_loop(dtype, offset):
     student, teacher = logits(V) + offset, logits(T)
     student, teacher = student.to(dtype), teacher.to(dtype)
     center = torch.zeros(K, dtype=torch.float64)
-    exact = official(student.double(), teacher.double(), center, 0.04)
-    rough = official(student.float(), teacher.float(), center.float(), 0.04)
+    leaf, mid, low = (student.to(d).requires_grad_() for d in (torch.float64, torch.float32, dtype))
+    exact = official(leaf, teacher.double(), center, 0.04)
+    rough = official(mid, teacher.float(), center.float(), 0.04)
     mine, _ = distill_cross_entropy(
-        student, [Target(cross_view_pairs(T, V), teacher, temperature=0.04)]
+        low, [Target(cross_view_pairs(T, V), teacher, temperature=0.04)]
     )
     assert mine.dtype == torch.float32
     assert (mine - exact).abs() <= (rough - exact).abs() + 1e-6 * exact.abs()
+    for loss in (exact, rough, mine):
+        loss.backward()
+    assert low.grad.dtype == dtype
+    # One rounding to the student's type on top of the official fp32 error.
+    error, allowed = ((x.grad - leaf.grad).abs() for x in (low, mid))
+    top = leaf.grad.abs()
+    assert (error <= allowed + 1e-6 * top.max() + torch.finfo(dtype).eps * top).all()
 
 
 def test_row_weights_probabilities_and_tensor_temperatures():
@@ -97,13 +153,58 @@ def test_extreme_and_empty_inputs():
     loss.backward()
     assert loss == 0 and empty.grad.shape == empty.shape
     teacher[..., 0] = -torch.inf  # probability 0, and the student's column there is pushed down
+    q = torch.cat([torch.zeros(T, B, 1), teacher[..., 1:].softmax(-1)], dim=-1)
     loss, _ = distill_cross_entropy(student, [Target(pairs, teacher)])
-    assert loss.isfinite()
+    torch.testing.assert_close(loss, distill_cross_entropy(student, [Target(pairs, probs=q)])[0])
+    loss.backward()
+    assert (student.grad[..., 0] > 0).all()
     bad = student.detach().clone()
     bad[0, 0, 1] = -torch.inf
     assert not distill_cross_entropy(bad, [Target(pairs, teacher)])[0].isfinite()
     bad[0, 0, 1] = torch.nan
     assert distill_cross_entropy(bad, [Target(pairs, teacher)])[0].isnan()
+    teacher[1, 2, 3] = torch.nan
+    assert distill_cross_entropy(student, [Target(pairs, teacher)])[0].isnan()
+
+
+def test_any_strides():
+    pairs = cross_view_pairs(T, V)
+    one_view, one_row = logits(1), logits(1)[:, :1].expand(T, B, K)  # stride 0
+    columns = (
+        logits(V).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    )  # K is not the last in memory
+    for student in (one_view.expand(V, B, K), columns, logits(2 * V)[::2].flip(-1)):
+        copies = [Target(pairs, one_row.contiguous(), center=columns[0, 0].contiguous())]
+        views = [Target(pairs, one_row, center=columns[0, 0])]
+        torch.testing.assert_close(
+            distill_cross_entropy(student, views)[0],
+            distill_cross_entropy(student.contiguous(), copies)[0],
+        )
+
+
+def test_no_gradient_leaves_through_a_target():
+    """Same dtype as the arithmetic: a cast alone would hand back the tensor with its graph."""
+    student, pairs = logits(V).requires_grad_(), cross_view_pairs(T, V)
+    own = {"logits": logits(T), "probs": logits(T).softmax(-1), "center": logits(1)[0, 0]}
+    own = {name: x.detach().requires_grad_() for name, x in own.items()}
+    row = torch.ones(B, dtype=torch.float64, requires_grad=True)
+    targets = [
+        Target(pairs, own["logits"], center=own["center"], row_weight=row),
+        Target(pairs, probs=own["probs"], row_weight=row),
+    ]
+    loss, terms = distill_cross_entropy(student, targets)
+    loss.backward()
+    assert student.grad is not None and not terms.requires_grad
+    assert row.grad is None and all(x.grad is None for x in own.values())
+
+
+def test_the_backend_is_chosen_and_explained():
+    student, targets = logits(V), [Target(cross_view_pairs(T, V), logits(T))]
+    assert explain("distill_cross_entropy", student, targets, 0.1).endswith("reference: chosen")
+    loss, _ = distill_cross_entropy(student, targets, backend="reference")
+    torch.testing.assert_close(loss, distill_cross_entropy(student, targets)[0])
+    with pytest.raises(ValueError, match="no backend 'fastest'"):
+        distill_cross_entropy(student, targets, backend="fastest")
 
 
 def test_strides_autocast_and_no_gradient_to_the_teacher():
@@ -124,8 +225,13 @@ def test_pairs():
     assert matched_pairs(3, 1) == ((0.0, 0.5, 0.0), (0.0, 0.0, 0.5))
     with pytest.raises(ValueError, match="nothing to pair"):
         cross_view_pairs(1, 1)
-    with pytest.raises(ValueError, match="first"):
-        matched_pairs(2, 2)
+    assert all(abs(sum(map(sum, cross_view_pairs(t, v))) - 1) < 1e-15 for t, v in ((2, 10), (3, 1)))
+    for t, v in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="nothing to pair"):
+            cross_view_pairs(t, v)
+    for first in (2, -1):
+        with pytest.raises(ValueError, match="first"):
+            matched_pairs(2, first)
 
 
 GOOD = {"pairs": cross_view_pairs(T, V), "logits": torch.zeros(T, B, K)}
@@ -141,6 +247,12 @@ GOOD = {"pairs": cross_view_pairs(T, V), "logits": torch.zeros(T, B, K)}
         ({"probs": torch.zeros(T, B, K)}, "either logits or probs"),
         ({"pairs": cross_view_pairs(T, V - 1)}, r"pairs must be \[T, V\]"),
         ({"pairs": ((0.0,) * V,) * T}, "nothing to pair"),
+        ({"pairs": cross_view_pairs(T + 1, V)}, r"pairs must be \[T, V\] = \[2, 5\]"),
+        ({"logits": None, "probs": torch.zeros(T, B + 1, K)}, "must hold floating"),
+        ({"logits": None, "probs": torch.zeros(T, B, K), "center": torch.zeros(K)}, "no center"),
+        ({"center": torch.zeros(K, device="meta")}, "center is on meta"),
+        ({"row_weight": torch.zeros(B, device="meta")}, "row_weight is on meta"),
+        ({"temperature": torch.ones(1, 1)}, "must be 0-d"),
         ({"temperature": 0.0}, r"targets\[0\].temperature must be > 0"),
         ({"temperature": torch.nan}, "must be > 0"),
         ({"center": torch.zeros(K + 1)}, r"center must be \[17\]"),
@@ -155,6 +267,13 @@ def test_bad_targets(change, message):
 def test_bad_students():
     with pytest.raises(ValueError, match="student must be floating logits"):
         distill_cross_entropy(torch.zeros(B, K), [Target(**GOOD)])
+    with pytest.raises(ValueError, match="student must be floating logits"):
+        distill_cross_entropy(torch.zeros(V, B, K, dtype=torch.int64), [Target(**GOOD)])
+    with pytest.raises(ValueError, match="temperature must be 0-d"):
+        distill_cross_entropy(torch.zeros(V, B, K), [Target(**GOOD)], temperature=torch.ones(1))
+    with pytest.raises(ValueError, match=r"targets\[1\].temperature"):
+        bad = Target(**{**GOOD, "temperature": -1.0})
+        distill_cross_entropy(torch.zeros(V, B, K), [Target(**GOOD), bad])
     with pytest.raises(ValueError, match="targets is empty"):
         distill_cross_entropy(torch.zeros(V, B, K), [])
     with pytest.raises(ValueError, match="temperature must be > 0"):
@@ -162,14 +281,5 @@ def test_bad_students():
 
 
 def test_the_docstring_example():
-    assert doctest.testmod(distill).failed == 0
-
-
-def test_no_gradient_reaches_probabilities_or_row_weights():
-    """Same dtype as the arithmetic: a cast alone would hand back the tensor with its graph."""
-    q = logits(T).softmax(-1).requires_grad_()
-    weight = torch.ones(B, dtype=torch.float64, requires_grad=True)
-    target = Target(cross_view_pairs(T, V), probs=q, row_weight=weight)
-    loss, _ = distill_cross_entropy(logits(V).requires_grad_(), [target])
-    loss.backward()
-    assert q.grad is None and weight.grad is None
+    found = doctest.testmod(distill)
+    assert found.failed == 0 and found.attempted > 0

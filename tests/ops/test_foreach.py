@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,17 @@ def test_ema_is_the_official_one_and_leaves_buffers():
     assert torch.equal(teacher[1].running_mean, buffer)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.996, 1.0])
+def test_ema_in_fp32(momentum):
+    student, teacher = (net.float() for net in nets())
+    twin = copy.deepcopy(teacher)
+    ema_update_(tuple(teacher.parameters()), tuple(student.parameters()), momentum)
+    ema_(twin, student, momentum)
+    for mine, theirs in zip(teacher.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-7, atol=1e-8)
+    ema_update_([], [], momentum)
+
+
 def test_clip_is_the_official_one():
     student, _ = nets()
     student(torch.randn(9, 5, dtype=torch.float64)).pow(2).sum().mul(10).backward()
@@ -44,6 +56,20 @@ def test_clip_is_the_official_one():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-14, atol=0)
     assert clip_grad_per_tensor_([], 1.0) == []
+    assert clip_grad_per_tensor_([nn.Parameter(torch.ones(3))], 1.0) == []  # no gradient yet
+
+
+def test_clip_of_odd_gradients():
+    """A zero gradient stays, a layout survives, a bad value is not hidden."""
+    params = [nn.Parameter(torch.ones(2, 3, 4, 4)) for _ in range(3)]
+    params[0].grad = torch.zeros(2, 3, 4, 4)
+    params[1].grad = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    params[2].grad = torch.full((2, 3, 4, 4), torch.nan)
+    norms = clip_grad_per_tensor_(iter(params), 2.0)
+    assert norms[0] == 0 and norms[2].isnan()
+    assert (params[0].grad == 0).all() and params[2].grad.isnan().all()
+    assert params[1].grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(params[1].grad.norm(), torch.tensor(2.0))
 
 
 class NoHostRead(TorchDispatchMode):

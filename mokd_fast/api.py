@@ -65,7 +65,8 @@ def export(
         raise UserError(f"model={model}: the run has {len(recipe.models)} model(s), counted from 1")
     network = recipe.models[model - 1]
     if path is None:
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        # A checkpoint file lies in RUN/checkpoints.
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
         path = folder / "exported" / f"{model}_{network.name}_{which}.safetensors"
     networks = mokd.teachers if which == "teacher" else mokd.students
     return export_backbone(

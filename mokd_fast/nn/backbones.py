@@ -56,6 +56,8 @@ def features(model: nn.Module, x: Tensor) -> Features:
     else:
         y = model.forward_features(x)  # type: ignore[operator]
         pooled = model.forward_head(y, pre_logits=True)  # type: ignore[operator]
+    if not isinstance(y, Tensor):
+        raise UserError(f"its forward_features gives a {type(y).__name__}, not one map")
     if y.ndim == 3:
         y = y[:, getattr(model, "num_prefix_tokens", 0) :]
         return Features(pooled, y, _grid_of(model, x, y.shape[1]))

@@ -43,29 +43,33 @@ def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
     """
     forced = backend or os.environ.get(ENVIRONMENT)
     if not forced:
-        for candidate in _BACKENDS[op]:
+        for candidate in _backends(op):
             if candidate.why_not(*args) is None:
                 return candidate
         raise RuntimeError(f"no backend can run {op}:\n{explain(op, *args)}")
-    for candidate in _BACKENDS[op]:
+    for candidate in _backends(op):
         if candidate.name == forced:
             reason = candidate.why_not(*args)
             if reason is not None:
                 raise RuntimeError(f"{op}: backend {forced!r} was asked for but {reason}")
             return candidate
-    names = ", ".join(candidate.name for candidate in _BACKENDS[op])
+    names = ", ".join(candidate.name for candidate in _backends(op))
     raise ValueError(f"{op}: no backend {forced!r}; it has {names}")
 
 
 def explain(op: str, *args: Any) -> str:
     """One line a backend of `op`: which one the automatic choice takes, and why not the others."""
-    if op not in _BACKENDS:
-        raise ValueError(f"no operator {op!r}; there are {', '.join(sorted(_BACKENDS))}")
     lines, chosen = [], False
-    for candidate in _BACKENDS[op]:
+    for candidate in _backends(op):
         reason = candidate.why_not(*args)
         if reason is None:
             reason = "can run too" if chosen else "chosen"
             chosen = True
         lines.append(f"{candidate.name}: {reason}")
     return "\n".join(lines)
+
+
+def _backends(op: str) -> list[Backend]:
+    if op not in _BACKENDS:
+        raise ValueError(f"no operator {op!r}; there are {', '.join(sorted(_BACKENDS))}")
+    return _BACKENDS[op]

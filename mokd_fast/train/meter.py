@@ -52,9 +52,10 @@ class Meter:
         names = list(self._sums)
         sums = torch.stack(list(self._sums.values())) / self._steps
         means, bad = torch.stack([sums, self._bad_step.to(sums)]).tolist()  # the one host read
-        failed = sorted((step, name) for step, name in zip(bad, names, strict=True) if step >= 0)
-        if failed:
-            raise FloatingPointError(f"non-finite loss at step {failed[0][0]:.0f}: {failed[0][1]}")
+        if failed := [step for step in bad if step >= 0]:
+            first = min(failed)
+            terms = ", ".join(n for n, step in zip(names, bad, strict=True) if step == first)
+            raise FloatingPointError(f"non-finite loss at step {first:.0f}: {terms}")
         seconds = time.perf_counter() - self._begin
         row = dict(zip(names, means, strict=True))
         row |= {"steps_per_s": self._steps / seconds, "data_wait": self._wait / seconds}

@@ -49,7 +49,7 @@ class DataConfig(Config):
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"{key} needs {self.channels} values, one a channel")
-        if not all(value > 0 for value in self.std):  # also refuses nan
+        if min(self.std) <= 0:
             raise ValueError("std must be > 0")
         return self
 

@@ -180,3 +180,8 @@ def test_what_is_refused(name, kwargs, message):
     sizes = {"augment.global_size": (64, 64), "augment.local_size": (32, 32)}
     with pytest.raises(UserError, match=message):
         inspect_backbone(build(name, **kwargs), name, 3, sizes)
+
+
+def test_a_network_of_several_maps_is_refused():
+    with pytest.raises(UserError, match="gives a list, not one map"):
+        inspect_backbone(build("coat_tiny"), "coat_tiny", 3, {"augment.global_size": (64, 64)})

@@ -6,12 +6,11 @@ RUN = $(VENV)/bin/python -m
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint venv
+.PHONY: help demo test lint venv
 
 help:
 	@echo 'make demo       install, pre-train a small pair on real pictures, evaluate it (minutes)'
-	@echo 'make test       install with development tools, then lint and all tests but the slow ones'
-	@echo 'make test-slow  the slow tests'
+	@echo 'make test       install with development tools, then lint and all tests'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make venv       the environment with development tools, in $(VENV)'
 
@@ -20,9 +19,6 @@ demo: $(VENV)/.installed-data
 
 test: lint
 	$(RUN) pytest
-
-test-slow: $(VENV)/.installed-dev
-	$(RUN) pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .

@@ -65,8 +65,9 @@ def export(
         raise UserError(f"model={model}: the run has {len(recipe.models)} model(s), counted from 1")
     network = recipe.models[model - 1]
     if path is None:
-        # A checkpoint file lies in RUN/checkpoints.
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        if folder.name == "checkpoints":
+            folder = folder.parent  # RUN/checkpoints/00000123.pt
         path = folder / "exported" / f"{model}_{network.name}_{which}.safetensors"
     networks = mokd.teachers if which == "teacher" else mokd.students
     return export_backbone(
@@ -90,6 +91,11 @@ def _evaluate(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     recipe, mokd = load_run(run)
+    for override in overrides:
+        if not override.startswith("evaluate."):
+            raise UserError(
+                f"{override}: the networks are those of the run; only evaluate.* can be changed"
+            )
     recipe = load_recipe(recipe.model_dump(mode="json"), list(overrides))
     train, test = _evaluation_sources(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,6 +120,7 @@ def _evaluate(
         train_limit=settings.train_limit,
         test_limit=settings.test_limit,
         linear=linear,
+        workers=_workers(recipe),
         device=device,
         progress=progress,
     )
@@ -148,3 +155,8 @@ def _evaluation_sources(recipe: Recipe) -> tuple[Source, Source]:
             )
         found.append(open_source(root))
     return found[0], found[1]
+
+
+def _workers(recipe: Recipe) -> int:
+    """Loader processes: none where decoding costs less than handing a picture over."""
+    return recipe.data.workers if max(recipe.augment.global_hw) > 64 else 0

@@ -128,3 +128,17 @@ def test_evaluation_stands_beside_its_controls(run, tmp_path):
 def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         mokd_fast.trian  # noqa: B018
+
+
+def test_only_the_evaluation_can_be_changed_afterwards(run):
+    with pytest.raises(mokd_fast.UserError, match=r"train.seed=9: .*only evaluate"):
+        mokd_fast.knn(run, "train.seed=9")
+
+
+def test_export_of_a_checkpoint_file_lands_in_its_run(run, tmp_path):
+    file = sorted((run / "checkpoints").glob("*.pt"))[-1]
+    assert mokd_fast.export(file).parent == run / "exported"
+    alone = tmp_path / "alone" / "x.pt"
+    alone.parent.mkdir()
+    alone.write_bytes(file.read_bytes())
+    assert mokd_fast.export(alone).parent == tmp_path / "alone" / "exported"

@@ -219,3 +219,21 @@ def test_doctor_says_why_there_is_no_native_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "mokd_fast._C", None)  # an import of it fails
     monkeypatch.delattr(mokd_fast, "_C", raising=False)
     assert "cannot be loaded" in doctor.native_module()
+
+
+def test_a_forced_backend_that_does_not_exist(run, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "abacus")
+    out = tmp_path / "run"
+    refused(run("pretrain", recipe, "--run", out), "no backend 'abacus'", "Unset MOKD_FAST_BACKEND")
+    assert not out.exists()
+    assert "MOKD_FAST_BACKEND=abacus is set" in run("doctor")[1]
+
+
+def test_resume_may_change_how_it_is_evaluated_and_where_the_pictures_lie(
+    run, recipe, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    assert run("pretrain", recipe, "--run", out)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    again = run("pretrain", recipe, "data.root=data", "evaluate.k=[5]", "--run", out)
+    assert again[0] == 0 and "is finished" in again[1]

@@ -77,8 +77,7 @@ def linear_probe(
     train_x, mean, scale = _standardise(train_x.float())
     held = _held_out(train_y, seed)
     with _threads(device, 4 * batch * len(rates) * classes * train_x.shape[1]):
-        target = F.one_hot(train_y[~held], classes)
-        weight = _fit(train_x[~held], target, rates, epochs, batch, seed)
+        weight = _fit(train_x[~held], train_y[~held], classes, rates, epochs, batch, seed)
 
     scores = _top1(weight, train_x[held], train_y[held], len(rates)).tolist()
     best = scores.index(max(scores))
@@ -106,11 +105,11 @@ def _held_out(labels: Tensor, seed: int) -> Tensor:
 
 
 def _fit(
-    x: Tensor, target: Tensor, rates: Sequence[float], epochs: int, batch: int, seed: int
+    x: Tensor, y: Tensor, classes: int, rates: Sequence[float], epochs: int, batch: int, seed: int
 ) -> Tensor:
-    """x [N, D], target one-hot [N, C] -> weights and, last, bias [R * C, D + 1] of all rates."""
-    (n, classes), r = target.shape, len(rates)
-    x, target = _with_one(x), target.to(x.dtype)
+    """x [N, D], y [N] below C -> weights and, last, bias [R * C, D + 1] of all rates."""
+    n, r = len(y), len(rates)
+    x = _with_one(x)
     weight = x.new_zeros(r * classes, x.shape[1])
     momentum = torch.zeros_like(weight)
     rate = x.new_tensor(rates).repeat_interleave(classes)[:, None]  # [R * C, 1]
@@ -120,7 +119,9 @@ def _fit(
     for _ in range(epochs):
         for i in torch.randperm(n, generator=generator).to(x.device).split(batch):
             xb = x[i]
-            error = (xb @ weight.T).view(-1, r, classes).softmax(dim=2) - target[i][:, None]
+            error = (xb @ weight.T).view(-1, r, classes).softmax(dim=2)
+            # Minus the one-hot target, which for all of ImageNet would take gigabytes.
+            error.scatter_add_(2, y[i][:, None, None].expand(-1, r, 1), -torch.ones_like(error))
             gradient = error.view(-1, r * classes).T @ xb
             momentum.mul_(_MOMENTUM).add_(gradient, alpha=1 / len(i))
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -66,6 +66,8 @@ def explain(op: str, *args: Any) -> str:
             reason = "can run too" if chosen else "chosen"
             chosen = True
         lines.append(f"{candidate.name}: {reason}")
+    if forced := os.environ.get(ENVIRONMENT):
+        lines.append(f"{ENVIRONMENT}={forced} is set, so this one runs or raises")
     return "\n".join(lines)
 
 

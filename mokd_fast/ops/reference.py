@@ -64,5 +64,9 @@ def distill_cross_entropy(
 
 @torch.no_grad()
 def column_mean(logits: Tensor) -> Tensor:
-    """Mean over every dimension but the last, accumulated in fp32 (fp64 for fp64). [K]"""
-    return logits.reshape(-1, logits.shape[-1]).mean(dim=0, dtype=accumulation_dtype(logits))
+    """Mean over every dimension but the last, accumulated in fp32 (fp64 for fp64). [K]
+
+    Without rows it is 0, as the loss is.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows.sum(dim=0, dtype=accumulation_dtype(logits)) / max(len(rows), 1)

@@ -11,7 +11,11 @@ import torch
 from ..errors import UserError
 
 # What may differ between a checkpoint and the recipe that resumes it: nothing of the result.
-FREE_KEYS = ("data.workers", "train.device", "train.log_every", "train.checkpoint_every")
+# (Of the data the list of pictures counts, not the path; it has a fingerprint of its own.)
+FREE_KEYS = (
+    *("data.root", "data.workers", "evaluate."),
+    *("train.device", "train.log_every", "train.checkpoint_every"),
+)
 KEEP = 2  # the newest ones; the older one is there in case the newest is damaged
 _REMOVE = "Remove this file to go on from the checkpoint before it."
 
@@ -87,7 +91,7 @@ def resumable(run: Path, recipe: dict[str, Any], data: str) -> dict[str, Any] | 
     state = load_checkpoint(path)
     mine, theirs = _flat(recipe), _flat(state["recipe"])
     keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-    keys = [key for key in keys if key not in FREE_KEYS]
+    keys = [key for key in keys if not key.startswith(FREE_KEYS)]
     remedy = "Give another run folder (--run), or the same recipe to go on."
     if keys:
         rows = "".join(f"\n  {k}: {theirs.get(k)} there, {mine.get(k)} now" for k in keys)

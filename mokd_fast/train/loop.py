@@ -13,7 +13,8 @@ from ..data.loader import ViewLoader, Views, normalize
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
-from ..ops import clip_grad_per_tensor_
+from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs
+from ..ops.dispatch import pick
 from .checkpoint import resumable, save_checkpoint, way_out
 from .log import RunLog
 from .meter import Meter, accumulate
@@ -65,6 +66,7 @@ class Trainer:
         if data.root is None:
             raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
         self.device = _device(train.device)
+        _check_backend(recipe, self.device)
         self.source = open_source(data.root)
         self.loader = ViewLoader(
             self.source,
@@ -205,7 +207,8 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this step. Refuses to save a state that is not finite."""
-        norms = torch._foreach_norm([p.detach() for p in self.mokd.parameters()])
+        floats = [v for v in self.mokd.state_dict().values() if v.is_floating_point()]
+        norms = torch._foreach_norm(floats)
         if not torch.stack(norms).isfinite().all():
             where = f"the weights are not finite after step {self.done}"
             raise UserError(f"{where}. {way_out(self.run)}")
@@ -253,6 +256,16 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _check_backend(recipe: Recipe, device: torch.device) -> None:
+    """Finds out before the first step that a forced backend does not exist or cannot run."""
+    logits = torch.empty(2, 1, recipe.prototypes, device=device)
+    target = Target(cross_view_pairs(2, 2), logits)
+    try:
+        pick("distill_cross_entropy", logits, [target], recipe.loss.student_temperature)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{error}. Unset MOKD_FAST_BACKEND or choose another") from error
 
 
 def _prepare_folder(run: Path) -> None:

@@ -144,6 +144,16 @@ class Recipe(Config):
             raise ValueError("t_head: two models need one, the search goes through it")
         return self
 
+    @model_validator(mode="after")
+    def _batch_norm_has_rows(self) -> "Recipe":
+        rows = self.train.batch // self.train.accumulate * (self.augment.locals or 2)
+        if rows < 2 and any(model.mlp_head.batch_norm for model in self.models):
+            raise ValueError(
+                "train.batch: one picture with one local crop is one row, and BatchNorm in an "
+                "MLP-Head needs two: raise train.batch or augment.locals"
+            )
+        return self
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML alone reads 1e-4 as a string."""
@@ -303,11 +313,14 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     for i, model in enumerate(recipe.models):
         for kind, duration in model.temperature_warmup:
             durations[f"models.{i}.temperature_warmup.{kind}"] = duration
-    for key, duration in durations.items():
-        steps = in_steps(duration, steps_per_epoch, total)
-        if steps > total:
-            raise UserError(
-                f"{key}={duration} is {steps} steps, longer than the run "
-                f"(train.duration={train.duration} is {total} steps): shorten it, or write it in %"
-            )
+    long = {
+        f"{key}={duration} is {steps} steps"
+        for key, duration in durations.items()
+        if (steps := in_steps(duration, steps_per_epoch, total)) > total
+    }
+    if long:
+        raise UserError(
+            f"{', '.join(sorted(long))}: longer than the run (train.duration={train.duration} is "
+            f"{total} steps). Shorten it, or write it in %"
+        )
     return total

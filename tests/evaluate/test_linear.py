@@ -48,7 +48,7 @@ def test_gradient_is_that_of_cross_entropy():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 4, generator=g), torch.randint(3, (30,), generator=g)
     steps, rates = 300, (0.02, 0.5)
-    weight = _fit(x, F.one_hot(y, 3), rates, 1, 30, 0).view(2, 3, 5)
+    weight = _fit(x, y, 3, rates, 1, 30, 0).view(2, 3, 5)
     for fitted, rate in zip(weight, rates, strict=True):
         model = torch.nn.utils.skip_init(torch.nn.Linear, 4, 3)
         torch.nn.init.zeros_(model.weight)

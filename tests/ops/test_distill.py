@@ -8,6 +8,7 @@ import torch
 from bench.baseline.official import DINOLoss, SearchLoss
 from mokd_fast.ops import (
     Target,
+    column_mean,
     cross_view_pairs,
     distill,
     distill_cross_entropy,
@@ -283,3 +284,10 @@ def test_bad_students():
 def test_the_docstring_example():
     found = doctest.testmod(distill)
     assert found.failed == 0 and found.attempted > 0
+
+
+def test_column_mean_without_rows_is_zero():
+    assert torch.equal(column_mean(torch.zeros(2, 0, K)), torch.zeros(K))
+    rows = logits(T)
+    torch.testing.assert_close(column_mean(rows), rows.flatten(0, 1).mean(0))
+    assert column_mean(rows.bfloat16()).dtype == torch.float32

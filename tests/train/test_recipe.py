@@ -170,10 +170,26 @@ def test_files_of_recipes(tmp_path):
     "key", ["train.warmup", "train.freeze_last_layers", "models.1.temperature_warmup.cross"]
 )
 def test_a_warmup_longer_than_the_run(key):
+    """All of them are said at once: a shorter published run has six."""
     recipe = small("x", f"{key}=5ep")
-    with pytest.raises(UserError, match=rf"{key}=5ep is 15 steps, longer than the run"):
+    with pytest.raises(UserError, match=rf"{key}=5ep is 15 steps: longer than the run"):
         total_steps(recipe, 3)
     assert total_steps(small("x"), 3) == 12
     for wrong in ("50%", "0it", "0.1ep"):
         with pytest.raises(UserError, match=rf"train.duration={wrong}: at least one step"):
             total_steps(small("x", f"train.duration={wrong}"), 3)
+
+
+def test_every_long_warmup_is_named_at_once():
+    recipe = load_recipe("resnet50-vit_small", ["train.duration=20ep"])
+    with pytest.raises(UserError) as error:
+        total_steps(recipe, 10)
+    for i in (0, 1):
+        for kind in ("self", "cross", "search"):
+            assert f"models.{i}.temperature_warmup.{kind}=" in str(error.value)
+
+
+def test_batch_norm_needs_two_rows():
+    with pytest.raises(UserError, match=r"raise train.batch or augment.locals"):
+        small("x", "train.batch=1", "augment.locals=1")
+    small("x", "train.batch=1", "augment.locals=0")

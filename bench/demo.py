@@ -1,6 +1,7 @@
 """The demo over several seeds: what the backbones learned, and where the processor time went.
 
-    python bench/demo.py [--seeds 0 1 2] [--json FILE] [--demo RUN] [KEY=VALUE ...]
+    python bench/demo.py [--seeds 0 1 2] [--json FILE] [--demo RUN] [--profile]
+                         [KEY=VALUE ...]
 
 --demo takes a run folder that `mokd-fast demo` left as seed 0; --json adds to the file's seeds.
 
@@ -21,9 +22,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
 import torch
+from rich.console import Console
 
 import mokd_fast
 from bench.timing import machine, write_json
+from mokd_fast.train.loop import Trainer
+from mokd_fast.train.recipe import load_recipe
 
 
 def run(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -36,12 +40,24 @@ def run(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     mokd_fast.linear(folder)
     evaluated = time.perf_counter() - begin
-    measured = {
-        "train_s": seconds,
-        "evaluate_s": evaluated,
-        "torch_threads": torch.get_num_threads(),
-    }
+    measured = {"train_s": seconds, "evaluate_s": evaluated}
     return read(folder) | measured | {"loader_cpu_share": loader / (own + loader)}
+
+
+def profile(folder: Path, steps: int = 20) -> dict[str, float]:
+    """Shares of a training step's processor time: the ten largest operators, loader included."""
+    recipe = load_recipe("fashion-mnist", ["data.workers=0"])
+    trainer = Trainer(recipe, folder, Console(quiet=True))
+    trainer.mokd.train()
+    batches = trainer.loader.batches()
+    for k in range(3):  # the first steps allocate
+        trainer.step(k, batches)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for k in range(3, 3 + steps):
+            trainer.step(k, batches)
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    return {row.key: row.self_cpu_time_total / total for row in rows[:10]}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -84,17 +100,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--demo", type=Path)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "seeds": {}}
+    result: dict[str, Any] = {"seeds": {}}
     if options.json and options.json.exists():
-        result["seeds"] = json.loads(options.json.read_text())["seeds"]
+        result = json.loads(options.json.read_text())
+    if options.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            result["profile"] = profile(Path(folder))
+        print(json.dumps(result["profile"], indent=1))
     for seed in [0] if options.demo else options.seeds:
         if options.demo:
             row = read(options.demo)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 row = run(seed, options.overrides, Path(folder) / "run")
+        row["machine"] = machine()
         result["seeds"][str(seed)] = row
         rates = {key: value for key, value in row.items() if key != "table"}
         print(f"seed {seed}", json.dumps(rates), sep="\n  ")

@@ -34,8 +34,9 @@ def demo_table() -> str:
     seeds = list(result["seeds"].values())
     facts = {key: statistics.median(s[key] for s in seeds if key in s) for key in FACTS}
     lines += ["", "; ".join(FACTS[key].format(value) for key, value in facts.items()) + ". "]
-    lines[-1] += f"Seeds {', '.join(result['seeds'])}. {machine(result)}"
-    return "\n".join(lines)
+    lines[-1] += f"Seeds {', '.join(sorted(result['seeds']))}. {machine(seeds[-1])}"
+    top = ", ".join(f"`{name}` {share:.0%}" for name, share in result["profile"].items())
+    return "\n".join([*lines, "", f"Where the processor time of a step goes: {top}."])
 
 
 FACTS = {
@@ -65,8 +66,9 @@ def spread(values: list[float]) -> str:
 def machine(result: dict[str, Any]) -> str:
     facts = result["machine"]
     return (
-        f"Measured on {facts['cores']} cores of {facts['cpu']}, torch {facts['torch']}, "
-        f"Python {facts['python']}, {facts['date']}."
+        f"Measured on {facts['cores']} cores of {facts['cpu']} ({facts['torch_threads']} threads), "
+        f"torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}, "
+        f"{facts['date']}."
     )
 
 

@@ -16,6 +16,12 @@ RESULTS = ROOT / "bench" / "results" / "cpu-2core"
 K = "20"  # neighbours in the table
 
 
+def output() -> str:
+    """What the two commands printed, as it was kept."""
+    texts = [(RESULTS / f"{name}.txt").read_text().strip() for name in ("demo", "test")]
+    return "```\n$ make demo\n{}\n\n$ make test\n...\n{}\n```".format(*texts)
+
+
 def demo_table() -> str:
     """Mean over the seeds, with the range."""
     result = json.loads((RESULTS / "demo.json").read_text())
@@ -72,7 +78,7 @@ def machine(result: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"demo-table": demo_table, "step-table": step_table}
+PARTS = {"output": output, "demo-table": demo_table, "step-table": step_table}
 
 
 def filled(name: str, part: Callable[[], str]) -> str:

@@ -1,6 +1,13 @@
 // The Python face of the native core.
 // Import torch before this module, so that both share one OpenMP runtime.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/distill.h"
 
 namespace py = pybind11;
 
@@ -34,10 +41,74 @@ py::dict build_info() {
   return info;
 }
 
+using mokd::Rows;
+using mokd::Teacher;
+using mokd::Type;
+
+// A tensor's address as Python hands it over; 0 is none.
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Strided = std::tuple<uintptr_t, int, int64_t, int64_t>;  // address, type, image, column
+
+Rows rows(const Strided& r) {
+  return {pointer<const void>(std::get<0>(r)), Type(std::get<1>(r)), std::get<2>(r), std::get<3>(r)};
+}
+
+// The arguments of distill_cross_entropy, kept alive for one call.
+struct Distill {
+  std::vector<Rows> student;
+  std::vector<Teacher> teacher;
+  std::vector<double> pairs, weights;
+  mokd::cpu::Distill call;
+
+  Distill(const std::vector<Strided>& student_rows, const std::vector<Strided>& teacher_rows,
+          const std::vector<uintptr_t>& centers, const std::vector<uintptr_t>& row_weights,
+          const std::vector<int>& targets, const std::vector<bool>& probabilities,
+          std::vector<double> pairs_, std::vector<double> weights_, uintptr_t temperatures,
+          int64_t images, int64_t columns, int threads)
+      : pairs(std::move(pairs_)), weights(std::move(weights_)) {
+    for (const Strided& r : student_rows) student.push_back(rows(r));
+    for (size_t t = 0; t < teacher_rows.size(); ++t)
+      teacher.push_back({rows(teacher_rows[t]), pointer<const void>(centers[t]),
+                         pointer<const void>(row_weights[t]), targets[t], bool(probabilities[t])});
+    call = {{images, columns, int(student.size()), int(teacher.size())},
+            student.data(), teacher.data(), pointer<const void>(temperatures), pairs.data(),
+            weights.data(), int(weights.size()), threads};
+  }
+};
+
+const mokd::cpu::Kernels& level(const std::string& name) {
+  const mokd::cpu::Kernels* found = mokd::cpu::kernels(name.c_str());
+  if (!found) throw std::invalid_argument("this processor cannot run the CPU kernels of level " + name);
+  return *found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mokd_fast.";
   m.def("build_info", &build_info,
         "How this module was built: compiler and version, C++ standard, type, OpenMP, CUDA archs.");
+  m.def("cpu_level", [](const std::string& name) { return level(name).level; }, py::arg("name") = "",
+        "The x86-64 level whose kernels run (baseline, v3 or v4); ValueError if `name` cannot.");
+  py::class_<Distill>(m, "Distill")
+      .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,
+                    const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
+                    const std::vector<int>&, const std::vector<bool>&, std::vector<double>,
+                    std::vector<double>, uintptr_t, int64_t, int64_t, int>())
+      .def("forward",
+           [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name) {
+             const auto& kernels = level(name);
+             py::gil_scoped_release unlocked;
+             kernels.forward(d.call, {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)});
+           })
+      .def("backward",
+           [](const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, const std::string& name) {
+             const auto& kernels = level(name);
+             py::gil_scoped_release unlocked;
+             kernels.backward(d.call, {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)});
+           });
 }

@@ -207,7 +207,7 @@ def test_doctor(run, monkeypatch):
     code, text, _ = run("doctor")
     assert code == 0
     assert "mokd_fast[extra]" in text and "why [not]" in text
-    assert "distill_cross_entropy" in text and "reference: chosen" in text
+    assert "distill_cross_entropy" in text and "reference: " in text
     assert "xformers" in text and "torch" in text
 
 

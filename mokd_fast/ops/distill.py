@@ -10,10 +10,13 @@ Letters: V student views, T teacher rows, B images, K prototypes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .dispatch import pick, register
 
 Pairs = tuple[tuple[float, ...], ...]
@@ -108,6 +111,127 @@ def distill_cross_entropy(
     return loss, per_target
 
 
+@torch.library.custom_op("mokd_fast::distill_forward", mutates_args=())
+def _forward(
+    student: Tensor,
+    rows: list[Tensor],
+    centers: list[Tensor],
+    row_weights: list[Tensor],
+    temperatures: Tensor,
+    pairs: list[float],
+    weights: list[float],
+    probabilities: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], terms [targets] and stats of each row, all of the arithmetic's dtype.
+
+    One entry a target in rows [T_i, B, K], centers and row_weights (empty tensors when absent),
+    weights and probabilities; pairs [sum T_i, V] flat; temperatures [1 + targets], the student's
+    first. Absent ones are empty tensors: Optional inside a list breaks register_autograd.
+    """
+    return _KERNELS[backend].distill_forward(
+        student, rows, centers, row_weights, temperatures, pairs, weights, probabilities
+    )
+
+
+@_forward.register_fake
+def _(student, rows, centers, row_weights, temperatures, pairs, weights, probabilities, backend):
+    dtype = reference.accumulation_dtype(student)
+    count = student.shape[0] + sum(r.shape[0] for r in rows)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty(len(rows), dtype=dtype),
+        student.new_empty(count, student.shape[1], 2, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("mokd_fast::distill_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    stats: Tensor,
+    student: Tensor,
+    rows: list[Tensor],
+    centers: list[Tensor],
+    row_weights: list[Tensor],
+    temperatures: Tensor,
+    pairs: list[float],
+    weights: list[float],
+    probabilities: list[bool],
+    backend: str,
+) -> Tensor:
+    """Gradient of the loss for the student's logits [V, B, K], contiguous, of their dtype."""
+    return _KERNELS[backend].distill_backward(
+        grad,
+        stats,
+        student,
+        rows,
+        centers,
+        row_weights,
+        temperatures,
+        pairs,
+        weights,
+        probabilities,
+    )
+
+
+@_backward.register_fake
+def _(grad, stats, student, *rest):
+    return student.new_empty(student.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, rows, centers, row_weights, temperatures, *ctx.numbers = inputs
+    ctx.save_for_backward(output[2], student, temperatures, *rows, *centers, *row_weights)
+    ctx.targets = len(rows)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    stats, student, temperatures, *lists = ctx.saved_tensors
+    n = ctx.targets
+    parts = [lists[i * n : (i + 1) * n] for i in range(3)]
+    out = _backward(grad, stats, student, *parts, temperatures, *ctx.numbers)
+    none = [None] * n
+    return out, none, none, none, None, None, None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+_KERNELS = {"cpu": cpu}
+
+
+def _run(
+    backend: str, student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The custom operator with its flat arguments, gathered from `targets`."""
+    dtype = reference.accumulation_dtype(student)
+    empty = student.new_empty(0, dtype=dtype)
+    taus = [temperature, *(target.temperature for target in targets)]
+    temperatures = torch.stack(
+        [torch.as_tensor(tau, dtype=dtype, device=student.device) for tau in taus]
+    )
+    rows = [t.logits if t.logits is not None else t.probs for t in targets]
+    loss, terms, _ = _forward(
+        student,
+        [r.detach() for r in rows if r is not None],
+        [empty if t.center is None else t.center.detach() for t in targets],
+        [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
+        temperatures.detach(),
+        [weight for t in targets for row in t.pairs for weight in row],
+        [t.weight for t in targets],
+        [t.probs is not None for t in targets],
+        backend,
+    )
+    return loss, terms.detach()
+
+
+def _cpu_why_not(
+    student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+) -> str | None:
+    rows = (t.logits if t.logits is not None else t.probs for t in targets)
+    return cpu.why_not(student, *(r for r in rows if r is not None))
+
+
+register("distill_cross_entropy", "cpu", partial(_run, "cpu"), _cpu_why_not)
 register("distill_cross_entropy", "reference", reference.distill_cross_entropy)
 
 

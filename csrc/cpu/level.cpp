@@ -1,0 +1,56 @@
+// Which x86-64 level runs: chosen once at load, or forced by name.
+#include <cstring>
+
+#include "distill.h"
+
+namespace mokd::cpu {
+
+extern const Kernels kernels_baseline;
+#ifdef MOKD_X86
+extern const Kernels kernels_v3, kernels_v4;
+#endif
+
+namespace {
+
+struct Level {
+  const Kernels* kernels;
+  bool runs;
+};
+
+bool has_v3() {
+#ifdef MOKD_X86
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+#else
+  return false;
+#endif
+}
+
+bool has_v4() {
+#ifdef MOKD_X86
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+const Kernels* kernels(const char* forced) {
+  const Level levels[] = {
+#ifdef MOKD_X86
+      {&kernels_v4, has_v4()},
+      {&kernels_v3, has_v3()},
+#endif
+      {&kernels_baseline, true},
+  };
+  for (const Level& level : levels) {
+    if (!level.runs) continue;
+    if (!forced || !*forced || !std::strcmp(forced, level.kernels->level)) return level.kernels;
+  }
+  return nullptr;
+}
+
+}  // namespace mokd::cpu

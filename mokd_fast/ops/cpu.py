@@ -1,0 +1,111 @@
+"""The CPU kernels of the native module: it takes addresses and strides and knows no tensor.
+
+MOKD_FAST_CPU_LEVEL forces an x86-64 level (baseline, v3, v4); without it the best one runs.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+
+def _load() -> Any:
+    """mokd_fast._C, or None where it was not built. torch comes first: one OpenMP runtime."""
+    try:
+        from mokd_fast import _C
+    except ImportError:
+        return None
+    return _C
+
+
+native = _load()
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    """Why the CPU kernels cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it takes tensors on the CPU, one is on {tensor.device}"
+        if tensor.dtype not in TYPES:
+            return f"it takes fp32, fp64, bf16 and fp16, one tensor is {tensor.dtype}"
+    if native is None:
+        return "the native module was not built (`pip install -v .` shows why)"
+    return None
+
+
+def distill_forward(
+    student: Tensor,
+    rows: Sequence[Tensor],
+    centers: Sequence[Tensor],
+    row_weights: Sequence[Tensor],
+    temperatures: Tensor,
+    pairs: Sequence[float],
+    weights: Sequence[float],
+    probabilities: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
+    dtype = accumulation_dtype(student)
+    count = len(student) + sum(len(r) for r in rows)
+    stats = student.new_empty(count, student.shape[1], 2, dtype=dtype)
+    loss, terms = student.new_empty((), dtype=dtype), student.new_empty(len(rows), dtype=dtype)
+    call, _alive = _distill(
+        student, rows, centers, row_weights, temperatures, pairs, weights, probabilities
+    )
+    call.forward(stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level())
+    return loss, terms, stats
+
+
+def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
+    out = torch.empty(student.shape, dtype=student.dtype)
+    grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
+    call, _alive = _distill(student, *rest)
+    call.backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), _level())
+    return out
+
+
+def _distill(
+    student: Tensor,
+    rows: Sequence[Tensor],
+    centers: Sequence[Tensor],
+    row_weights: Sequence[Tensor],
+    temperatures: Tensor,
+    pairs: Sequence[float],
+    weights: Sequence[float],
+    probabilities: Sequence[bool],
+) -> tuple[Any, list[Tensor]]:
+    """The native call and the tensors that must live as long as it."""
+    dtype = accumulation_dtype(student)
+    alive = [t.to(dtype).contiguous() for t in (*centers, *row_weights)]
+    centers_, weights_ = alive[: len(rows)], alive[len(rows) :]
+    alive.append(temperatures.to(dtype).contiguous())
+    target = [i for i, r in enumerate(rows) for _ in r]
+    call = native.Distill(
+        [_strided(row) for row in student],
+        [_strided(row) for r in rows for row in r],
+        [centers_[i].data_ptr() if centers_[i].numel() else 0 for i in target],
+        [weights_[i].data_ptr() if weights_[i].numel() else 0 for i in target],
+        target,
+        [probabilities[i] for i in target],
+        list(pairs),
+        list(weights),
+        alive[-1].data_ptr(),
+        student.shape[1],
+        student.shape[2],
+        torch.get_num_threads(),
+    )
+    return call, alive
+
+
+def _strided(row: Tensor) -> tuple[int, int, int, int]:
+    """Address, type and strides of one row of logits [B, K]."""
+    return row.data_ptr(), TYPES[row.dtype], row.stride(0), row.stride(1)
+
+
+def _level() -> str:
+    return os.environ.get("MOKD_FAST_CPU_LEVEL", "")

@@ -1,0 +1,141 @@
+"""The CPU kernel of distill_cross_entropy: registration, levels, threads, forks, odd sizes."""
+
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mokd_fast.ops import Target, cpu, cross_view_pairs, distill, distill_cross_entropy
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
+
+
+def case(v=4, t=2, b=3, k=97, dtype=torch.float32):
+    g = torch.Generator().manual_seed(k)
+    student = (torch.randn(v, b, k, generator=g) * 4).to(dtype).requires_grad_()
+    teacher = (torch.randn(t, b, k, generator=g) * 2).to(dtype)
+    center = torch.randn(k, generator=g)
+    return student, Target(cross_view_pairs(t, v), teacher, temperature=0.05, center=center)
+
+
+def run(student, target, backend="cpu"):
+    loss, _ = distill_cross_entropy(student, [target], backend=backend)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+def levels() -> list[str]:
+    found = []
+    for name in ("baseline", "v3", "v4"):
+        try:
+            found.append(cpu.native.cpu_level(name))
+        except ValueError:
+            continue  # this processor does not have it
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 7, 97, 1000, 1024, 8192, 8193, 65537])  # around block and tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_worse_than_the_reference_in_every_level(k, dtype, monkeypatch):
+    student, target = case(v=3, b=2, k=k, dtype=dtype)
+    exact = Target(target.pairs, target.logits.double(), temperature=0.05, center=target.center)
+    loss, grad = run(student.detach().double().requires_grad_(), exact, "reference")
+    rough_loss, rough_grad = run(student, target, "reference")
+    for level in levels():
+        monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
+        mine_loss, mine_grad = run(student, target)
+        assert (mine_loss - loss).abs() <= (rough_loss - loss).abs() + 1e-6 * loss.abs()
+        scale = grad.abs().max()
+        error = (mine_grad.double() - grad).abs().max()
+        assert error <= (rough_grad.double() - grad).abs().max() + 1e-6 * scale
+        assert mine_grad.dtype == dtype
+
+
+def test_levels(monkeypatch):
+    assert "baseline" in levels()
+    monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", "v9")
+    with pytest.raises(ValueError, match="cannot run the CPU kernels of level v9"):
+        run(*case())
+
+
+def test_opcheck():
+    student, target = case(k=33)
+    empty = torch.empty(0)
+    pairs = [w for row in target.pairs for w in row]
+    arguments = (
+        student, [target.logits], [target.center], [empty], torch.tensor([0.1, 0.05]),
+        pairs, [1.0], [False], "cpu",
+    )  # fmt: skip
+    torch.library.opcheck(distill._forward, arguments)
+    _, _, stats = distill._forward(*arguments)
+    torch.library.opcheck(
+        distill._backward, (torch.ones(()), stats, student.detach(), *arguments[1:])
+    )
+
+
+def test_compiles_whole_and_once_for_changing_temperatures():
+    student, target = case()
+
+    def loss(student, tau):
+        moved = Target(target.pairs, target.logits, temperature=tau, center=target.center)
+        return distill_cross_entropy(student, [moved], temperature=tau * 2, backend="cpu")[0]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for tau in (0.04, 0.05, 0.07):
+        tau = torch.tensor(tau)
+        torch.testing.assert_close(compiled(student, tau), loss(student, tau))
+    compiled(student, torch.tensor(0.04)).backward()
+    assert student.grad is not None and counter.frame_count == 1
+
+
+def test_bits_do_not_depend_on_the_thread_count():
+    student, target = case(b=3, k=20000)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(student, target))
+    torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+class InWorker(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return run(*case(k=5000))[0]
+
+
+def test_inside_a_forked_worker():
+    torch.set_num_threads(2)
+    expected = run(*case(k=5000))[0]  # starts the thread pool in the parent
+    torch.set_num_threads(1)
+    for value in DataLoader(InWorker(), num_workers=1, batch_size=None, timeout=30):
+        assert torch.equal(value, expected)
+
+
+def test_rows_of_other_types_and_expanded_gradients():
+    student, target = case()
+    wide = Target(target.pairs, target.logits.double(), temperature=0.05, center=target.center)
+    torch.testing.assert_close(run(student, wide)[1], run(student, target)[1])
+    loss, _ = distill_cross_entropy(student, [target], backend="cpu")
+    loss.expand(3).sum().backward()
+    torch.testing.assert_close(student.grad, 3 * run(student, target)[1])
+    with pytest.raises(RuntimeError):  # no second derivative
+        loss, _ = distill_cross_entropy(student, [target], backend="cpu")
+        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+        grad.sum().backward()
+
+
+def test_reasons(monkeypatch):
+    student, target = case()
+    assert "on meta" in cpu.why_not(student.to("meta"))
+    assert "int64" in cpu.why_not(torch.zeros(3, dtype=torch.int64))
+    monkeypatch.setattr(cpu, "native", None)
+    with pytest.raises(RuntimeError, match="native module was not built"):
+        run(student, target)
+    monkeypatch.setitem(os.environ, "MOKD_FAST_BACKEND", "")
+    assert distill_cross_entropy(student, [target])[0].isfinite()  # falls through

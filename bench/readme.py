@@ -41,8 +41,10 @@ def demo_table() -> str:
     facts = {key: statistics.median(s[key] for s in seeds if key in s) for key in FACTS}
     lines += ["", "; ".join(FACTS[key].format(value) for key, value in facts.items()) + ". "]
     lines[-1] += f"Seeds {', '.join(sorted(result['seeds']))}. {machine(seeds[-1])}"
-    top = ", ".join(f"`{name}` {share:.0%}" for name, share in result["profile"].items())
-    return "\n".join([*lines, "", f"Where the processor time of a step goes: {top}."])
+    if "profile" in result:
+        top = ", ".join(f"`{name}` {share:.0%}" for name, share in result["profile"].items())
+        lines += ["", f"Where the processor time of a step goes: {top}."]
+    return "\n".join(lines)
 
 
 FACTS = {

@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 from torch import Tensor
 
 from ..data.sources import Source
@@ -148,16 +149,17 @@ def _differing(train: Sequence[str], test: Sequence[str]) -> str:
 
 _COLUMNS = {
     "knn": "kNN k={}",
-    "knn_shifted": "shifted k={}",
-    "knn_few": "few labels k={}",
-    "linear_few": "few labels linear",
+    "knn_shifted": "shift k={}",
+    "knn_few": "few k={}",
+    "linear_few": "few linear",
     "linear": "linear",
 }
 
 
 def format_table(result: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """The result of `evaluate` as a table, a row for each model; percents with one decimal."""
-    table = Table("model", title=title)
+    # Narrow enough for 80 columns with a name of 24 letters and the two usual k.
+    table = Table(Column("model", no_wrap=True), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows: list[list[str]] = [[name] for name in result]
     first = next(iter(result.values()))
     for key, heading in _COLUMNS.items():

@@ -93,13 +93,22 @@ def test_table_shows_every_score(scored):
     console = Console(file=io.StringIO(), width=200)
     console.print(format_table(result))
     text = console.file.getvalue()
-    for word in (*result, "kNN k=3", "kNN k=60", "shifted k=3", "few labels k=4", "linear"):
+    for word in (*result, "kNN k=3", "kNN k=60", "shift k=3", "few k=4", "linear"):
         assert word in text, word
     line = next(line for line in text.splitlines() if "pixels" in line)
     scores = result["pixels"]
     cells = [*scores["knn"].values(), *scores["knn_shifted"].values(), *scores["knn_few"].values()]
     cells += [scores["linear_few"], scores["linear"]]
-    assert [c.strip() for c in line.split("│")[2:-1]] == [f"{cell:.1f}" for cell in cells]
+    assert line.split()[1:] == [f"{cell:.1f}" for cell in cells]
+
+
+def test_table_fits_a_terminal():
+    row = {"knn": {"10": 1.0, "20": 2.0}, "knn_shifted": {"10": 3.0, "20": 4.0}}
+    row |= {"knn_few": {"10": 5.0}, "linear_few": 6.0, "linear": 7.0}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(format_table({"1 mokd_cnn_tiny teacher": row}))
+    text = console.file.getvalue()
+    assert "1 mokd_cnn_tiny teacher" in text and "…" not in text
 
 
 def test_differing_classes_are_refused(squares):

@@ -159,7 +159,8 @@ _COLUMNS = {
 def format_table(result: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """The result of `evaluate` as a table, a row for each model; percents with one decimal."""
     # Narrow enough for 80 columns with a name of 24 letters and the two usual k.
-    table = Table(Column("model", no_wrap=True), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    name = Column("model", no_wrap=True)
+    table = Table(name, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     rows: list[list[str]] = [[name] for name in result]
     first = next(iter(result.values()))
     for key, heading in _COLUMNS.items():

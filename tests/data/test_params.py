@@ -165,13 +165,10 @@ def test_yaml_lists_and_whole_numbers_are_taken():
         ("global_scale", [0.0, 1.0]),
         ("local_scale", [0.1, 1.1]),
         ("ratio", [2.0, 1.0]),
-        ("ratio", [1.0, math.inf]),
         ("flip", 1.1),
         ("jitter", -0.1),
-        ("grey", math.nan),
         ("brightness", -1.0),
-        ("contrast", math.inf),
-        ("saturation", math.nan),
+        ("saturation", -0.5),
         ("hue", 0.6),
         ("blur", [0.1, 0.2, 1.2]),
         ("solarize", [0.0, -1.0, 0.0]),
@@ -180,6 +177,19 @@ def test_yaml_lists_and_whole_numbers_are_taken():
 )
 def test_out_of_range_names_the_key(key, value):
     with pytest.raises(ValidationError, match=f"Value error, {key} must be .*, got"):
+        AugmentConfig.model_validate({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("ratio", [1.0, math.inf], "ratio.1"),
+        ("grey", math.nan, "grey"),
+        ("contrast", math.inf, "contrast"),
+    ],
+)
+def test_numbers_are_finite(key, value, place):
+    with pytest.raises(ValidationError, match=f"{place}\n.*finite number"):
         AugmentConfig.model_validate({key: value})
 
 

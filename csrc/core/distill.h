@@ -5,7 +5,7 @@
 //
 // Columns are cut into blocks; each block gives a Partial of every row and a dot of every pair, all
 // relative to the block's own maxima, and `merge` joins two neighbours exactly. The maximum of the
-// student cancels: CE = log(sum_v) - dot/sum_t, so no digit is lost to a large common offset.
+// student cancels in `cross_entropy`, so no digit is lost to a large common offset.
 //
 // V student views, T teacher rows, B images, K prototypes (columns).
 #pragma once
@@ -42,5 +42,32 @@ struct Shape {
   int64_t images, columns;
   int views, teachers;
 };
+
+// One row over some columns: its maximum and sum exp(x - max). Of a row of given probabilities: 0 and
+// their sum. Functions are static: each x86-64 level compiles its own.
+struct Partial {
+  double max, sum;
+};
+
+static MOKD_HOST_DEVICE inline Partial merge(Partial a, Partial b) {
+  double max = a.max < b.max ? b.max : a.max;
+  return {max, a.sum * exp(a.max - max) + b.sum * exp(b.max - max)};
+}
+
+// The dot of a pair, sum exp(u - teacher.max) (z - student.max), over the columns of a and of b.
+static MOKD_HOST_DEVICE inline double merge_dots(double a, Partial teacher_a, Partial student_a,
+                                                 double b, Partial teacher_b, Partial student_b) {
+  double high = teacher_a.max < teacher_b.max ? teacher_b.max : teacher_a.max;
+  double top = student_a.max < student_b.max ? student_b.max : student_a.max;
+  return exp(teacher_a.max - high) * (a + teacher_a.sum * (student_a.max - top)) +
+         exp(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
+}
+
+// - sum q (z - lse), of a pair over all columns. Given probabilities need not sum to 1.
+static MOKD_HOST_DEVICE inline double cross_entropy(double dot, Partial teacher, Partial student,
+                                                    bool probabilities) {
+  double log_sum = log(student.sum);
+  return probabilities ? teacher.sum * log_sum - dot : log_sum - dot / teacher.sum;
+}
 
 }  // namespace mokd

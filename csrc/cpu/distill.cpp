@@ -23,11 +23,6 @@ namespace {
 constexpr int64_t BLOCK = 1024;      // columns worked on at a time: rows of a block stay in L1
 constexpr int64_t TILE = 8 * BLOCK;  // columns of one piece of work
 
-template <typename A>
-struct Partial {  // of one row over some columns
-  A max, sum;     // sum of exp(x - max)
-};
-
 // exp(x) for x <= 0, without a branch; exact 0 below the smallest normal number, NaN for NaN.
 inline float exp_negative(float x) {
   const float low = -87.0f;
@@ -180,38 +175,23 @@ A exponentials(A* x, int64_t n, A max, bool probabilities) {
   return sum;
 }
 
-// The state of one piece of work: partials of T teacher rows, V student rows, dots [T, V], double.
+// What one piece of work knows: every teacher row, every student row, the dot of every pair.
 struct State {
-  double *t_max, *t_sum, *s_max, *s_sum, *dot;
+  Partial *teacher, *student;  // [T], [V]
+  double* dot;                 // [T, V]
   State(double* at, int T, int V)
-      : t_max(at), t_sum(at + T), s_max(at + 2 * T), s_sum(at + 2 * T + V), dot(at + 2 * (T + V)) {}
+      : teacher(reinterpret_cast<Partial*>(at)), student(teacher + T), dot(at + 2 * (T + V)) {}
   static int64_t size(int T, int V) { return 2 * (T + V) + int64_t(T) * V; }
 };
 
-// a takes in b, its right neighbour. dot is sum exp(u - t_max) (z - s_max) over the columns.
-void merge(State a, State b, int T, int V, const Teacher* teacher) {
-  for (int v = 0; v < V; ++v) {
-    double top = b.s_max[v] > a.s_max[v] ? b.s_max[v] : a.s_max[v];
-    for (int t = 0; t < T; ++t) {
-      bool q = teacher[t].probabilities;
-      double high = b.t_max[t] > a.t_max[t] ? b.t_max[t] : a.t_max[t];
-      double fa = q ? 1 : __builtin_exp(a.t_max[t] - high), fb = q ? 1 : __builtin_exp(b.t_max[t] - high);
-      double& d = a.dot[t * V + v];
-      d = fa * (d + a.t_sum[t] * (a.s_max[v] - top)) +
-          fb * (b.dot[t * V + v] + b.t_sum[t] * (b.s_max[v] - top));
-    }
-    a.s_sum[v] = a.s_sum[v] * __builtin_exp(a.s_max[v] - top) + b.s_sum[v] * __builtin_exp(b.s_max[v] - top);
-    a.s_max[v] = top;
-  }
-  for (int t = 0; t < T; ++t) {
-    if (teacher[t].probabilities) {
-      a.t_sum[t] += b.t_sum[t];
-      continue;
-    }
-    double high = b.t_max[t] > a.t_max[t] ? b.t_max[t] : a.t_max[t];
-    a.t_sum[t] = a.t_sum[t] * __builtin_exp(a.t_max[t] - high) + b.t_sum[t] * __builtin_exp(b.t_max[t] - high);
-    a.t_max[t] = high;
-  }
+// a takes in b, its right neighbour.
+void merge(State a, State b, int T, int V) {
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < V; ++v)
+      a.dot[t * V + v] = merge_dots(a.dot[t * V + v], a.teacher[t], a.student[v],
+                                    b.dot[t * V + v], b.teacher[t], b.student[v]);
+  for (int t = 0; t < T; ++t) a.teacher[t] = merge(a.teacher[t], b.teacher[t]);
+  for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
 }
 
 template <typename A>
@@ -228,8 +208,8 @@ void forward_block(const Distill& d, int64_t b, int64_t k0, int64_t n, A* e, Sta
     const Teacher& teacher = d.teacher[t];
     A top = load<A>(teacher.rows, b, k0, n, static_cast<const A*>(teacher.center),
                     inverse_temperature<A>(d, t), e + t * BLOCK);
-    out.t_max[t] = teacher.probabilities ? 0 : top;
-    out.t_sum[t] = exponentials<A>(e + t * BLOCK, n, top, teacher.probabilities);
+    out.teacher[t].max = teacher.probabilities ? 0 : top;
+    out.teacher[t].sum = exponentials<A>(e + t * BLOCK, n, top, teacher.probabilities);
   }
   for (int v = 0; v < V; ++v) {
     A top = load<A>(d.student[v], b, k0, n, nullptr, inverse_temperature<A>(d, -1), z), sum = 0;
@@ -238,8 +218,7 @@ void forward_block(const Distill& d, int64_t b, int64_t k0, int64_t n, A* e, Sta
       z[k] -= top;
       sum += exp_negative(z[k]);
     }
-    out.s_max[v] = top;
-    out.s_sum[v] = sum;
+    out.student[v] = {top, sum};
     for (int t = 0; t < T; ++t) {
       A dot = 0;
       const A* et = e + t * BLOCK;
@@ -264,7 +243,7 @@ void forward_item(const Distill& d, int64_t item, int64_t tiles, double* states)
   for (int64_t k = begin; k < end; k += BLOCK) {
     State to = k == begin ? state : State(block, T, V);
     forward_block<A>(d, b, k, k + BLOCK < end ? BLOCK : end - k, scratch, to);
-    if (k != begin) merge(state, to, T, V, d.teacher);
+    if (k != begin) merge(state, to, T, V);
   }
   std::free(block);
   std::free(scratch);
@@ -301,23 +280,21 @@ void forward(const Distill& d, const Forward& out) {
   for (int i = 0; i < d.targets; ++i) sums[i] = 0;
   for (int64_t b = 0; b < B; ++b) {
     State s(states + b * tiles * size, T, V);
-    for (int64_t i = 1; i < tiles; ++i)
-      merge(s, State(states + (b * tiles + i) * size, T, V), T, V, d.teacher);
+    for (int64_t i = 1; i < tiles; ++i) merge(s, State(states + (b * tiles + i) * size, T, V), T, V);
     for (int v = 0; v < V; ++v) {
-      stats[(v * B + b) * 2] = A(s.s_max[v]);
-      stats[(v * B + b) * 2 + 1] = A(s.s_sum[v] = __builtin_log(s.s_sum[v]));
+      stats[(v * B + b) * 2] = A(s.student[v].max);
+      stats[(v * B + b) * 2 + 1] = A(__builtin_log(s.student[v].sum));
     }
     for (int t = 0; t < T; ++t) {
-      stats[((V + t) * B + b) * 2] = A(s.t_max[t]);
-      stats[((V + t) * B + b) * 2 + 1] = A(s.t_sum[t]);
+      const Teacher& teacher = d.teacher[t];
+      stats[((V + t) * B + b) * 2] = A(s.teacher[t].max);
+      stats[((V + t) * B + b) * 2 + 1] = A(s.teacher[t].sum);
       double rows = 0;
-      const bool q = d.teacher[t].probabilities;
-      for (int v = 0; v < V; ++v) {
-        if (d.pairs[t * V + v] == 0) continue;
-        double dot = s.dot[t * V + v];
-        rows += d.pairs[t * V + v] * (q ? s.t_sum[t] * s.s_sum[v] - dot : s.s_sum[v] - dot / s.t_sum[t]);
-      }
-      sums[d.teacher[t].target] += rows * row_weight<A>(d.teacher[t], b);
+      for (int v = 0; v < V; ++v)
+        if (d.pairs[t * V + v] != 0)
+          rows += d.pairs[t * V + v] *
+                  cross_entropy(s.dot[t * V + v], s.teacher[t], s.student[v], teacher.probabilities);
+      sums[teacher.target] += rows * row_weight<A>(teacher, b);
     }
   }
   double loss = 0;

@@ -49,9 +49,12 @@ struct Partial {
   double max, sum;
 };
 
+// exp(x) for x <= 0; of two neighbours one always has the larger maximum and the factor 1.
+static MOKD_HOST_DEVICE inline double decay(double x) { return x == 0 ? 1 : exp(x); }
+
 static MOKD_HOST_DEVICE inline Partial merge(Partial a, Partial b) {
   double max = a.max < b.max ? b.max : a.max;
-  return {max, a.sum * exp(a.max - max) + b.sum * exp(b.max - max)};
+  return {max, a.sum * decay(a.max - max) + b.sum * decay(b.max - max)};
 }
 
 // The dot of a pair, sum exp(u - teacher.max) (z - student.max), over the columns of a and of b.
@@ -59,8 +62,8 @@ static MOKD_HOST_DEVICE inline double merge_dots(double a, Partial teacher_a, Pa
                                                  double b, Partial teacher_b, Partial student_b) {
   double high = teacher_a.max < teacher_b.max ? teacher_b.max : teacher_a.max;
   double top = student_a.max < student_b.max ? student_b.max : student_a.max;
-  return exp(teacher_a.max - high) * (a + teacher_a.sum * (student_a.max - top)) +
-         exp(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
+  return decay(teacher_a.max - high) * (a + teacher_a.sum * (student_a.max - top)) +
+         decay(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
 }
 
 // - sum q (z - lse), of a pair over all columns. Given probabilities need not sum to 1.

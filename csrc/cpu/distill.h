@@ -15,8 +15,8 @@ struct Distill {
   int threads;
 };
 
-// stats [V + T, B, 2] of the arithmetic's type: maximum and log-sum (student), maximum and sum
-// (teacher); terms [targets] and loss [1], of the arithmetic's type.
+// stats [V + T, B, 2] of the arithmetic's type: maximum of the logits (of a teacher less the centre)
+// and log-sum (student) or sum (teacher) of exp((logit - maximum) / temperature); terms [targets] and loss [1], of the arithmetic's type.
 struct Forward {
   void* stats;
   void* terms;

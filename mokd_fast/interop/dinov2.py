@@ -83,6 +83,19 @@ class iBOTPatchLoss(LazyCenterLoss):
     ) -> None:
         super().__init__(torch.zeros(1, 1, patch_out_dim), student_temp, center_momentum)
 
+    # The same as for [CLS], under the argument's name in the original.
+    def softmax_center_teacher(self, teacher_patch_tokens: Tensor, teacher_temp: float) -> Tensor:
+        """Applies a pending update; softmax((logits [1, M, K] - center) / teacher_temp), fp32."""
+        return super().softmax_center_teacher(teacher_patch_tokens, teacher_temp)
+
+    def update_center(self, teacher_patch_tokens: Tensor) -> None:
+        """Starts the update by the mean of all logits [1, M, K]; the next call replaces it."""
+        super().update_center(teacher_patch_tokens)
+
+    def reduce_center_update(self, teacher_patch_tokens: Tensor) -> None:
+        """What `update_center` calls."""
+        super().reduce_center_update(teacher_patch_tokens)
+
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
         self,

@@ -15,7 +15,8 @@ TEMPERATURES = [
     {},
     {"teacher_temp": 0.125},
     {"epoch": 0},
-    {"epoch": 1},
+    {"epoch": 2},
+    {"epoch": 3},  # the first past the warm-up
     {"epoch": 7},
     {"epoch": 0, "teacher_temp": 0.125},
 ]

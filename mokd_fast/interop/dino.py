@@ -29,7 +29,7 @@ class DINOLoss(nn.Module):
             temperature rises linearly over the warm-up epochs, then stays, for nepochs in all.
         student_temp, center_momentum: as named.
     State: `center` [1, K].
-    Raises ValueError when the warm-up is longer than nepochs.
+    Raises ValueError for a warm-up longer than nepochs or a temperature <= 0.
     Unlike the original it needs no process group, is fp32 for 16-bit logits without autocast
     too, and says what is wrong with ragged views.
     """

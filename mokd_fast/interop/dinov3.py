@@ -1,6 +1,7 @@
 """The [CLS] loss of DINOv3 on the fused operator."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class DINOLoss(LazyCenterLoss):
     def init_weights(self) -> None:
         """Sets the centre to 0."""
         self.center.zero_()
+        self._known_finite = True
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._known_finite = False
+        super()._load_from_state_dict(*args)
 
     @torch.no_grad()
     def softmax_center_teacher(

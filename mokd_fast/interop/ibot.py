@@ -36,7 +36,7 @@ class iBOTLoss(nn.Module):
         student_temp, center_momentum, center_momentum2: as named, 2 for the patches.
         lambda1, lambda2: factors of the [CLS] and the patch term.
     State: `center` [1, K], `center2` [1, 1, K'].
-    Raises ValueError when the warm-up is longer than nepochs.
+    Raises ValueError for a warm-up longer than nepochs or a temperature <= 0.
     Unlike the original it needs no process group.
     """
 

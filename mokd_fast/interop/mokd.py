@@ -20,7 +20,7 @@ class CTSearchLoss(nn.Module):
         warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs: the teacher's
             temperature rises linearly over the warm-up epochs, then stays, for nepochs in all.
         student_temp: as named.
-    State: none. Raises ValueError when the warm-up is longer than nepochs.
+    State: none. Raises ValueError for a warm-up longer than nepochs or a temperature <= 0.
     Unlike the original the teacher never gets a gradient (its caller detached it).
     """
 

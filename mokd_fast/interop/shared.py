@@ -50,16 +50,22 @@ def temperature_table(
             f"longer than the {epochs} epochs of training"
         )
     ramp = np.linspace(warmup, final, warmup_epochs)
-    return np.concatenate((np.full(delay, warmup), ramp, np.full(constant, final)))
+    table = np.concatenate((np.full(delay, warmup), ramp, np.full(constant, final)))
+    if (table <= 0).any():
+        raise ValueError(f"teacher temperatures must be > 0, got {warmup} to {final}")
+    return table
 
 
-def temperature_at(table: np.ndarray, epoch: int) -> float:
-    """The temperature of `epoch`; IndexError past the table, as the originals raise."""
+def temperature_at(table: np.ndarray, epoch: int) -> Tensor:
+    """The temperature of `epoch`, 0-d; IndexError past the table, as the originals raise.
+
+    A tensor, because a compiled step would be frozen to the value of a float.
+    """
     if epoch >= len(table):
         raise IndexError(
             f"epoch {epoch} is past the temperature table, which has {len(table)} epochs"
         )
-    return float(table[epoch])
+    return torch.as_tensor(table)[epoch]
 
 
 def cross_view_loss(

@@ -28,7 +28,8 @@ class DINOLoss(nn.Module):
             temperature rises linearly over the warm-up epochs, then stays, for num_epochs in all.
         student_temp, center_momentum: as named.
         num_large_crops: student views V.
-    State: `center` [1, K]. Raises ValueError when the warm-up is longer than num_epochs.
+    State: `center` [1, K].
+    Raises ValueError for a warm-up longer than num_epochs or a temperature <= 0.
     """
 
     center: Tensor

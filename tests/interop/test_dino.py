@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 from mokd_fast.interop import dino, mokd, solo
 from tests.interop import oracle
@@ -67,6 +68,22 @@ def test_a_warm_up_longer_than_the_training_is_a_value_error():
     ):
         with pytest.raises(ValueError, match="warms up for 6 epochs, longer than the 5"):
             build()
+
+
+def test_a_temperature_of_zero_is_a_value_error_where_it_would_be_used():
+    with pytest.raises(ValueError, match="temperatures must be > 0, got 0 to"):
+        dino.DINOLoss(K, V, 0, 0.07, 2, 5)
+    dino.DINOLoss(K, V, 0, 0.07, 0, 5)
+
+
+def test_a_compiled_step_follows_the_epoch_without_being_compiled_again():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    loss, eager = (dino.DINOLoss(K, V, 0.04, 0.07, 4, 6) for _ in range(2))
+    step = torch.compile(lambda *args: loss(*args), backend=counter, fullgraph=True)
+    for epoch in range(6):
+        assert torch.equal(step(*flat(), epoch), eager(*flat(), epoch))
+    assert counter.frame_count == 2  # for the first epoch, then for any
 
 
 def test_rows_that_do_not_divide_are_a_value_error():

@@ -112,6 +112,9 @@ def test_dinov3_is_nan_until_init_weights_or_a_loaded_state():
             loss.load_state_dict({"center": torch.zeros(1, K)})
         probs = loss.softmax_center_teacher(teacher, 0.05)
         torch.testing.assert_close(probs, (teacher / 0.05).softmax(-1))
+        loss.load_state_dict(dinov3.DINOLoss(K).state_dict())
+        with pytest.raises(RuntimeError, match="init_weights"):
+            loss.softmax_center_teacher(teacher, 0.05)
 
 
 @pytest.mark.parametrize("module", [dinov2, dinov3])

@@ -147,6 +147,20 @@ def test_the_center_moves_in_eval_mode_and_without_gradients(case, mode):
     close(mine, case.formula(student, teacher, center), torch.float64)
 
 
+# lightly's selects the masked patches inside: as many as the values say, which a graph cannot hold.
+IN_A_GRAPH = [case for case in CASES if case.name != "lightly patch"]
+
+
+@pytest.mark.parametrize("case", IN_A_GRAPH, ids=lambda case: case.name)
+def test_one_graph_without_breaks(case):
+    torch.compiler.reset()  # the cases share one code object and its limit of recompilations
+    loss, eager = case.build(), case.build()
+    step = torch.compile(lambda *args: case.call(loss, *args), backend="aot_eager", fullgraph=True)
+    for batch in range(2):
+        student, teacher = logits(batch, torch.float32)
+        assert torch.equal(step(student, teacher), case.call(eager, student, teacher))
+
+
 # Of the patch losses the mask is empty, not the batch: see their own files.
 NOT_PATCHES = [case for case in CASES if "patch" not in case.name]
 

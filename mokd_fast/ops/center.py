@@ -73,7 +73,6 @@ class Center(nn.Module):
         self.wait()
         return self._find(head)
 
-    @torch.no_grad()
     def update(
         self, logits: Tensor | Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None
     ) -> None:

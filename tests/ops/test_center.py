@@ -329,6 +329,12 @@ def _rank(rank: int, folder: str) -> None:
     alone.update(z, group=own)
     found["alone"] = {"center": alone.value, "sinkhorn": sinkhorn_center(z, 0.05, group=own)}
     found["alone reduced"] = len(reduced)
+    both = dist.new_group([0, 1])
+    used: list[object] = []
+    dist.all_reduce = lambda *a, **options: (used.append(options["group"]), plain(*a, **options))[1]
+    alone.update(z, group=both)
+    sinkhorn_center(z, 0.05, group=both)
+    found["group used"] = len(used) == 1 + 1 + 3 and all(group is both for group in used)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -384,12 +390,13 @@ def test_sinkhorn_on_two_ranks_assigns_all_samples_together(ranks):
         torch.testing.assert_close(rank["sinkhorn, one empty"], first, rtol=1e-12, atol=1e-14)
 
 
-def test_a_group_of_its_own_reduces_nothing(ranks):
+def test_the_group_decides_who_reduces(ranks):
     for r, rank in enumerate(ranks):
         z = batch(5, r, (3, 1)[r])["t_1"]
         torch.testing.assert_close(rank["alone"]["center"], 0.1 * z.mean((0, 1)))
         assert torch.equal(rank["alone"]["sinkhorn"], sinkhorn_center(z, 0.05))
         assert rank["alone reduced"] == 0
+        assert rank["group used"]
 
 
 def test_examples_in_the_documentation_run():

@@ -175,15 +175,6 @@ A exponentials(A* x, int64_t n, A max, bool probabilities) {
   return sum;
 }
 
-// What one piece of work knows: every teacher row, every student row, the dot of every pair.
-struct State {
-  Partial *teacher, *student;  // [T], [V]
-  double* dot;                 // [T, V]
-  State(double* at, int T, int V)
-      : teacher(reinterpret_cast<Partial*>(at)), student(teacher + T), dot(at + 2 * (T + V)) {}
-  static int64_t size(int T, int V) { return 2 * (T + V) + int64_t(T) * V; }
-};
-
 // a takes in b, its right neighbour.
 void merge(State a, State b, int T, int V) {
   for (int t = 0; t < T; ++t)
@@ -192,12 +183,6 @@ void merge(State a, State b, int T, int V) {
                                     b.dot[t * V + v], b.teacher[t], b.student[v]);
   for (int t = 0; t < T; ++t) a.teacher[t] = merge(a.teacher[t], b.teacher[t]);
   for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
-}
-
-template <typename A>
-A inverse_temperature(const Distill& d, int t) {  // t < 0: the student's
-  if (t >= 0 && d.teacher[t].probabilities) return A(1);
-  return A(1) / static_cast<const A*>(d.temperatures)[t < 0 ? 0 : 1 + d.teacher[t].target];
 }
 
 template <typename A>
@@ -232,18 +217,17 @@ void forward_block(const Distill& d, int64_t b, int64_t k0, int64_t n, A* e, Sta
 }
 
 template <typename A>
-void forward_item(const Distill& d, int64_t item, int64_t tiles, double* states) {
+void forward_item(const Distill& d, int64_t item, double* states) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t b = item / tiles, begin = item % tiles * TILE;
-  const int64_t end = begin + TILE < d.shape.columns ? begin + TILE : d.shape.columns;
-  const int64_t size = State::size(T, V);
+  const Tile at = tile_at(d.shape, TILE, item);
+  const int64_t size = state_size(d.shape);
   A* scratch = static_cast<A*>(std::malloc((T + 1) * BLOCK * sizeof(A)));
   double* block = static_cast<double*>(std::malloc(size * sizeof(double)));
-  State state(states + item * size, T, V);
-  for (int64_t k = begin; k < end; k += BLOCK) {
-    State to = k == begin ? state : State(block, T, V);
-    forward_block<A>(d, b, k, k + BLOCK < end ? BLOCK : end - k, scratch, to);
-    if (k != begin) merge(state, to, T, V);
+  State state = state_at(states + item * size, d.shape);
+  for (int64_t k = at.begin; k < at.end; k += BLOCK) {
+    State to = k == at.begin ? state : state_at(block, d.shape);
+    forward_block<A>(d, at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k, scratch, to);
+    if (k != at.begin) merge(state, to, T, V);
   }
   std::free(block);
   std::free(scratch);
@@ -263,32 +247,29 @@ void each(int64_t items, int threads, const Work& work) {
 }
 
 template <typename A>
-double row_weight(const Teacher& teacher, int64_t b) {
-  return teacher.row_weight ? static_cast<const A*>(teacher.row_weight)[b] : 1.0;
-}
-
-template <typename A>
 void forward(const Distill& d, const Forward& out) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t B = d.shape.images, tiles = (d.shape.columns + TILE - 1) / TILE;
-  const int64_t size = State::size(T, V);
-  double* states = static_cast<double*>(std::malloc((B * tiles * size + d.targets + 1) * sizeof(double)));
-  double* sums = states + B * tiles * size;
-  each(B * tiles, d.threads, [&](int64_t item) { forward_item<A>(d, item, tiles, states); });
+  const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
+  double* states = static_cast<double*>(std::malloc((B * cut * size + d.targets + 1) * sizeof(double)));
+  double* sums = states + B * cut * size;
+  each(B * cut, d.threads, [&](int64_t item) { forward_item<A>(d, item, states); });
 
   A* stats = static_cast<A*>(out.stats);
   for (int i = 0; i < d.targets; ++i) sums[i] = 0;
   for (int64_t b = 0; b < B; ++b) {
-    State s(states + b * tiles * size, T, V);
-    for (int64_t i = 1; i < tiles; ++i) merge(s, State(states + (b * tiles + i) * size, T, V), T, V);
+    State s = state_at(states + b * cut * size, d.shape);
+    for (int64_t i = 1; i < cut; ++i)
+      merge(s, state_at(states + (b * cut + i) * size, d.shape), T, V);
     for (int v = 0; v < V; ++v) {
-      stats[(v * B + b) * 2] = A(s.student[v].max);
-      stats[(v * B + b) * 2 + 1] = A(__builtin_log(s.student[v].sum));
+      A* at = stats + student_stats(d.shape, v, b);
+      at[0] = A(s.student[v].max);
+      at[1] = A(__builtin_log(s.student[v].sum));
     }
     for (int t = 0; t < T; ++t) {
       const Teacher& teacher = d.teacher[t];
-      stats[((V + t) * B + b) * 2] = A(s.teacher[t].max);
-      stats[((V + t) * B + b) * 2 + 1] = A(s.teacher[t].sum);
+      A* at = stats + teacher_stats(d.shape, t, b);
+      at[0] = A(s.teacher[t].max);
+      at[1] = A(s.teacher[t].sum);
       double rows = 0;
       for (int v = 0; v < V; ++v)
         if (d.pairs[t * V + v] != 0)
@@ -307,44 +288,40 @@ void forward(const Distill& d, const Forward& out) {
   std::free(states);
 }
 
-// gradient[v] = grad_output / (tau_s B) * (n_v softmax(z_v) - sum_t c_tv q_t), c_tv the pair's weight
+// gradient[v] = grad_output / (tau_s B) * (n_v softmax(z_v) - sum_t c_tv q_t)
 template <typename A>
-void backward_item(const Distill& d, const Backward& io, int64_t item, int64_t tiles) {
+void backward_item(const Distill& d, const Backward& io, int64_t item) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t B = d.shape.images, K = d.shape.columns, b = item / tiles, begin = item % tiles * TILE;
-  const int64_t end = begin + TILE < K ? begin + TILE : K;
+  const int64_t B = d.shape.images, K = d.shape.columns;
+  const Tile at = tile_at(d.shape, TILE, item);
+  const int64_t b = at.image;
   const A* stats = static_cast<const A*>(io.stats);
   const A inverse = inverse_temperature<A>(d, -1);
   const A scale = *static_cast<const A*>(io.grad_output) * inverse / A(B);
   A* q = static_cast<A*>(std::malloc((T + 2) * BLOCK * sizeof(A)));
   A* z = q + T * BLOCK;
   A* g = z + BLOCK;
-  for (int64_t k0 = begin; k0 < end; k0 += BLOCK) {
-    const int64_t n = k0 + BLOCK < end ? BLOCK : end - k0;
+  for (int64_t k0 = at.begin; k0 < at.end; k0 += BLOCK) {
+    const int64_t n = k0 + BLOCK < at.end ? BLOCK : at.end - k0;
     for (int t = 0; t < T; ++t) {
       const Teacher& teacher = d.teacher[t];
       A* qt = q + t * BLOCK;
       load<A>(teacher.rows, b, k0, n, static_cast<const A*>(teacher.center), inverse_temperature<A>(d, t), qt);
       if (teacher.probabilities) continue;
-      const A max = stats[((V + t) * B + b) * 2], normal = A(1) / stats[((V + t) * B + b) * 2 + 1];
+      const A* row = stats + teacher_stats(d.shape, t, b);
+      const A max = row[0], normal = A(1) / row[1];
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) qt[k] = exp_negative(qt[k] - max) * normal;
     }
     for (int v = 0; v < V; ++v) {
       load<A>(d.student[v], b, k0, n, nullptr, inverse, z);
-      double total = 0;  // n_v
-      for (int t = 0; t < T; ++t) {
-        double mass = d.teacher[t].probabilities ? double(stats[((V + t) * B + b) * 2 + 1]) : 1.0;
-        double c = d.pairs[t * V + v] * d.weights[d.teacher[t].target] * row_weight<A>(d.teacher[t], b);
-        total += c * mass;
-      }
-      const A max = stats[(v * B + b) * 2];
-      const A normal = A(total) * A(__builtin_exp(-double(stats[(v * B + b) * 2 + 1]))) * scale;
+      const A* row = stats + student_stats(d.shape, v, b);
+      const A max = row[0], normal = A(mass(d, stats, v, b)) * A(__builtin_exp(-double(row[1]))) * scale;
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) g[k] = exp_negative(z[k] - max) * normal;
       for (int t = 0; t < T; ++t) {
         const A* qt = q + t * BLOCK;
-        const A c = A(d.pairs[t * V + v] * d.weights[d.teacher[t].target] * row_weight<A>(d.teacher[t], b)) * scale;
+        const A c = A(coefficient<A>(d, t, v, b)) * scale;
         if (c == 0) continue;
 #pragma omp simd
         for (int64_t k = 0; k < n; ++k) g[k] -= c * qt[k];
@@ -358,8 +335,8 @@ void backward_item(const Distill& d, const Backward& io, int64_t item, int64_t t
 
 template <typename A>
 void backward(const Distill& d, const Backward& io) {
-  const int64_t tiles = (d.shape.columns + TILE - 1) / TILE;
-  each(d.shape.images * tiles, d.threads, [&](int64_t i) { backward_item<A>(d, io, i, tiles); });
+  each(d.shape.images * tiles(d.shape, TILE), d.threads,
+       [&](int64_t item) { backward_item<A>(d, io, item); });
 }
 
 void run_forward(const Distill& d, const Forward& io) {

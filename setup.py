@@ -1,12 +1,17 @@
 """Build mokd_fast: CMakeLists.txt makes the native module `mokd_fast._C`, the rest is pure Python.
 
 MOKD_FAST_BUILD chooses what is built:
-    auto  (default) the native module where it can be built, else pure Python and a word on why;
-    cpu   the native module, or an error;
+    auto  (default) the native module where it can be built, with CUDA where nvcc is found, else
+          pure Python; a word on what was not built and why;
+    cpu   the native module without CUDA, or an error;
+    cuda  the native module with CUDA, or an error;
     off   pure Python.
+MOKD_FAST_CUDA_ARCHS chooses the architectures of CUDA machine code, "80;90a;100" without it; PTX
+for the others is always there. nvcc is that of CUDACXX, PATH or CUDA_HOME; no GPU is needed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +39,23 @@ class BuildError(Exception):
 def build_mode() -> str:
     """MOKD_FAST_BUILD, checked."""
     mode = os.environ.get("MOKD_FAST_BUILD", "auto")
-    if mode == "cuda":
-        raise SystemExit("MOKD_FAST_BUILD=cuda: no CUDA kernels exist yet; use auto, cpu or off.")
-    if mode not in ("auto", "cpu", "off"):
-        raise SystemExit(f"MOKD_FAST_BUILD={mode}: choose auto, cpu or off.")
+    if mode not in ("auto", "cpu", "cuda", "off"):
+        raise SystemExit(f"MOKD_FAST_BUILD={mode}: choose auto, cpu, cuda or off.")
     return mode
+
+
+def cuda_archs() -> str:
+    """MOKD_FAST_CUDA_ARCHS, checked: CMake and nvcc would complain of a wrong one at length."""
+    archs = os.environ.get("MOKD_FAST_CUDA_ARCHS") or "80;90a;100"
+    if not re.fullmatch(r"\d{2,3}[af]?(;\d{2,3}[af]?)*", archs):
+        raise SystemExit(f"MOKD_FAST_CUDA_ARCHS={archs}: give architectures like 80;90a;100.")
+    return archs
+
+
+def nvcc() -> str | None:
+    """Path of nvcc, if there is one."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(f"{home}/bin/nvcc")
 
 
 def tool(name: str) -> str:
@@ -49,8 +66,9 @@ def tool(name: str) -> str:
     return path
 
 
-def run(*command: str) -> None:
-    """Run a build step and show its output as it comes; a failure raises BuildError."""
+def run(*command: str, failure: str) -> None:
+    """Run a build step and show its output as it comes; a failure raises BuildError, with the
+    words of ADVICE or else `failure`."""
     log = ""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -61,7 +79,7 @@ def run(*command: str) -> None:
             log += line
     if process.returncode:
         advice = (text for sign, text in ADVICE.items() if sign in log)
-        raise BuildError(next(advice, "the C++ build failed (`pip install -v` shows why)"))
+        raise BuildError(next(advice, f"{failure} (`pip install -v` shows why)"))
 
 
 def say(sentence: str) -> None:
@@ -87,29 +105,50 @@ class BuildExt(build_ext):
     """Leave the extension to CMake."""
 
     def run(self) -> None:
+        mode = build_mode()
         try:
             super().run()
         except BuildError as error:
-            if build_mode() == "cpu":
-                raise SystemExit(f"MOKD_FAST_BUILD=cpu: {error}.") from None
+            if mode != "auto":
+                raise SystemExit(f"MOKD_FAST_BUILD={mode}: {error}.") from None
             say(f"mokd_fast is built without native kernels: {error}.")
             self.extensions = self.distribution.ext_modules = []
 
     def build_extension(self, ext: Extension) -> None:
+        mode, compiler = build_mode(), nvcc()
+        if mode == "cpu" or (mode == "auto" and compiler is None):
+            return self.cmake(ext, "cpu", failure="the C++ build failed")
+        try:
+            if compiler is None:
+                raise BuildError("nvcc was not found (install the CUDA toolkit, or set CUDACXX)")
+            self.cmake(
+                *(ext, "cuda", "-DMOKD_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={compiler}"),
+                f"-DMOKD_FAST_CUDA_ARCHS={cuda_archs()}",
+                failure="the CUDA build failed",
+            )
+        except BuildError as error:
+            if mode == "cuda":
+                raise
+            self.cmake(ext, "cpu", failure="the C++ build failed")
+            say(f"mokd_fast is built without CUDA kernels: {error}.")
+
+    def cmake(self, ext: Extension, folder: str, *options: str, failure: str) -> None:
         try:
             import pybind11
         except ImportError:
             raise BuildError("pybind11 was not found (pip install pybind11)") from None
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        work = Path(self.build_temp).resolve() / ext.name
+        work = Path(self.build_temp).resolve() / ext.name / folder
         run(
             *(tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(work)),
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *options,
+            failure=failure,
         )
-        run(tool("cmake"), "--build", str(work))
+        run(tool("cmake"), "--build", str(work), failure=failure)
         if not module.exists():
             raise BuildError(f"the C++ build did not make {module.name}")
 
@@ -126,8 +165,8 @@ class BdistWheel(bdist_wheel):
 
 if __name__ == "__main__":
     native = build_mode() != "off" and sys.platform == "linux"
-    if build_mode() == "cpu" and not native:
-        raise SystemExit("MOKD_FAST_BUILD=cpu: the native kernels build on Linux only.")
+    if build_mode() in ("cpu", "cuda") and not native:
+        raise SystemExit(f"MOKD_FAST_BUILD={build_mode()}: the native kernels build on Linux only.")
     setup(
         packages=[*find_packages(include=["mokd_fast", "mokd_fast.*"]), "mokd_fast.kernels"],
         package_dir={"mokd_fast.kernels": "kernels"},

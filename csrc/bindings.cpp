@@ -3,11 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/distill.h"
+#ifdef MOKD_CUDA
+#include "cuda/distill.h"
+#endif
 
 namespace py = pybind11;
 
@@ -37,7 +42,12 @@ py::dict build_info() {
   info["cxx_standard"] = __cplusplus / 100 % 100;  // 201703L -> 17
   info["build_type"] = MOKD_FAST_BUILD_TYPE;
   info["openmp"] = openmp;
-  info["cuda_archs"] = py::list();
+  py::list archs;  // nvcc's names: sm_ is machine code, compute_ is PTX
+#ifdef MOKD_CUDA
+  std::stringstream names(MOKD_CUDA);
+  for (std::string name; names >> name;) archs.append(name);
+#endif
+  info["cuda_archs"] = archs;
   return info;
 }
 
@@ -80,6 +90,51 @@ struct Distill {
   }
 };
 
+#ifdef MOKD_CUDA
+namespace cuda = mokd::cuda;
+
+cuda::Plan plan(const Distill& d, int multiprocessors) {
+  return cuda::plan(d.call.shape, d.student.front().type == mokd::F64 ? 8 : 4, multiprocessors);
+}
+
+cuda::Call cuda_call(const Distill& d) {
+  if (d.student.size() > cuda::VIEWS || d.teacher.size() > cuda::TEACHERS || d.pairs.size() > cuda::PAIRS)
+    throw std::invalid_argument("more rows or pairs than a CUDA kernel takes");
+  cuda::Call call = {d.call.shape, d.call.temperatures, d.call.targets, {}, {}, {}, {}};
+  std::copy(d.student.begin(), d.student.end(), call.student);
+  std::copy(d.teacher.begin(), d.teacher.end(), call.teacher);
+  std::copy(d.pairs.begin(), d.pairs.end(), call.pairs);
+  std::copy(d.weights.begin(), d.weights.end(), call.weights);
+  return call;
+}
+
+void cuda_forward(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, uintptr_t workspace,
+                  int multiprocessors, int device, uintptr_t stream) {
+  py::gil_scoped_release unlocked;
+  cuda::forward(cuda_call(d), {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
+                pointer<double>(workspace), plan(d, multiprocessors), {device, pointer<void>(stream)});
+}
+
+void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int multiprocessors,
+                   int device, uintptr_t stream) {
+  py::gil_scoped_release unlocked;
+  cuda::backward(cuda_call(d), {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)},
+                 plan(d, multiprocessors), {device, pointer<void>(stream)});
+}
+
+void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
+  m.attr("CUDA_CAPACITY") = py::make_tuple(cuda::VIEWS, cuda::TEACHERS, cuda::PAIRS);
+  m.def("cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::built_version()); },
+        "CUDA that the driver takes (0 without one) and CUDA built with: 1000 * major + 10 * minor.");
+  distill.def("cuda_forward", &cuda_forward)
+      .def("cuda_backward", &cuda_backward)
+      .def("cuda_plan", [](const Distill& d, int multiprocessors) {
+        const cuda::Plan p = plan(d, multiprocessors);
+        return py::make_tuple(p.tile, p.warps, cuda::workspace(d.call.shape, d.call.targets, p));
+      }, "Columns of a tile, warps of a block, and fp64 numbers of workspace for a forward pass.");
+}
+#endif
+
 const mokd::cpu::Kernels& level(const std::string& name) {
   const mokd::cpu::Kernels* found = mokd::cpu::kernels(name.c_str());
   if (!found) throw std::invalid_argument("this processor cannot run the CPU kernels of level " + name);
@@ -94,7 +149,8 @@ PYBIND11_MODULE(_C, m) {
         "How this module was built: compiler and version, C++ standard, type, OpenMP, CUDA archs.");
   m.def("cpu_level", [](const std::string& name) { return level(name).level; }, py::arg("name") = "",
         "The x86-64 level whose kernels run (baseline, v3 or v4); ValueError if `name` cannot.");
-  py::class_<Distill>(m, "Distill")
+  py::class_<Distill> distill(m, "Distill");
+  distill
       .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,
                     const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
                     const std::vector<int>&, const std::vector<bool>&, std::vector<double>,
@@ -111,4 +167,7 @@ PYBIND11_MODULE(_C, m) {
              py::gil_scoped_release unlocked;
              kernels.backward(d.call, {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)});
            });
+#ifdef MOKD_CUDA
+  bind_cuda(m, distill);
+#endif
 }

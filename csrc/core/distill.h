@@ -43,6 +43,36 @@ struct Shape {
   int views, teachers;
 };
 
+// stats [V + T, B, 2] of the arithmetic's type: the maximum of a row's logits (of a teacher's less the
+// centre), and the sum of exp((logit - maximum) / tau), of a student its logarithm. terms [targets] and
+// loss [1], of the arithmetic's type.
+struct Forward {
+  void* stats;
+  void* terms;
+  void* loss;
+};
+
+// gradient [V, B, K] contiguous, of the student's type; grad_output [1] and stats as above.
+struct Backward {
+  const void* stats;
+  const void* grad_output;
+  void* gradient;
+};
+
+// One piece of work: columns [begin, end) of one image. Pieces count along the columns first.
+struct Tile {
+  int64_t image, begin, end;
+};
+
+static MOKD_HOST_DEVICE inline int64_t tiles(const Shape& shape, int64_t tile) {
+  return (shape.columns + tile - 1) / tile;  // of one image
+}
+
+static MOKD_HOST_DEVICE inline Tile tile_at(const Shape& shape, int64_t tile, int64_t item) {
+  const int64_t each = tiles(shape, tile), begin = item % each * tile;
+  return {item / each, begin, begin + tile < shape.columns ? begin + tile : shape.columns};
+}
+
 // One row over some columns: its maximum and sum exp(x - max). Of a row of given probabilities: 0 and
 // their sum. Functions are static: each x86-64 level compiles its own.
 struct Partial {
@@ -66,11 +96,72 @@ static MOKD_HOST_DEVICE inline double merge_dots(double a, Partial teacher_a, Pa
          decay(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
 }
 
+// What one piece of work knows: every teacher row, every student row, the dot of every pair.
+struct State {
+  Partial *teacher, *student;  // [T], [V]
+  double* dot;                 // [T, V]
+};
+
+static MOKD_HOST_DEVICE inline int64_t state_size(const Shape& s) {
+  return 2 * (s.teachers + s.views) + int64_t(s.teachers) * s.views;
+}
+
+static MOKD_HOST_DEVICE inline State state_at(double* at, const Shape& s) {
+  Partial* rows = reinterpret_cast<Partial*>(at);
+  return {rows, rows + s.teachers, at + 2 * (s.teachers + s.views)};
+}
+
 // - sum q (z - lse), of a pair over all columns. Given probabilities need not sum to 1.
 static MOKD_HOST_DEVICE inline double cross_entropy(double dot, Partial teacher, Partial student,
                                                     bool probabilities) {
   double log_sum = log(student.sum);
   return probabilities ? teacher.sum * log_sum - dot : log_sum - dot / teacher.sum;
+}
+
+// Below, D is the call of one side, with shape, teacher, temperatures, pairs [T, V] and weights
+// [targets]; A is the type of the arithmetic.
+
+// tau of teacher row t, or of the student for t < 0.
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline A temperature(const D& d, int t) {
+  if (t >= 0 && d.teacher[t].probabilities) return A(1);
+  return static_cast<const A*>(d.temperatures)[t < 0 ? 0 : 1 + d.teacher[t].target];
+}
+
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline A inverse_temperature(const D& d, int t) {
+  return A(1) / temperature<A>(d, t);
+}
+
+template <typename A>
+static MOKD_HOST_DEVICE inline double row_weight(const Teacher& teacher, int64_t b) {
+  return teacher.row_weight ? double(static_cast<const A*>(teacher.row_weight)[b]) : 1.0;
+}
+
+// Where the stats of a row stand: student views first, then teacher rows.
+static MOKD_HOST_DEVICE inline int64_t student_stats(const Shape& s, int v, int64_t b) {
+  return (v * s.images + b) * 2;
+}
+
+static MOKD_HOST_DEVICE inline int64_t teacher_stats(const Shape& s, int t, int64_t b) {
+  return ((s.views + t) * s.images + b) * 2;
+}
+
+// The gradient of s_v is grad_output / (tau_s B) * (n_v softmax(z_v) - sum_t c_tv q_t).
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline double coefficient(const D& d, int t, int v, int64_t b) {  // c_tv
+  const double pair = d.pairs[t * d.shape.views + v];
+  return pair == 0 ? 0 : pair * d.weights[d.teacher[t].target] * row_weight<A>(d.teacher[t], b);
+}
+
+// n_v: the coefficients times the mass of their rows, which is 1 but for given probabilities.
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline double mass(const D& d, const A* stats, int v, int64_t b) {
+  double total = 0;
+  for (int t = 0; t < d.shape.teachers; ++t)
+    total += coefficient<A>(d, t, v, b) *
+             (d.teacher[t].probabilities ? double(stats[teacher_stats(d.shape, t, b) + 1]) : 1.0);
+  return total;
 }
 
 }  // namespace mokd

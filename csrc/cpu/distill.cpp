@@ -128,15 +128,6 @@ auto with_count(int count, const F& f) {
   }
 }
 
-// What one piece of work knows: every teacher row, every student row, the dot of every pair.
-struct State {
-  Partial *teacher, *student;  // [T], [V]
-  double* dot;                 // [T, V]
-  State(double* at, int T, int V)
-      : teacher(reinterpret_cast<Partial*>(at)), student(teacher + T), dot(at + 2 * (T + V)) {}
-  static int64_t size(int T, int V) { return 2 * (T + V) + int64_t(T) * V; }
-};
-
 // a takes in b, its right neighbour.
 void merge(State a, State b, int T, int V) {
   for (int t = 0; t < T; ++t)
@@ -147,11 +138,9 @@ void merge(State a, State b, int T, int V) {
   for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
 }
 
-// 1 / temperature of a teacher row, or of the student for t < 0.
 template <typename A>
-double inverse_temperature(const Distill& d, int t) {
-  if (t >= 0 && d.teacher[t].probabilities) return 1;
-  return 1 / double(static_cast<const A*>(d.temperatures)[t < 0 ? 0 : 1 + d.teacher[t].target]);
+double rate_of(const Distill& d, int t) {  // 1 / tau in double: a maximum comes back exactly
+  return 1 / double(temperature<A>(d, t));
 }
 
 // Up to GROUP teacher rows from t on that are paired with view v; t moves behind the last one.
@@ -186,10 +175,10 @@ const A* centred(const Teacher& teacher, Block at, A* buffer) {
 
 // Maxima never fall from block to block, so that a merge rarely needs an exponential.
 template <typename A>
-A running_maximum(const A* x, int64_t n, const Partial* before, double inverse) {
+A running_maximum(const A* x, int64_t n, const Partial* before, double rate) {
   const A top = maximum(x, n);
   if (!before) return top;
-  const A last = A(before->max / inverse);
+  const A last = A(before->max / rate);
   return last > top ? last : top;
 }
 
@@ -202,18 +191,18 @@ Partial forward_teacher(const Distill& d, Block at, int t, A* own, const A** e, 
     return {0, sum(x, at.n)};
   }
   *e = own;
-  const double inverse = inverse_temperature<A>(d, t);
-  const A max = running_maximum(x, at.n, before, inverse);
-  return {max * inverse,
-          exponentials(x, max, A(inverse * LOG2_E), A(1), at.n, own, next_row(d, at, t + AHEAD))};
+  const double rate = rate_of<A>(d, t);
+  const A max = running_maximum(x, at.n, before, rate);
+  return {max * rate,
+          exponentials(x, max, A(rate * LOG2_E), A(1), at.n, own, next_row(d, at, t + AHEAD))};
 }
 
 template <typename A>
 void forward_student(const Distill& d, Block at, int v, const A* x, const A* const* e, State out,
                      const Partial* before) {
   const int V = d.shape.views, T = d.shape.teachers;
-  const double inverse = inverse_temperature<A>(d, -1);
-  const A max = running_maximum(x, at.n, before, inverse), scale = A(inverse * LOG2_E);
+  const double rate = rate_of<A>(d, -1);
+  const A max = running_maximum(x, at.n, before, rate), scale = A(rate * LOG2_E);
   const Next next = next_row(d, at, T + v + AHEAD);
   for (int t = 0; t < T; ++t) out.dot[t * V + v] = 0;
   int t = 0, rows[GROUP];
@@ -225,8 +214,8 @@ void forward_student(const Distill& d, Block at, int v, const A* x, const A* con
     const A total = with_count(count, [&](auto N) {
       return student_block<N>(x, max, scale, at.n, near, dots, next);
     });
-    for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * inverse;
-    out.student[v] = {max * inverse, total};
+    for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
+    out.student[v] = {max * rate, total};
   } while (t < T);
 }
 
@@ -238,28 +227,19 @@ struct Workplace {
   const A** rows;
   explicit Workplace(const Shape& shape)
       : scratch(static_cast<A*>(std::aligned_alloc(64, (shape.teachers + 2) * BLOCK * sizeof(A)))),
-        state(static_cast<double*>(std::malloc(State::size(shape.teachers, shape.views) * sizeof(double)))),
+        state(static_cast<double*>(std::malloc(state_size(shape) * sizeof(double)))),
         rows(static_cast<const A**>(std::malloc((shape.teachers + 1) * sizeof(A*)))) {}
   ~Workplace() { std::free(scratch), std::free(state), std::free(rows); }
 };
 
-struct Columns {
-  int64_t image, begin, end;
-};
-
-Columns columns(const Shape& shape, int64_t item, int64_t tiles) {
-  const int64_t begin = item % tiles * TILE;
-  return {item / tiles, begin, begin + TILE < shape.columns ? begin + TILE : shape.columns};
-}
-
 // Scratch: a block for every teacher row, then one for a student's.
 template <typename A>
-void forward_item(const Distill& d, Columns at, Workplace<A>& work, State state) {
+void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
   const int T = d.shape.teachers, V = d.shape.views;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
     const bool first = k == at.begin;
-    State out = first ? state : State(work.state, T, V);
+    State out = first ? state : state_at(work.state, d.shape);
     for (int t = 0; t < T; ++t)
       out.teacher[t] = forward_teacher(d, block, t, work.scratch + t * BLOCK, &work.rows[t],
                                        first ? nullptr : &state.teacher[t]);
@@ -290,34 +270,30 @@ void each(const Distill& d, int64_t items, const Work& work) {
 }
 
 template <typename A>
-double row_weight(const Teacher& teacher, int64_t b) {
-  return teacher.row_weight ? static_cast<const A*>(teacher.row_weight)[b] : 1.0;
-}
-
-template <typename A>
 void forward(const Distill& d, const Forward& out) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t B = d.shape.images, tiles = (d.shape.columns + TILE - 1) / TILE;
-  const int64_t size = State::size(T, V);
-  double* states = static_cast<double*>(std::malloc((B * tiles * size + d.targets + 1) * sizeof(double)));
-  double* sums = states + B * tiles * size;
-  each<A>(d, B * tiles, [&](int64_t item, Workplace<A>& work) {
-    forward_item<A>(d, columns(d.shape, item, tiles), work, State(states + item * size, T, V));
+  const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
+  double* states = static_cast<double*>(std::malloc((B * cut * size + d.targets + 1) * sizeof(double)));
+  double* sums = states + B * cut * size;
+  each<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
+    forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
   });
 
   A* stats = static_cast<A*>(out.stats);
   for (int i = 0; i < d.targets; ++i) sums[i] = 0;
   for (int64_t b = 0; b < B; ++b) {
-    State s(states + b * tiles * size, T, V);
-    for (int64_t i = 1; i < tiles; ++i) merge(s, State(states + (b * tiles + i) * size, T, V), T, V);
+    State s = state_at(states + b * cut * size, d.shape);
+    for (int64_t i = 1; i < cut; ++i) merge(s, state_at(states + (b * cut + i) * size, d.shape), T, V);
     for (int v = 0; v < V; ++v) {
-      stats[(v * B + b) * 2] = A(s.student[v].max / inverse_temperature<A>(d, -1));
-      stats[(v * B + b) * 2 + 1] = A(__builtin_log(s.student[v].sum));
+      A* at = stats + student_stats(d.shape, v, b);
+      at[0] = A(s.student[v].max / rate_of<A>(d, -1));
+      at[1] = A(__builtin_log(s.student[v].sum));
     }
     for (int t = 0; t < T; ++t) {
       const Teacher& teacher = d.teacher[t];
-      stats[((V + t) * B + b) * 2] = A(s.teacher[t].max / inverse_temperature<A>(d, t));
-      stats[((V + t) * B + b) * 2 + 1] = A(s.teacher[t].sum);
+      A* at = stats + teacher_stats(d.shape, t, b);
+      at[0] = A(s.teacher[t].max / rate_of<A>(d, t));
+      at[1] = A(s.teacher[t].sum);
       double rows = 0;
       for (int v = 0; v < V; ++v)
         if (d.pairs[t * V + v] != 0)
@@ -345,21 +321,15 @@ struct Coefficients {
 template <typename A>
 Coefficients coefficients(const Distill& d, const Backward& io, int64_t b, double* at) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t B = d.shape.images;
   const A* stats = static_cast<const A*>(io.stats);
   const Coefficients out = {at, at + T * V};
-  const double scale = double(*static_cast<const A*>(io.grad_output)) * inverse_temperature<A>(d, -1) / double(B);
-  for (int v = 0; v < V; ++v) out.student[v] = 0;
-  for (int t = 0; t < T; ++t) {
-    const Teacher& teacher = d.teacher[t];
-    const double mass = teacher.probabilities ? stats[((V + t) * B + b) * 2 + 1] : 1;
-    const double each = scale * d.weights[teacher.target] * row_weight<A>(teacher, b);
-    for (int v = 0; v < V; ++v) {
-      out.pair[t * V + v] = d.pairs[t * V + v] * each;
-      out.student[v] += out.pair[t * V + v] * mass;
-    }
+  const double scale =
+      double(*static_cast<const A*>(io.grad_output)) * rate_of<A>(d, -1) / double(d.shape.images);
+  for (int v = 0; v < V; ++v) {
+    for (int t = 0; t < T; ++t) out.pair[t * V + v] = scale * coefficient<A>(d, t, v, b);
+    const double log_sum = stats[student_stats(d.shape, v, b) + 1];
+    out.student[v] = scale * mass<A>(d, stats, v, b) * __builtin_exp(-log_sum);
   }
-  for (int v = 0; v < V; ++v) out.student[v] *= __builtin_exp(-double(stats[(v * B + b) * 2 + 1]));
   return out;
 }
 
@@ -406,7 +376,7 @@ void backward_student(const Distill& d, const Backward& io, Block at, int v, Coe
                       const A* const* q, A* wide, A* g) {
   const int T = d.shape.teachers, V = d.shape.views;
   const Rows& student = d.student[v];
-  Mix<A> m = {static_cast<const A*>(io.stats)[(v * d.shape.images + at.image) * 2], scale,
+  Mix<A> m = {static_cast<const A*>(io.stats)[student_stats(d.shape, v, at.image)], scale,
               A(f.student[v]), {}, {}, 0, next_row(d, at, T + v + AHEAD)};
   int t = 0, rows[GROUP];
   m.count = next_group(d, v, &t, rows);
@@ -440,18 +410,18 @@ const A* backward_teacher(const Distill& d, const Backward& io, Block at, int t,
   const Teacher& teacher = d.teacher[t];
   const A* x = centred<A>(teacher, at, own);
   if (teacher.probabilities) return x;
-  const A* stats = static_cast<const A*>(io.stats) + ((d.shape.views + t) * d.shape.images + at.image) * 2;
-  exponentials(x, stats[0], A(inverse_temperature<A>(d, t) * LOG2_E), A(1) / stats[1], at.n, own,
+  const A* stats = static_cast<const A*>(io.stats) + teacher_stats(d.shape, t, at.image);
+  exponentials(x, stats[0], A(rate_of<A>(d, t) * LOG2_E), A(1) / stats[1], at.n, own,
                next_row(d, at, t + AHEAD));
   return own;
 }
 
 // Scratch as in forward, and a block for the gradient.
 template <typename A>
-void backward_item(const Distill& d, const Backward& io, Columns at, Workplace<A>& work) {
+void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& work) {
   const int T = d.shape.teachers, V = d.shape.views;
   const Coefficients f = coefficients<A>(d, io, at.image, work.state);
-  const A scale = A(inverse_temperature<A>(d, -1) * LOG2_E);
+  const A scale = A(rate_of<A>(d, -1) * LOG2_E);
   A *wide = work.scratch + T * BLOCK, *g = wide + BLOCK;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
@@ -464,9 +434,8 @@ void backward_item(const Distill& d, const Backward& io, Columns at, Workplace<A
 
 template <typename A>
 void backward(const Distill& d, const Backward& io) {
-  const int64_t tiles = (d.shape.columns + TILE - 1) / TILE;
-  each<A>(d, d.shape.images * tiles, [&](int64_t item, Workplace<A>& work) {
-    backward_item<A>(d, io, columns(d.shape, item, tiles), work);
+  each<A>(d, d.shape.images * tiles(d.shape, TILE), [&](int64_t item, Workplace<A>& work) {
+    backward_item<A>(d, io, tile_at(d.shape, TILE, item), work);
   });
 }
 

@@ -15,21 +15,6 @@ struct Distill {
   int threads;
 };
 
-// stats [V + T, B, 2] of the arithmetic's type: maximum of the logits (of a teacher less the centre)
-// and log-sum (student) or sum (teacher) of exp((logit - maximum) / temperature); terms [targets] and loss [1], of the arithmetic's type.
-struct Forward {
-  void* stats;
-  void* terms;
-  void* loss;
-};
-
-// gradient [V, B, K] contiguous, of the student's type; grad_output and stats as above.
-struct Backward {
-  const void* stats;
-  const void* grad_output;
-  void* gradient;
-};
-
 struct Kernels {
   const char* level;
   void (*forward)(const Distill&, const Forward&);

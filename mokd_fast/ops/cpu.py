@@ -49,11 +49,8 @@ def distill_forward(
     probabilities: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
-    dtype = accumulation_dtype(student)
-    count = len(student) + sum(len(r) for r in rows)
-    stats = student.new_empty(count, student.shape[1], 2, dtype=dtype)
-    loss, terms = student.new_empty((), dtype=dtype), student.new_empty(len(rows), dtype=dtype)
-    call, _alive = _distill(
+    loss, terms, stats = results(student, rows)
+    call, _alive = native_call(
         student, rows, centers, row_weights, temperatures, pairs, weights, probabilities
     )
     call.forward(stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level())
@@ -64,12 +61,23 @@ def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -
     """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
     out = torch.empty(student.shape, dtype=student.dtype)
     grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
-    call, _alive = _distill(student, *rest)
+    call, _alive = native_call(student, *rest)
     call.backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), _level())
     return out
 
 
-def _distill(
+def results(student: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], terms [targets], stats [V + T, B, 2] to be filled, of the arithmetic's dtype."""
+    dtype = accumulation_dtype(student)
+    count = len(student) + sum(len(r) for r in rows)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty(len(rows), dtype=dtype),
+        student.new_empty(count, student.shape[1], 2, dtype=dtype),
+    )
+
+
+def native_call(
     student: Tensor,
     rows: Sequence[Tensor],
     centers: Sequence[Tensor],

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .dispatch import pick, register
 
 Pairs = tuple[tuple[float, ...], ...]
@@ -196,7 +196,7 @@ def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
-_KERNELS = {"cpu": cpu}
+_KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
 def _run(
@@ -206,8 +206,14 @@ def _run(
     dtype = reference.accumulation_dtype(student)
     empty = student.new_empty(0, dtype=dtype)
     taus = [temperature, *(target.temperature for target in targets)]
+    # full() and not as_tensor() for a number: copying one to a GPU would synchronise.
     temperatures = torch.stack(
-        [torch.as_tensor(tau, dtype=dtype, device=student.device) for tau in taus]
+        [
+            tau.to(student.device, dtype)
+            if isinstance(tau, Tensor)
+            else torch.full((), tau, dtype=dtype, device=student.device)
+            for tau in taus
+        ]
     )
     rows = [t.logits if t.logits is not None else t.probs for t in targets]
     loss, terms, _ = _forward(
@@ -231,6 +237,14 @@ def _cpu_why_not(
     return cpu.why_not(student, *(r for r in rows if r is not None))
 
 
+def _cuda_why_not(
+    student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+) -> str | None:
+    rows = (t.logits if t.logits is not None else t.probs for t in targets)
+    return cuda.why_not(student, [r for r in rows if r is not None])
+
+
+register("distill_cross_entropy", "cuda", partial(_run, "cuda"), _cuda_why_not)
 register("distill_cross_entropy", "cpu", partial(_run, "cpu"), _cpu_why_not)
 register("distill_cross_entropy", "reference", reference.distill_cross_entropy)
 

@@ -1,0 +1,44 @@
+// distill_cross_entropy on CUDA: what the bindings call. Nothing here needs a GPU but forward and
+// backward. See distill.cu.
+#pragma once
+#include "../core/distill.h"
+
+namespace mokd::cuda {
+
+// The rows and pairs of a call travel as a kernel parameter: no copy, no synchronisation, and a CUDA
+// graph keeps them. A kernel takes 4 KB of parameters everywhere, hence the capacity.
+constexpr int VIEWS = 24, TEACHERS = 24, PAIRS = 192;
+
+struct Call {
+  Shape shape;
+  const void* temperatures;  // on the device, as are the centers and row weights of the teachers
+  int targets;
+  Rows student[VIEWS];
+  Teacher teacher[TEACHERS];
+  double pairs[PAIRS], weights[TEACHERS];
+};
+
+// How the columns are cut: a warp works on `tile` columns of one image, `warps` of them in a block.
+struct Plan {
+  int tile, warps;
+};
+
+// `bytes` of the arithmetic's type: 4, or 8 for fp64.
+Plan plan(const Shape& shape, int bytes, int multiprocessors);
+
+// Numbers (fp64) of workspace that `forward` needs.
+int64_t workspace(const Shape& shape, int targets, const Plan& plan);
+
+// Both only launch kernels on `stream` of `device`; std::runtime_error when CUDA refuses.
+struct Place {
+  int device;
+  void* stream;
+};
+void forward(const Call& call, const Forward& io, double* workspace, const Plan& plan, Place place);
+void backward(const Call& call, const Backward& io, const Plan& plan, Place place);
+
+// Version of the CUDA that the driver takes and of the one built with, as 1000 * major + 10 * minor.
+int driver_version();
+int built_version();
+
+}  // namespace mokd::cuda

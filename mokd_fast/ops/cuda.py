@@ -1,0 +1,107 @@
+"""The CUDA C++ kernels of the native module; the same calls as `cpu`, on the current stream.
+
+Importing this, or asking about tensors on the CPU, does not initialise CUDA.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .reference import accumulation_dtype
+
+
+def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
+    """Why the CUDA kernels cannot take student [V, B, K] and rows [T_i, B, K], or None."""
+    for tensor in (student, *rows):
+        if tensor.device.type != "cuda":
+            return f"it takes tensors on a CUDA device, one is on {tensor.device}"
+        if tensor.dtype not in cpu.TYPES:
+            return f"it takes fp32, fp64, bf16 and fp16, one tensor is {tensor.dtype}"
+    if cpu.native is None:
+        return "the native module was not built (`pip install -v .` shows why)"
+    if not hasattr(cpu.native, "cuda_versions"):
+        return "the native module was built without CUDA (no nvcc; MOKD_FAST_BUILD=cuda says why)"
+    too_many = _too_many(len(student), sum(len(r) for r in rows))
+    return too_many or _device_why_not(student.get_device())
+
+
+def _too_many(views: int, teachers: int) -> str | None:
+    """The rows and pairs of a call are a kernel parameter of fixed size (csrc/cuda/distill.h)."""
+    for count, most, name in zip(
+        (views, teachers, views * teachers),
+        cpu.native.CUDA_CAPACITY,
+        ("student views", "teacher rows", "pairs of a teacher row and a view"),
+        strict=True,
+    ):
+        if count > most:
+            return f"it takes up to {most} {name}, these are {count}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _device_why_not(device: int) -> str | None:
+    """Whether the driver and the GPU run what was built."""
+    driver, built = cpu.native.cuda_versions()
+    if driver // 1000 < built // 1000:  # within a major version every driver runs every build
+        return f"the driver takes CUDA {_version(driver)}, the kernels need {_version(built)}"
+    major, minor = torch.cuda.get_device_capability(device)
+    archs = cpu.native.build_info()["cuda_archs"]
+    if not any(_runs(arch, major, minor) for arch in archs):
+        return (
+            f"the kernels were built for {', '.join(archs)}, this GPU is sm_{major}{minor} "
+            f"(MOKD_FAST_CUDA_ARCHS={major}{minor} builds for it)"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Machine code runs on its own and later minor versions, that of 90a and the like on 9.0 alone,
+    PTX on everything later."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+    assert match is not None, arch
+    built = int(match[2]), int(match[3])
+    if match[1] == "compute":
+        return built <= (major, minor)
+    return built == (major, minor) or (not match[4] and built[0] == major and built[1] <= minor)
+
+
+def distill_forward(
+    student: Tensor, rows: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`.
+
+    The maxima in stats are those of the logits, before the temperature (csrc/cuda/distill.cu).
+    """
+    loss, terms, stats = cpu.results(student, rows)
+    call, _alive = cpu.native_call(student, rows, *rest)
+    multiprocessors, *place = _place(student)
+    size = call.cuda_plan(multiprocessors)[2]
+    workspace = student.new_empty(size, dtype=torch.float64)
+    outputs = (t.data_ptr() for t in (stats, terms, loss, workspace))
+    call.cuda_forward(*outputs, multiprocessors, *place)
+    return loss, terms, stats
+
+
+def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -> Tensor:
+    """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
+    out = student.new_empty(student.shape)
+    grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
+    call, _alive = cpu.native_call(student, *rest)
+    call.cuda_backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), *_place(student))
+    return out
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """Multiprocessors, index and current stream of the tensor's device."""
+    index = tensor.get_device()
+    properties = torch.cuda.get_device_properties(index)
+    stream = torch.cuda.current_stream(index).cuda_stream
+    return properties.multi_processor_count, index, stream

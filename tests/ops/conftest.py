@@ -1,0 +1,74 @@
+"""The CUDA kernels for tests whose tensors are on the CPU: on a GPU if there is one, else emulated."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import pytest
+import torch
+
+from mokd_fast.ops import cpu, cuda, distill
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The native module with the CUDA kernels compiled for the host (emulator.h)."""
+    if NVCC is None:
+        pytest.skip("needs the headers of the CUDA toolkit")
+    module = tmp_path_factory.mktemp("emulated") / "_C.so"
+    include = pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests/ops"
+    sources = ("bindings.cpp", "cpu/level.cpp", "cpu/distill.cpp", "cuda/distill.cu")
+    command = [
+        *(NVCC, "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", "-o", module),
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-unknown-pragmas",
+        *('-DMOKD_CUDA="sm_80 sm_90a compute_80"', "-DMOKD_LEVEL=baseline"),
+        '-DMOKD_FAST_BUILD_TYPE="emulated"',
+        *(f"-I{folder}" for folder in include),
+        *(ROOT / "csrc" / source for source in sources),
+    ]
+    build = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    # Another name than mokd_fast._C, which pybind11 would answer with the module loaded already.
+    spec = importlib.util.spec_from_file_location("emulated._C", module)
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    return native
+
+
+class OnGpu:
+    """The kernels of `cuda` for tensors on the CPU, which travel there and back."""
+
+    def distill_forward(self, *args):
+        return tuple(out.cpu() for out in cuda.distill_forward(*map(to_gpu, args)))
+
+    def distill_backward(self, *args):
+        return cuda.distill_backward(*map(to_gpu, args)).cpu()
+
+
+def to_gpu(value):
+    if isinstance(value, list):
+        return [to_gpu(item) for item in value]
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture
+def cuda_kernels(request, monkeypatch):
+    """Backend "cuda" takes tensors on the CPU, when MOKD_FAST_BACKEND asks for it."""
+    if torch.cuda.is_available() and hasattr(cpu.native, "cuda_versions"):
+        monkeypatch.setitem(distill._KERNELS, "cuda", OnGpu())
+    else:
+        monkeypatch.setattr(cpu, "native", request.getfixturevalue("emulated"))
+        monkeypatch.setattr(cuda, "_place", lambda tensor: (132, 0, 0))
+    real = cuda.why_not
+    monkeypatch.setattr(
+        cuda,
+        "why_not",
+        lambda *args: None if os.environ.get("MOKD_FAST_BACKEND") == "cuda" else real(*args),
+    )

@@ -1,0 +1,138 @@
+// Runs the CUDA kernels on a host, block after block: a thread is a coroutine, a barrier and a shuffle
+// hand over to the next one. It proves indices and arithmetic, not speed. Shared memory starts as NaN,
+// and MOKD_EMULATE_REVERSED=1 runs the threads of a block in the other order: a race changes bits.
+#pragma once
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __shared__
+#define __shared__
+
+namespace mokd::cuda {
+
+alignas(16) uint4 shared[(48 << 10) / sizeof(uint4)];
+
+namespace emulator {
+
+constexpr size_t STACK = 64 << 10;
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  double slot[2];  // what a shuffle passes on; two in turn, so that one barrier is enough
+  int shuffles = 0, barriers = 0;
+  bool done = false;
+};
+
+inline std::vector<Thread> threads;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline dim3 thread_index, block_index, block_size;
+
+inline Thread& self() { return threads[thread_index.x]; }
+
+// Waits until threads [first, first + count) have come here as often as this one.
+inline void barrier(int Thread::*arrived, unsigned first, unsigned count) {
+  const int mine = ++(self().*arrived);
+  for (unsigned i = first; i < first + count; ++i)
+    while (threads[i].*arrived < mine) {
+      if (threads[i].done) throw std::logic_error("a thread left before a barrier");
+      swapcontext(&self().context, &scheduler);
+    }
+}
+
+inline void entry() {
+  body();
+  self().done = true;
+}
+
+inline void run_block(unsigned count) {
+  const bool reversed = std::getenv("MOKD_EMULATE_REVERSED") != nullptr;
+  std::memset(shared, 0xff, sizeof(shared));
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
+    thread.shuffles = thread.barriers = 0;
+    thread.done = false;
+    getcontext(&thread.context);
+    thread.context.uc_stack = {thread.stack.get(), 0, STACK};
+    thread.context.uc_link = &scheduler;
+    makecontext(&thread.context, entry, 0);
+  }
+  for (bool waiting = true; waiting;) {
+    waiting = false;
+    for (unsigned i = 0; i < count; ++i) {
+      thread_index.x = reversed ? count - 1 - i : i;
+      if (self().done) continue;
+      waiting = true;
+      swapcontext(&scheduler, &self().context);
+    }
+  }
+}
+
+template <typename T>
+T shuffle(T value, unsigned lane) {
+  static_assert(sizeof(T) <= sizeof(double));
+  const int turn = self().shuffles % 2;
+  const unsigned warp = thread_index.x / 32 * 32, from = lane < 32 ? lane : thread_index.x % 32;
+  std::memcpy(&self().slot[turn], &value, sizeof(T));
+  barrier(&Thread::shuffles, warp, 32);
+  std::memcpy(&value, &threads[warp + from].slot[turn], sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+#define threadIdx ::mokd::cuda::emulator::thread_index
+#define blockIdx ::mokd::cuda::emulator::block_index
+#define blockDim ::mokd::cuda::emulator::block_size
+
+inline void __syncthreads() { emulator::barrier(&emulator::Thread::barriers, 0, emulator::block_size.x); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::shuffle(value, threadIdx.x % 32 ^ mask);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  return emulator::shuffle(value, threadIdx.x % 32 + delta);
+}
+
+struct OnDevice {
+  explicit OnDevice(int device) {
+    if (device) throw std::runtime_error("CUDA: invalid device ordinal");  // one device, number 0
+  }
+};
+
+template <typename P>
+void launch(void (*kernel)(P), int64_t blocks, int count, size_t bytes, void*, const P& parameters) {
+  using namespace emulator;
+  if (bytes > sizeof(shared)) throw std::runtime_error("CUDA: too much shared memory");
+  block_size.x = count;
+  while (int(threads.size()) < count) {
+    threads.emplace_back();
+    threads.back().stack.reset(new char[STACK]);
+  }
+  body = [&] { kernel(parameters); };
+  for (int64_t i = 0; i < blocks; ++i) {
+    block_index.x = i;
+    run_block(count);
+  }
+}
+
+inline void check(int) {}
+
+}  // namespace mokd::cuda
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}

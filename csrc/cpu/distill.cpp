@@ -128,12 +128,15 @@ auto with_count(int count, const F& f) {
   }
 }
 
-// a takes in b, its right neighbour.
+// a takes in b, its right neighbour. Maxima seldom move (running_maximum): then sums are just added.
 void merge(State a, State b, int T, int V) {
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v)
-      a.dot[t * V + v] = merge_dots(a.dot[t * V + v], a.teacher[t], a.student[v],
-                                    b.dot[t * V + v], b.teacher[t], b.student[v]);
+    for (int v = 0; v < V; ++v) {
+      double& dot = a.dot[t * V + v];
+      const bool moved = a.teacher[t].max != b.teacher[t].max || a.student[v].max != b.student[v].max;
+      dot = moved ? merge_dots(dot, a.teacher[t], a.student[v], b.dot[t * V + v], b.teacher[t], b.student[v])
+                  : dot + b.dot[t * V + v];
+    }
   for (int t = 0; t < T; ++t) a.teacher[t] = merge(a.teacher[t], b.teacher[t]);
   for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
 }
@@ -259,7 +262,7 @@ void each(const Distill& d, int64_t items, const Work& work) {
 #pragma omp parallel num_threads(d.threads)
     {
       Workplace<A> own(d.shape);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)  // neighbours to one thread: it fetches across their border
       for (int64_t i = 0; i < items; ++i) work(i, own);
     }
     return;

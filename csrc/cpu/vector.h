@@ -52,18 +52,28 @@ inline Vec<A> load_tail(const A* p, int64_t count, A fill) {
   return v;
 }
 
+// Halves are joined until one number is left: a chain of additions would take longer than the loop
+// whose sum it is.
+template <typename A, int BYTES, typename F>
+inline A reduce(const void* from, const F& join) {
+  if constexpr (BYTES == sizeof(A)) {
+    return *static_cast<const A*>(from);
+  } else {
+    typedef A Part __attribute__((vector_size(BYTES / 2)));
+    const Part* halves = static_cast<const Part*>(from);
+    const Part joined = join(halves[0], halves[1]);
+    return reduce<A, BYTES / 2>(&joined, join);
+  }
+}
+
 template <typename A>
 inline A reduce_add(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < LANES<A>; ++i) total += v[i];
-  return total;
+  return reduce<A, WIDTH>(&v, [](auto a, auto b) { return a + b; });
 }
 
 template <typename A>
 inline A reduce_max(Vec<A> v) {
-  A top = v[0];
-  for (int i = 1; i < LANES<A>; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+  return reduce<A, WIDTH>(&v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 typedef uint32_t Bits __attribute__((vector_size(WIDTH)));

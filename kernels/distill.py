@@ -30,12 +30,8 @@ CAPABILITY = (8, 0)  # the oldest GPU that is compiled for in the tests
 ROWS = 24  # of all targets, each padded to a power of two: their tiles stay in registers
 # TRITON_INTERPRET=1 before the import: on the CPU, for tests.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-SIZES = (
-    "V",
-    "T",
-    "B",
-    "tiles",
-)  # 64-bit, so are the offsets they make; their values compile nothing
+# These are 64-bit, and so are the offsets they make; no value of theirs compiles a kernel again.
+SIZES = ("V", "T", "B", "tiles")
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # a tile of -inf has a finite maximum
 
 
@@ -132,7 +128,7 @@ def _forward(student, stride_v: tl.int64, stride_b: tl.int64, stride_k, rows, st
         tl.store(at, top)
         tl.store(at + tiles, tl.sum(tl.exp(z), 0))
         z = tl.where(k < K, z, 0.0)  # 0 * -inf beyond the last column
-        first = V - V
+        first = V - V  # 0 in 64 bits
         for i in tl.static_range(N):
             j = tl.arange(0, PADS[i])
             at = dots + (((first + j) * V + v) * B + b) * tiles + tile
@@ -210,7 +206,7 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
     tile = tl.program_id(0).to(tl.int64) % tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     q = ()  # of each target [PAD, BLOCK]
-    row = V - V
+    row = V - V  # 0 in 64 bits
     for i in tl.static_range(N):
         x = _load(rows[i], strides[i], centers[i], b, k, K, COUNTS[i], PADS[i], CENTERED[i],
                   PROBS[i])  # fmt: skip
@@ -225,7 +221,7 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
         s = tl.load(source + v * stride_v, mask=k < K, other=float("-inf")).to(tl.float32)
         n = tl.zeros([], tl.float32)
         mix = tl.zeros([BLOCK], tl.float32)  # sum_t c_tv q_t
-        first = V - V
+        first = V - V  # 0 in 64 bits
         for i in tl.static_range(N):
             c, part = _coefficients(
                 table + first * (V + 2) + v, stats + ((V + first) * B + b) * 2 + 1, weights[i],

@@ -170,7 +170,7 @@ def scaling(dtype: torch.dtype, shapes: list[tuple[int, int, int]], rounds: int)
 
 
 def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
-    """MOKD's two calls against the plain DINO call on the same student: self + cross, self + search."""
+    """MOKD's calls (self + cross, self + search, all three) against DINO's on the same student."""
     student = logits(V, images, K, dtype).requires_grad_()
     own, other, searched = (logits(n, images, K, dtype) for n in (T, T, V - T))
     center, every = torch.zeros(K, device=DEVICE), cross_view_pairs(T, V)
@@ -191,7 +191,7 @@ def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
 
 
 def compute_bound(dtype: torch.dtype) -> float:
-    """Seconds a student's logit takes when all of it lies in cache, the call's own cost taken off."""
+    """Seconds a student's logit takes when all lies in cache, the call's own cost taken off."""
     runs = {}
     for columns in (16, 16384):
         student = logits(V, 2, columns, dtype).requires_grad_()

@@ -111,10 +111,10 @@ def native_call(
 
 
 def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
-    """Address, type and strides of each row of logits [rows, B, K]; without making a tensor of it."""
-    first, kind, (step, *strides) = rows.data_ptr(), TYPES[rows.dtype], rows.stride()
+    """Address, type and strides of each row of logits [rows, B, K]; no tensor is made of it."""
+    first, kind, (step, image, column) = rows.data_ptr(), TYPES[rows.dtype], rows.stride()
     step *= rows.element_size()
-    return [(first + i * step, kind, *strides) for i in range(len(rows))]
+    return [(first + i * step, kind, image, column) for i in range(len(rows))]
 
 
 def _level() -> str:

@@ -23,8 +23,11 @@ class Medians(dict[str, float]):
     discarded = 0
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> Medians:
+def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Medians:
     """Median seconds of each callable over `rounds` rounds, after one that is not counted.
+
+    A turn is the mean of `calls` calls in a row: one alone starts with what the others left in the
+    caches, Python's and torch's own code included, which costs a short operator half a millisecond.
 
     A round in which other processes took more than BUSY of the machine is repeated, up to twice as
     many rounds in all; with more than that the machine is too busy to wait for.
@@ -36,10 +39,11 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> Medians:
         for name, run in runs.items():
             _synchronize()
             begin = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             _synchronize()
-            times[name] = time.perf_counter() - begin
-        share = (_others() - before) / (sum(times.values()) * (os.cpu_count() or 1))
+            times[name] = (time.perf_counter() - begin) / calls
+        share = (_others() - before) / (calls * sum(times.values()) * (os.cpu_count() or 1))
         turn += 1
         if turn == 1:
             continue

@@ -1,4 +1,4 @@
-"""The CUDA kernels for tests whose tensors are on the CPU: on a GPU if there is one, else emulated."""
+"""The CUDA kernels for tests with tensors on the CPU: on a GPU if there is one, else emulated."""
 
 import importlib.util
 import os

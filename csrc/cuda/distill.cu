@@ -52,12 +52,20 @@ template <typename A>
 __device__ __forceinline__ void load_teacher(const Teacher& teacher, Tile at, Lane<A>& x) {
   load(teacher.rows, at, x);
   if (!teacher.center) return;
-  const A* center = static_cast<const A*>(teacher.center);
-  each(x, int(at.end - at.begin), [&](A& e, int k) { e -= at.begin + k < at.end ? center[at.begin + k] : A(0); });
+  const Strip<A> center({teacher.center, F32, 0, 1}, at);  // the same for every image
+  each_chunk<A>(center.n, [&](int c, int k) {
+    uint4 words[Strip<A>::WORDS];
+    A one[STEP];
+    center.fetch(c, k, words);
+    convert<A>(words, one);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) x.at[c][j] -= one[j];
+  });
 }
 
 template <typename S>
-__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5) forward_tiles(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5)
+    forward_tiles(const __grid_constant__ Parameters p) {
   using A = Arithmetic<S>;
   const Call& d = p.call;
   const int T = d.shape.teachers, V = d.shape.views;
@@ -253,7 +261,8 @@ void run_backward(const Parameters& p, const Plan& plan, void* stream) {
   const Shape& s = p.call.shape;
   const int64_t items = s.images * tiles(s, p.tile);
   const size_t kept = size_t(plan.warps) * s.teachers * plan.tile * sizeof(Arithmetic<S>);
-  if (items) launch(backward_tiles<S>, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
+  if (items)
+    launch(backward_tiles<S>, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
 }
 
 // The function for the student's type.

@@ -151,10 +151,11 @@ __device__ __forceinline__ void store(S* p, int n, const Lane<A>& x) {
 #pragma unroll
     for (int j = 0; j < STEP; ++j) narrow(x.at[c][j], one[j]);
     if (vectors && (c + 1) * CHUNK <= n) {
-      uint4 words[sizeof(one) / sizeof(uint4)];
+      constexpr int WORDS = Strip<S>::WORDS;
+      uint4 words[WORDS];
       memcpy(words, one, sizeof(one));
 #pragma unroll
-      for (int w = 0; w < int(sizeof(one) / sizeof(uint4)); ++w) reinterpret_cast<uint4*>(p + k)[w] = words[w];
+      for (int w = 0; w < WORDS; ++w) reinterpret_cast<uint4*>(p + k)[w] = words[w];
     } else {
 #pragma unroll
       for (int j = 0; j < STEP; ++j)

@@ -2,6 +2,8 @@
 their machine code, the plan, the reasons. What every backend must do is in test_distill.py.
 """
 
+import ctypes
+import mmap
 import re
 import subprocess
 from pathlib import Path
@@ -102,6 +104,29 @@ def test_rows_that_are_not_aligned_or_not_dense(backend):
         again = run(moved.requires_grad_(), target)
         assert all(map(torch.equal, again, expected))
     check(student, expanded)
+
+
+def before_a_wall(tensor):
+    """A copy whose last byte is the last one that may be read: the page after it is not mapped."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(start + pages), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    count, offset = tensor.numel(), pages - size
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+    return copy.view(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize("k", [8, 260, 263, 1032])
+def test_nothing_is_read_past_the_end(backend, k):
+    """A read beyond ends the process, as a wall does. (On a GPU compute-sanitizer sees it.)"""
+    student, target = case(v=2, k=k)
+    logits, center = before_a_wall(target.logits), before_a_wall(target.center)
+    walled = Target(target.pairs, logits, temperature=0.05, center=center)
+    again = run(before_a_wall(student).requires_grad_(), walled)
+    assert all(map(torch.equal, again, run(student, target)))
 
 
 def test_infinities_and_nan_stay_where_they_are(backend):

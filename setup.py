@@ -118,12 +118,13 @@ class BuildExt(build_ext):
         mode, compiler = build_mode(), nvcc()
         if mode == "cpu" or (mode == "auto" and compiler is None):
             return self.cmake(ext, "cpu", failure="the C++ build failed")
+        archs = cuda_archs()
         try:
             if compiler is None:
                 raise BuildError("nvcc was not found (install the CUDA toolkit, or set CUDACXX)")
             self.cmake(
                 *(ext, "cuda", "-DMOKD_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={compiler}"),
-                f"-DMOKD_FAST_CUDA_ARCHS={cuda_archs()}",
+                f"-DMOKD_FAST_CUDA_ARCHS={archs}",
                 failure="the CUDA build failed",
             )
         except BuildError as error:

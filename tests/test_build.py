@@ -4,6 +4,7 @@ One wheel is built in isolation. The others take the build tools of this environ
 faster, and every install sees this environment's torch instead of a second one.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -27,8 +28,10 @@ SOURCES = [
 ]
 NATIVE = f"mokd_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 WITHOUT = "mokd_fast is built without native kernels: no C++ compiler was found"
+WITHOUT_CUDA = "mokd_fast is built without CUDA kernels: the CUDA build failed"
 
 COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="native code is for Linux only")
 needs_compiler = pytest.mark.skipif(
@@ -118,8 +121,17 @@ def tools(tmp_path_factory):
 
 @pytest.fixture
 def here(tools):
-    """Options and variables for a build with the tools of this environment."""
-    return ["--no-build-isolation"], {"PATH": f"{tools}:{os.environ['PATH']}"}
+    """Options and variables for a quick build: the tools of this environment, no CUDA."""
+    path = f"{tools}:{os.environ['PATH']}"
+    return ["--no-build-isolation"], {"PATH": path, "MOKD_FAST_BUILD": "cpu"}
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path):
+    script = tmp_path / "nvcc"
+    script.write_text("#!/bin/sh\necho nvcc: out of order >&2\nexit 1\n")
+    script.chmod(0o755)
+    return str(script)
 
 
 @pytest.fixture
@@ -133,6 +145,20 @@ def fresh_python(tmp_path):
     return tmp_path / "venv/bin/python"
 
 
+def build_info(wheel, folder):
+    """What the module says when Python knows no site-packages (`-I -S`): it needs no torch, nor
+    anything else, and with CUDA neither a GPU nor a driver."""
+    module = zipfile.ZipFile(wheel).extract(NATIVE, folder)
+    code = """if True:
+        import importlib.util, sys
+        spec = importlib.util.spec_from_file_location("mokd_fast._C", sys.argv[1])
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        print(native.build_info())
+        """
+    return ast.literal_eval(succeed(sys.executable, "-I", "-S", "-c", code, module))
+
+
 @needs_compiler
 def test_isolated_wheel(isolated, tmp_path):
     wheel, log = isolated
@@ -143,19 +169,11 @@ def test_isolated_wheel(isolated, tmp_path):
     version = sysconfig.get_config_var("py_version_nodot")
     assert f"-cp{version}-cp{version}-linux_" in wheel.name
 
-    # `-I -S` knows no site-packages: the module needs no torch, nor anything else.
-    module = zipfile.ZipFile(wheel).extract(NATIVE, tmp_path)
-    code = """if True:
-        import importlib.util, sys
-        spec = importlib.util.spec_from_file_location("mokd_fast._C", sys.argv[1])
-        native = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(native)
-        info = native.build_info()
-        assert info.pop("compiler") in ("gcc", "clang") and info.pop("compiler_version")
-        assert isinstance(info.pop("openmp"), bool)
-        assert info == {"cxx_standard": 17, "build_type": "Release", "cuda_archs": []}, info
-        """
-    succeed(sys.executable, "-I", "-S", "-c", code, module)
+    info = build_info(wheel, tmp_path)
+    assert info.pop("compiler") in ("gcc", "clang") and info.pop("compiler_version")
+    assert isinstance(info.pop("openmp"), bool)
+    archs = ["sm_80", "sm_90a", "sm_100", "compute_80"] if NVCC else []
+    assert info == {"cxx_standard": 17, "build_type": "Release", "cuda_archs": archs}, log
 
 
 @needs_compiler
@@ -183,7 +201,7 @@ def test_no_compiler_is_a_pure_python_wheel_and_one_sentence(tree, tmp_path, too
 
 def test_off_is_a_pure_python_wheel_without_a_word(tree, tmp_path, here):
     options, env = here
-    wheel, log = build_wheel(tree, tmp_path, *options, MOKD_FAST_BUILD="off", **env)
+    wheel, log = build_wheel(tree, tmp_path, *options, **{**env, "MOKD_FAST_BUILD": "off"})
     assert contents(wheel) == pure_contents()
     assert "native kernels" not in log
 
@@ -192,12 +210,15 @@ def test_off_is_a_pure_python_wheel_without_a_word(tree, tmp_path, here):
     ("mode", "message"),
     [
         ("cpu", "MOKD_FAST_BUILD=cpu: no C++ compiler was found (install g++, or set CXX)."),
-        ("cuda", "MOKD_FAST_BUILD=cuda: no CUDA kernels exist yet; use auto, cpu or off."),
-        ("fast", "MOKD_FAST_BUILD=fast: choose auto, cpu or off."),
+        (
+            "cuda",
+            "MOKD_FAST_BUILD=cuda: nvcc was not found (install the CUDA toolkit, or set CUDACX",
+        ),
+        ("fast", "MOKD_FAST_BUILD=fast: choose auto, cpu, cuda or off."),
     ],
 )
 def test_refusals(tree, tmp_path, tools, mode, message):
-    env = {"PATH": tools, "CXX": None, "MOKD_FAST_BUILD": mode}
+    env = {"PATH": tools, "CXX": None, "MOKD_FAST_BUILD": mode, "CUDA_HOME": "/nowhere"}
     code, log = pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, **env)
     assert code != 0
     assert message in log
@@ -205,14 +226,44 @@ def test_refusals(tree, tmp_path, tools, mode, message):
 
 
 @needs_compiler
-def test_sdist_builds_the_same_wheel(tree, tmp_path, here):
+def test_a_broken_nvcc_is_a_build_without_cuda_and_one_sentence(tree, tmp_path, here, broken_nvcc):
     options, env = here
+    env = {**env, "MOKD_FAST_BUILD": "auto", "CUDACXX": broken_nvcc}
+    wheel, log = build_wheel(tree, tmp_path, *options, **env)
+    assert log.count(WITHOUT_CUDA) == log.count("mokd_fast is built without") == 1
+    assert build_info(wheel, tmp_path)["cuda_archs"] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        ("80", "MOKD_FAST_BUILD=cuda: the CUDA build failed (`pip install -v` shows why)."),
+        ("80,hopper", "MOKD_FAST_CUDA_ARCHS=80,hopper: give architectures like 80;90a;100."),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_an_error(tree, tmp_path, here, broken_nvcc, archs, message):
+    options, env = here
+    env = {**env, "MOKD_FAST_BUILD": "cuda", "CUDACXX": broken_nvcc, "MOKD_FAST_CUDA_ARCHS": archs}
+    code, log = pip("wheel", "--no-deps", *options, "-w", tmp_path, tree, **env)
+    assert code != 0
+    assert message in log and "Traceback" not in log
+
+
+@needs_compiler
+def test_sdist_builds_the_same_wheel(tree, tmp_path, here):
+    """With CUDA where there is nvcc, for one architecture and PTX."""
+    options, env = here
+    if NVCC:
+        env = {**env, "MOKD_FAST_BUILD": "cuda", "MOKD_FAST_CUDA_ARCHS": "90a"}
     code = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b"
     succeed(sys.executable, "-c", f"{code}; b.build_sdist(sys.argv[2])", tree, tmp_path)
     with tarfile.open(tmp_path / "mokd_fast-0.1.0.tar.gz") as archive:
         archive.extractall(tmp_path)
     wheel, _ = build_wheel(tmp_path / "mokd_fast-0.1.0", tmp_path, *options, **env)
     assert contents(wheel) == pure_contents() | {NATIVE}
+    archs = ["sm_90a", "compute_80"] if NVCC else []
+    assert build_info(wheel, tmp_path)["cuda_archs"] == archs
 
 
 @needs_compiler

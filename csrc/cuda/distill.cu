@@ -49,15 +49,23 @@ __device__ __forceinline__ bool my_tile(const Parameters& p, Tile& at, int64_t& 
 
 // x = logits - center of a teacher row, or its probabilities.
 template <typename A>
-__device__ __forceinline__ void load_teacher(const Teacher& teacher, Tile at, Lane<A, A>& x) {
+__device__ __forceinline__ void load_teacher(const Teacher& teacher, Tile at, Lane<A>& x) {
   load(teacher.rows, at, x);
   if (!teacher.center) return;
-  const A* center = static_cast<const A*>(teacher.center);
-  each(x, int(at.end - at.begin), [&](A& e, int k) { e -= at.begin + k < at.end ? center[at.begin + k] : A(0); });
+  const Strip<A> center({teacher.center, F32, 0, 1}, at);  // the same for every image
+  each_chunk<A>(center.n, [&](int c, int k) {
+    uint4 words[Strip<A>::WORDS];
+    A one[STEP];
+    center.fetch(c, k, words);
+    convert<A>(words, one);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) x.at[c][j] -= one[j];
+  });
 }
 
 template <typename S>
-__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5) forward_tiles(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5)
+    forward_tiles(const __grid_constant__ Parameters p) {
   using A = Arithmetic<S>;
   const Call& d = p.call;
   const int T = d.shape.teachers, V = d.shape.views;
@@ -69,45 +77,31 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5) forward_tiles
   const bool first = threadIdx.x % WARP == 0;
   State out = state_at(p.workspace + item * state_size(d.shape), d.shape);
   Kept<A> e(shared, T, p.tile);
-  Lane<A, A> x;
+  Lane<A> x;
   for (int t = 0; t < T; ++t) {
     const bool given = d.teacher[t].probabilities;
     load_teacher(d.teacher[t], at, x);
     pad(x, n, given ? A(0) : -infinity);
-    const A inverse = inverse_temperature<A>(d, t), top = given ? A(0) : warp_max(x, n);
+    const A inverse = inverse_temperature<A>(d, t), top = given ? A(0) : max_of(x, n);
     const A rate = inverse * A(LOG2_E);
-    A sum = 0;
-    each(x, n, [&](A& u, int) {
-      if (!given) u = power_of_two((u - top) * rate);
-      sum += u;
-    });
+    const A sum = sum_of(x, n, [&](A& u) { return u = given ? u : power_of_two((u - top) * rate); });
     e.put(t, x, n);
-    sum = warp_sum(sum);
     if (first) out.teacher[t] = {double(top) * double(inverse), double(sum)};
   }
   const A inverse = inverse_temperature<A>(d, -1), rate = inverse * A(LOG2_E);
-  Lane<S, A> next;
+  Raw<S, A> next;
   fetch(d.student[0], at, next);
   for (int v = 0; v < V; ++v) {
     convert(next, n, x);
     if (v + 1 < V) fetch(d.student[v + 1], at, next);
     pad(x, n, -infinity);
-    const A top = warp_max(x, n);
-    A sum = 0;
-    each(x, n, [&](A& z, int) {
-      z -= top;
-      sum += power_of_two(z * rate);
-    });
-    sum = warp_sum(sum);
+    const A top = max_of(x, n);
+    const A sum = sum_of(x, n, [&](A& z) { return power_of_two((z -= top) * rate); });
     if (first) out.student[v] = {double(top) * double(inverse), double(sum)};
     pad(x, n, A(0));  // -inf times the teacher's 0 would be NaN
     for (int t = 0; t < T; ++t) {
-      A dot = 0;
-      if (d.pairs[t * V + v] != 0) {
-        e.with(t, x, n, [&](A kept, A z) { dot += kept * z; });
-        dot = warp_sum(dot);
-      }
-      if (first) out.dot[t * V + v] = double(dot) * double(inverse);
+      const A sum = d.pairs[t * V + v] == 0 ? A(0) : dot(e, t, x, n);
+      if (first) out.dot[t * V + v] = double(sum) * double(inverse);
     }
   }
 }
@@ -221,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_consta
   const int n = int(at.end - at.begin);
   const int64_t b = at.image, B = d.shape.images, K = d.shape.columns;
   Kept<A> q(shared, T, p.tile);
-  Lane<A, A> x;
+  Lane<A> x;
   for (int t = 0; t < T; ++t) {
     load_teacher(d.teacher[t], at, x);
     if (!d.teacher[t].probabilities) {
@@ -233,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_consta
   }
   const A inverse = inverse_temperature<A>(d, -1), rate = inverse * A(LOG2_E);
   const A scale = *static_cast<const A*>(p.backward.grad_output) * inverse / A(B);
-  Lane<S, A> next;
+  Raw<S, A> next;
   fetch(d.student[0], at, next);
   for (int v = 0; v < V; ++v) {
     convert(next, n, x);
@@ -243,7 +237,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_consta
     each(x, n, [&](A& g, int) { g = power_of_two((g - max) * rate) * normal; });
     for (int t = 0; t < T; ++t) {
       const A c = A(coefficient<A>(d, t, v, b)) * scale;
-      if (c != 0) q.with(t, x, n, [&](A kept, A& g) { g -= c * kept; });
+      if (c != 0) q.with(t, x, n, [&](int, A kept, A& g) { g -= c * kept; });
     }
     store(static_cast<S*>(p.backward.gradient) + (v * B + b) * K + at.begin, n, x);
   }
@@ -267,7 +261,8 @@ void run_backward(const Parameters& p, const Plan& plan, void* stream) {
   const Shape& s = p.call.shape;
   const int64_t items = s.images * tiles(s, p.tile);
   const size_t kept = size_t(plan.warps) * s.teachers * plan.tile * sizeof(Arithmetic<S>);
-  if (items) launch(backward_tiles<S>, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
+  if (items)
+    launch(backward_tiles<S>, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
 }
 
 // The function for the student's type.

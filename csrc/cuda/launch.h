@@ -26,7 +26,8 @@ class OnDevice {
 };
 
 template <typename P>
-void launch(void (*kernel)(P), int64_t blocks, int threads, size_t shared, void* stream, const P& parameters) {
+void launch(void (*kernel)(P), int64_t blocks, int threads, size_t shared, void* stream,
+            const P& parameters) {
   if (blocks > 0x7fffffff) throw std::runtime_error("CUDA: a grid of " + std::to_string(blocks) + " blocks");
   kernel<<<unsigned(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(parameters);
   check(cudaGetLastError());

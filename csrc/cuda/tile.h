@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cfloat>
+#include <cstring>
 
 #include "../core/distill.h"
 
@@ -16,14 +17,15 @@ constexpr int WARP = 32, STEP = 8, CHUNK = WARP * STEP;
 template <typename A>
 constexpr int CHUNKS = sizeof(A) == 8 ? 2 : 4;  // 32 columns a lane, 16 in fp64: registers
 
-template <typename T>
-struct alignas(16) Step {
-  T at[STEP];
+template <typename A>
+struct Lane {
+  A at[CHUNKS<A>][STEP];
 };
 
-template <typename T, typename A>
-struct Lane {
-  Step<T> chunk[CHUNKS<A>];
+// The same columns as they came from memory. Whole words: to split them would wait for the load.
+template <typename S, typename A>
+struct Raw {
+  uint4 at[CHUNKS<A>][STEP * sizeof(S) / sizeof(uint4)];
 };
 
 __device__ __forceinline__ float widen(float x) { return x; }
@@ -62,10 +64,10 @@ __device__ __forceinline__ void each_chunk(int n, const F& f) {
 
 // f(x, k) for every element x and its column k.
 template <typename A, typename F>
-__device__ __forceinline__ void each(Lane<A, A>& x, int n, const F& f) {
+__device__ __forceinline__ void each(Lane<A>& x, int n, const F& f) {
   each_chunk<A>(n, [&](int c, int k) {
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) f(x.chunk[c].at[j], k + j);
+    for (int j = 0; j < STEP; ++j) f(x.at[c][j], k + j);
   });
 }
 
@@ -77,50 +79,64 @@ __device__ __forceinline__ bool aligned(const T* p) {
 // A row's part of a tile in memory.
 template <typename S>
 struct Strip {
+  static constexpr int WORDS = STEP * sizeof(S) / sizeof(uint4);
   const S* data;
   int64_t column;
-  bool vectors;  // 16-byte loads are possible
+  bool vectors;
   int n;
 
   __device__ __forceinline__ Strip(const Rows& rows, Tile at)
       : data(static_cast<const S*>(rows.data) + at.image * rows.image + at.begin * rows.column),
-        column(rows.column), vectors(rows.column == 1 && aligned(data)), n(int(at.end - at.begin)) {}
+        column(rows.column), vectors(column == 1 && aligned(data)), n(int(at.end - at.begin)) {}
 
-  // Columns k to k + STEP; 0 past the tile's end.
-  __device__ __forceinline__ Step<S> step(int k) const {
-    if (vectors && k + STEP <= n) return *reinterpret_cast<const Step<S>*>(data + k);
-    Step<S> raw;
+  // The lane's columns of chunk c, from k. Chunks that are full are read 16 bytes at a time where the
+  // row allows it, the others by element, 0 past the tile's end.
+  __device__ __forceinline__ void fetch(int c, int k, uint4* words) const {
+    if (vectors && (c + 1) * CHUNK <= n) {
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) raw.at[j] = k + j < n ? data[(k + j) * column] : S(0.0f);
-    return raw;
+      for (int w = 0; w < WORDS; ++w) words[w] = reinterpret_cast<const uint4*>(data + k)[w];
+    } else {
+      S one[STEP];
+#pragma unroll
+      for (int j = 0; j < STEP; ++j) one[j] = k + j < n ? data[(k + j) * column] : S(0.0f);
+      memcpy(words, one, sizeof(one));
+    }
   }
 };
 
 template <typename S, typename A>
-__device__ __forceinline__ void fetch(const Rows& rows, Tile at, Lane<S, A>& raw) {
-  const Strip<S> strip(rows, at);
-  each_chunk<A>(strip.n, [&](int c, int k) { raw.chunk[c] = strip.step(k); });
-}
-
-template <typename S, typename A>
-__device__ __forceinline__ void convert(const Step<S>& raw, Step<A>& x) {
+__device__ __forceinline__ void convert(const uint4* words, A* x) {
+  S one[STEP];
+  memcpy(one, words, sizeof(one));
 #pragma unroll
-  for (int j = 0; j < STEP; ++j) x.at[j] = A(widen(raw.at[j]));
+  for (int j = 0; j < STEP; ++j) x[j] = A(widen(one[j]));
 }
 
+// All loads at once, to be converted later.
 template <typename S, typename A>
-__device__ __forceinline__ void convert(const Lane<S, A>& raw, int n, Lane<A, A>& x) {
-  each_chunk<A>(n, [&](int c, int) { convert(raw.chunk[c], x.chunk[c]); });
-}
-
-template <typename S, typename A>
-__device__ __forceinline__ void load_as(const Rows& rows, Tile at, Lane<A, A>& x) {
+__device__ __forceinline__ void fetch(const Rows& rows, Tile at, Raw<S, A>& raw) {
   const Strip<S> strip(rows, at);
-  each_chunk<A>(strip.n, [&](int c, int k) { convert(strip.step(k), x.chunk[c]); });
+  each_chunk<A>(strip.n, [&](int c, int k) { strip.fetch(c, k, raw.at[c]); });
+}
+
+template <typename S, typename A>
+__device__ __forceinline__ void convert(const Raw<S, A>& raw, int n, Lane<A>& x) {
+  each_chunk<A>(n, [&](int c, int) { convert<S>(raw.at[c], x.at[c]); });
+}
+
+// A chunk after the other: all of fp64 at once would not fit beside fp32 arithmetic.
+template <typename S, typename A>
+__device__ __forceinline__ void load_as(const Rows& rows, Tile at, Lane<A>& x) {
+  const Strip<S> strip(rows, at);
+  each_chunk<A>(strip.n, [&](int c, int k) {
+    uint4 words[Strip<S>::WORDS];
+    strip.fetch(c, k, words);
+    convert<S>(words, x.at[c]);
+  });
 }
 
 template <typename A>
-__device__ __forceinline__ void load(const Rows& rows, Tile at, Lane<A, A>& x) {
+__device__ __forceinline__ void load(const Rows& rows, Tile at, Lane<A>& x) {
   if (rows.type == F32) load_as<float>(rows, at, x);
   else if (rows.type == F64) load_as<double>(rows, at, x);
   else if (rows.type == BF16) load_as<__nv_bfloat16>(rows, at, x);
@@ -128,25 +144,29 @@ __device__ __forceinline__ void load(const Rows& rows, Tile at, Lane<A, A>& x) {
 }
 
 template <typename S, typename A>
-__device__ __forceinline__ void store(S* p, int n, const Lane<A, A>& x) {
+__device__ __forceinline__ void store(S* p, int n, const Lane<A>& x) {
   const bool vectors = aligned(p);
   each_chunk<A>(n, [&](int c, int k) {
-    Step<S> out;
+    S one[STEP];
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) narrow(x.chunk[c].at[j], out.at[j]);
-    if (vectors && k + STEP <= n) {
-      *reinterpret_cast<Step<S>*>(p + k) = out;
+    for (int j = 0; j < STEP; ++j) narrow(x.at[c][j], one[j]);
+    if (vectors && (c + 1) * CHUNK <= n) {
+      constexpr int WORDS = Strip<S>::WORDS;
+      uint4 words[WORDS];
+      memcpy(words, one, sizeof(one));
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) reinterpret_cast<uint4*>(p + k)[w] = words[w];
     } else {
 #pragma unroll
       for (int j = 0; j < STEP; ++j)
-        if (k + j < n) p[k + j] = out.at[j];
+        if (k + j < n) p[k + j] = one[j];
     }
   });
 }
 
 // Columns past the tile's end get `value`.
 template <typename A>
-__device__ __forceinline__ void pad(Lane<A, A>& x, int n, A value) {
+__device__ __forceinline__ void pad(Lane<A>& x, int n, A value) {
   if (n % CHUNK) each(x, n, [&](A& e, int k) { e = k < n ? e : value; });
 }
 
@@ -157,11 +177,32 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
-// Of the whole tile, NaN left out; finite for a tile of -inf alone.
+// `start` joined with f(e) for every element e of a lane: pairwise in a step, so that chains are short.
+template <typename A, typename F, typename Join>
+__device__ __forceinline__ A fold(Lane<A>& x, int n, A start, const F& f, const Join& join) {
+  each_chunk<A>(n, [&](int c, int) {
+    A e[STEP];
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) e[j] = f(x.at[c][j]);
+#pragma unroll
+    for (int w = STEP / 2; w; w /= 2)
+#pragma unroll
+      for (int j = 0; j < w; ++j) e[j] = join(e[j], e[j + w]);
+    start = join(start, e[0]);
+  });
+  return start;
+}
+
+template <typename A, typename F>
+__device__ __forceinline__ A sum_of(Lane<A>& x, int n, const F& f) {
+  return warp_sum(fold(x, n, A(0), f, [](A a, A b) { return a + b; }));
+}
+
+// NaN left out; finite for a tile of -inf alone.
 template <typename A>
-__device__ __forceinline__ A warp_max(Lane<A, A>& x, int n) {
-  A top = sizeof(A) == 4 ? A(-FLT_MAX) : A(-DBL_MAX);
-  each(x, n, [&](A& e, int) { top = larger(top, e); });
+__device__ __forceinline__ A max_of(Lane<A>& x, int n) {
+  const A lowest = sizeof(A) == 4 ? A(-FLT_MAX) : A(-DBL_MAX);
+  A top = fold(x, n, lowest, [](A e) { return e; }, [](A a, A b) { return larger(a, b); });
 #pragma unroll
   for (int i = WARP / 2; i; i /= 2) top = larger(top, __shfl_xor_sync(0xffffffff, top, i));
   return top;
@@ -178,33 +219,45 @@ class Kept {
   Vector* base_;
   int chunks_;
 
+  __device__ __forceinline__ Vector& at(int row, int c, int h) const {
+    return base_[((row * chunks_ + c) * VECTORS + h) * WARP];
+  }
+
  public:
   __device__ Kept(void* shared, int rows, int tile) : chunks_(tile / CHUNK) {
     base_ = static_cast<Vector*>(shared) + (threadIdx.x / WARP) * rows * (tile / WIDTH) + threadIdx.x % WARP;
   }
-  __device__ __forceinline__ void put(int row, const Lane<A, A>& x, int n) {
+  __device__ __forceinline__ void put(int row, const Lane<A>& x, int n) {
     each_chunk<A>(n, [&](int c, int) {
 #pragma unroll
       for (int h = 0; h < VECTORS; ++h) {
         Vector v;
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) v.at[i] = x.chunk[c].at[h * WIDTH + i];
-        base_[((row * chunks_ + c) * VECTORS + h) * WARP] = v;
+        for (int i = 0; i < WIDTH; ++i) v.at[i] = x.at[c][h * WIDTH + i];
+        at(row, c, h) = v;
       }
     });
   }
-  // f(kept, e) for every element e of x and the one of `row` that was kept for its column.
+  // f(j, kept, e) for every element e of x, the j-th of its step, and the one kept of its column.
   template <typename F>
-  __device__ __forceinline__ void with(int row, Lane<A, A>& x, int n, const F& f) const {
+  __device__ __forceinline__ void with(int row, Lane<A>& x, int n, const F& f) const {
     each_chunk<A>(n, [&](int c, int) {
 #pragma unroll
       for (int h = 0; h < VECTORS; ++h) {
-        const Vector v = base_[((row * chunks_ + c) * VECTORS + h) * WARP];
+        const Vector v = at(row, c, h);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) f(v.at[i], x.chunk[c].at[h * WIDTH + i]);
+        for (int i = 0; i < WIDTH; ++i) f(h * WIDTH + i, v.at[i], x.at[c][h * WIDTH + i]);
       }
     });
   }
 };
+
+// sum of kept times x over a tile, in chains of their own
+template <typename A>
+__device__ __forceinline__ A dot(const Kept<A>& kept, int row, Lane<A>& x, int n) {
+  A part[4] = {};
+  kept.with(row, x, n, [&](int j, A e, A z) { part[j % 4] += e * z; });
+  return warp_sum((part[0] + part[1]) + (part[2] + part[3]));
+}
 
 }  // namespace mokd::cuda

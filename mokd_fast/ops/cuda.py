@@ -21,16 +21,17 @@ def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
             return f"it takes tensors on a CUDA device, one is on {tensor.device}"
         if tensor.dtype not in cpu.TYPES:
             return f"it takes fp32, fp64, bf16 and fp16, one tensor is {tensor.dtype}"
+    return _native_why_not(len(student), sum(len(r) for r in rows), student.get_device())
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the native module
+def _native_why_not(views: int, teachers: int, device: int) -> str | None:
+    """Whether the module, the driver and the GPU take so many rows."""
     if cpu.native is None:
         return "the native module was not built (`pip install -v .` shows why)"
     if not hasattr(cpu.native, "cuda_versions"):
         return "the native module was built without CUDA (no nvcc; MOKD_FAST_BUILD=cuda says why)"
-    too_many = _too_many(len(student), sum(len(r) for r in rows))
-    return too_many or _device_why_not(student.get_device())
-
-
-def _too_many(views: int, teachers: int) -> str | None:
-    """The rows and pairs of a call are a kernel parameter of fixed size (csrc/cuda/distill.h)."""
+    # The rows and pairs of a call are a kernel parameter of fixed size (csrc/cuda/distill.h).
     for count, most, name in zip(
         (views, teachers, views * teachers),
         cpu.native.CUDA_CAPACITY,
@@ -39,12 +40,6 @@ def _too_many(views: int, teachers: int) -> str | None:
     ):
         if count > most:
             return f"it takes up to {most} {name}, these are {count}"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _device_why_not(device: int) -> str | None:
-    """Whether the driver and the GPU run what was built."""
     driver, built = cpu.native.cuda_versions()
     if driver // 1000 < built // 1000:  # within a major version every driver runs every build
         return f"the driver takes CUDA {_version(driver)}, the kernels need {_version(built)}"

@@ -3,6 +3,7 @@
 // and MOKD_EMULATE_REVERSED=1 runs the threads of a block in the other order: a race changes bits.
 #pragma once
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -27,15 +28,16 @@ namespace emulator {
 constexpr size_t STACK = 64 << 10;
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf here;  // jumps from then on: swapcontext makes a system call each time
   std::unique_ptr<char[]> stack;
   double slot[2];  // what a shuffle passes on; two in turn, so that one barrier is enough
   int shuffles = 0, barriers = 0;
-  bool done = false;
+  bool started = false, done = false;
 };
 
 inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline dim3 thread_index, block_index, block_size;
 
@@ -47,13 +49,21 @@ inline void barrier(int Thread::*arrived, unsigned first, unsigned count) {
   for (unsigned i = first; i < first + count; ++i)
     while (threads[i].*arrived < mine) {
       if (threads[i].done) throw std::logic_error("a thread left before a barrier");
-      swapcontext(&self().context, &scheduler);
+      if (!_setjmp(self().here)) _longjmp(scheduler, 1);
     }
 }
 
 inline void entry() {
   body();
   self().done = true;
+  _longjmp(scheduler, 1);
+}
+
+[[gnu::noinline]] inline void resume(Thread& thread) {
+  if (_setjmp(scheduler)) return;
+  if (thread.started) _longjmp(thread.here, 1);
+  thread.started = true;
+  setcontext(&thread.start);
 }
 
 inline void run_block(unsigned count) {
@@ -62,11 +72,10 @@ inline void run_block(unsigned count) {
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
     thread.shuffles = thread.barriers = 0;
-    thread.done = false;
-    getcontext(&thread.context);
-    thread.context.uc_stack = {thread.stack.get(), 0, STACK};
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, entry, 0);
+    thread.started = thread.done = false;
+    getcontext(&thread.start);
+    thread.start.uc_stack = {thread.stack.get(), 0, STACK};
+    makecontext(&thread.start, entry, 0);
   }
   for (bool waiting = true; waiting;) {
     waiting = false;
@@ -74,7 +83,7 @@ inline void run_block(unsigned count) {
       thread_index.x = reversed ? count - 1 - i : i;
       if (self().done) continue;
       waiting = true;
-      swapcontext(&scheduler, &self().context);
+      resume(self());
     }
   }
 }

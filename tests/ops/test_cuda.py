@@ -1,0 +1,323 @@
+"""The CUDA kernels of distill_cross_entropy: emulated on the host (on a GPU where there is one),
+their machine code, the plan, the reasons. What every backend must do is in test_distill.py.
+"""
+
+import ctypes
+import mmap
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mokd_fast.ops import Target, cpu, cross_view_pairs, cuda, distill, distill_cross_entropy
+
+from .conftest import NVCC, ROOT
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def backend(cuda_kernels, monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cuda")
+
+
+def case(v=4, t=2, b=2, k=97, dtype=torch.float32):
+    g = torch.Generator().manual_seed(k)
+    student = (torch.randn(v, b, k, generator=g) * 4).to(dtype).requires_grad_()
+    teacher = (torch.randn(t, b, k, generator=g) * 2).to(dtype)
+    center = torch.randn(k, generator=g)
+    return student, Target(cross_view_pairs(t, v), teacher, temperature=0.05, center=center)
+
+
+def run(student, *targets, backend="cuda"):
+    loss, terms = distill_cross_entropy(student, targets, backend=backend)
+    return loss.detach(), terms, torch.autograd.grad(loss, student)[0]
+
+
+def wide(target):
+    rows = (None if x is None else x.double() for x in (target.logits, target.probs))
+    rest = (target.temperature, target.center, target.weight, target.row_weight)
+    return Target(target.pairs, *rows, *rest)
+
+
+def check(student, *targets):
+    """No worse than the reference in the same dtype, both against float64."""
+    exact = run(
+        student.detach().double().requires_grad_(), *map(wide, targets), backend="reference"
+    )
+    rough = run(student, *targets, backend="reference")
+    mine = run(student, *targets)
+    assert mine[2].dtype == student.dtype
+    for have, allowed, truth in zip(mine, rough, exact, strict=True):
+        top = truth.abs().max()
+        error = (have.double() - truth).abs().max()
+        assert error <= (allowed.double() - truth).abs().max() + 1e-6 * top
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])  # the longest tiles, the shortest
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_columns_around_every_border(backend, dtype, multiprocessors, monkeypatch):
+    monkeypatch.setattr(cuda, "_place", lambda tensor: (multiprocessors, 0, 0))
+    for k in (1, 7, 8, 255, 256, 257, 1000, 1024, 1025, 4097):
+        check(*case(v=3, k=k, dtype=dtype))
+
+
+@pytest.mark.parametrize(("t", "v"), [(1, 2), (8, 18), (24, 8), (8, 24)])
+def test_views_and_teachers(backend, t, v):
+    check(*case(v=v, t=t, b=1, k=300))
+
+
+def test_more_tiles_than_lanes_of_a_warp(backend):
+    check(*case(v=2, b=1, k=40 * 256 + 5))
+
+
+def test_targets_of_every_kind_and_type(backend):
+    student, one = case(v=5, b=3, k=520, dtype=torch.bfloat16)
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 3, 520, generator=g)
+    weight = torch.tensor([0.5, 0.0, 2.0])
+    pairs = tuple(tuple(row) for row in torch.rand(5, 5, generator=g).tolist())
+    probs = (logits * 3).softmax(-1) * 0.7  # need not sum to 1
+    check(
+        student,
+        one,
+        Target(pairs, logits.double(), temperature=0.3, weight=-2.0, row_weight=weight),
+        Target(pairs, probs=probs, weight=0.3, row_weight=weight),
+        Target(pairs, logits.half(), temperature=0.04, weight=0.0),
+    )
+
+
+def test_rows_that_are_not_aligned_or_not_dense(backend):
+    student, target = case(k=515)
+    expected = run(student, target)
+    flat = torch.empty(student.numel() + 1)
+    shifted = flat[1:].view(student.shape).copy_(student.detach())  # 4 bytes off
+    columns = student.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    row = target.logits[:, :1].contiguous()
+    expanded = Target(target.pairs, row.expand(2, 2, 515), temperature=0.05, center=target.center)
+    for moved in (shifted, columns):
+        again = run(moved.requires_grad_(), target)
+        assert all(map(torch.equal, again, expected))
+    check(student, expanded)
+
+
+def before_a_wall(tensor):
+    """A copy whose last byte is the last one that may be read: the page after it is not mapped."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(start + pages), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    count, offset = tensor.numel(), pages - size
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+    return copy.view(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize("k", [8, 260, 263, 1032])
+def test_nothing_is_read_past_the_end(backend, k):
+    """A read beyond ends the process, as a wall does. (On a GPU compute-sanitizer sees it.)"""
+    student, target = case(v=2, k=k)
+    logits, center = before_a_wall(target.logits), before_a_wall(target.center)
+    walled = Target(target.pairs, logits, temperature=0.05, center=center)
+    again = run(before_a_wall(student).requires_grad_(), walled)
+    assert all(map(torch.equal, again, run(student, target)))
+
+
+def test_infinities_and_nan_stay_where_they_are(backend):
+    student, target = case(v=3, b=2, k=1025)
+    target.logits[:, :, :512] = -torch.inf  # whole tiles
+    check(student, target)
+    bad = student.detach().clone()
+    bad[2, 1, 700] = torch.nan
+    loss, _, gradient = run(bad.requires_grad_(), target)
+    assert loss.isnan() and gradient[2, 1].isnan().all() and gradient[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_offsets_cost_no_digits(backend, offset):
+    student, target = case(k=1000)
+    check((student.detach() + offset).requires_grad_(), target)
+
+
+def test_offsets_beyond_32_bits(backend, tmp_path):
+    step = 2**31 + 8
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=step + 600).detach()
+    student, target = case(v=2, b=2, k=260)
+    far = file.as_strided((2, 2, 260), (260, step, 1)).copy_(student.detach())
+    assert torch.equal(run(far.requires_grad_(), target)[2], run(student, target)[2])
+    # Here it is the columns that are far apart.
+    narrow, target = case(v=2, b=1, k=2)
+    far = file.as_strided((2, 1, 2), (1, 1, step)).copy_(narrow.detach())
+    assert torch.equal(run(far.requires_grad_(), target)[2], run(narrow, target)[2])
+
+
+def test_the_same_bits_in_any_order_of_threads(backend, monkeypatch):
+    student, target = case(v=5, b=3, k=3000)
+    once = run(student, target)
+    monkeypatch.setenv("MOKD_EMULATE_REVERSED", "1")
+    assert all(map(torch.equal, run(student, target), once))
+
+
+def test_operators(backend):
+    student, target = case(k=33)
+    empty, pairs = torch.empty(0), [w for row in target.pairs for w in row]
+    taus = torch.tensor([0.1, 0.05])
+    lists = [target.logits], [target.center], [empty]
+    arguments = (student, *lists, taus, pairs, [1.0], [False], "cuda")
+    torch.library.opcheck(distill._forward, arguments)
+    _, _, stats = distill._forward(*arguments)
+    backward = (torch.ones(()), stats, student.detach(), *arguments[1:])
+    torch.library.opcheck(distill._backward, backward)
+
+
+def test_compiles_whole_with_its_reasons(backend, monkeypatch):
+    """Dynamo meets the native module in why_not; it must neither trace it nor break the graph."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "why_not", lambda s, rows: cuda._native_why_not(len(s), 2, 0))
+    student, target = case()
+
+    def loss(student):
+        return distill_cross_entropy(student, [target])[0]
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student), loss(student))
+
+
+def shape(emulated, v=10, t=2, b=64, k=65536, type=0):
+    student, teacher = [(0, type, k, 1)] * v, [(0, type, k, 1)] * t
+    none = [0] * t
+    rest = (none, none, none, [False] * t, [1.0] * t * v, [1.0], 0, b, k, 1)
+    return emulated.Distill(student, teacher, *rest)
+
+
+def test_plan(emulated):
+    tile, warps, numbers = shape(emulated).cuda_plan(132)
+    assert (tile, warps) == (1024, 4)
+    assert numbers == 64 * (64 * (2 * 12 + 20) + 1)
+    tiles = [shape(emulated, b=b).cuda_plan(132)[0] for b in (1, 8, 16, 32)]
+    assert tiles == [256, 256, 512, 1024]  # few images get short tiles
+    assert shape(emulated, b=0).cuda_plan(132)[2] == 0
+    for t in range(1, 25):
+        for type, size in ((0, 4), (1, 8), (2, 4)):
+            tile, warps, _ = shape(emulated, v=8, t=t, type=type).cuda_plan(132)
+            assert tile % 256 == 0 and 1 <= warps <= 4 and tile <= 1024 * 4 // size
+            assert warps * t * tile * size <= 48 << 10
+
+
+def test_capacity_is_refused_by_the_native_module_too(emulated):
+    assert emulated.CUDA_CAPACITY == (24, 24, 192)
+    for many in ({"v": 25, "t": 1}, {"v": 1, "t": 25}, {"v": 24, "t": 9}):
+        with pytest.raises(ValueError, match="more rows or pairs than a CUDA kernel takes"):
+            shape(emulated, **many).cuda_forward(0, 0, 0, 0, 132, 0, 0)
+
+
+def test_an_error_of_cuda_is_a_runtime_error(emulated):
+    with pytest.raises(RuntimeError, match="CUDA: invalid device ordinal"):
+        shape(emulated).cuda_backward(0, 0, 0, 132, 7, 0)
+
+
+def test_reasons(monkeypatch):
+    student, target = case()
+    assert "one is on cpu" in cuda.why_not(student, [target.logits])
+    monkeypatch.setattr(cpu, "native", None)
+    with FakeTensorMode():
+        on_gpu = torch.empty(25, 3, 5, device="cuda")
+        assert "int64" in cuda.why_not(on_gpu, [torch.empty(1, 3, 5, device="cuda").long()])
+        assert "was not built" in cuda.why_not(on_gpu, [on_gpu[:1]])
+        monkeypatch.setattr(cpu, "native", SimpleNamespace())
+        assert "built without CUDA" in cuda.why_not(on_gpu, [on_gpu[:1]])
+        archs = ["sm_90a", "compute_80"]
+        native = SimpleNamespace(
+            CUDA_CAPACITY=(24, 24, 192),
+            cuda_versions=lambda: (13000, 13010),
+            build_info=lambda: {"cuda_archs": archs},
+        )
+        monkeypatch.setattr(cpu, "native", native)
+        assert "up to 24 student views, these are 25" in cuda.why_not(on_gpu, [on_gpu[:1]])
+        assert "up to 192 pairs" in cuda.why_not(on_gpu[:20], [on_gpu[:10]])
+        ours = on_gpu[:10], [on_gpu[:2], on_gpu[:8]]
+        capability = [9, 0]
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert cuda.why_not(*ours) is None
+        capability[:] = 7, 5
+        reason = cuda.why_not(*ours)
+        assert "for sm_90a, compute_80, this GPU is sm_75 (MOKD_FAST_CUDA_ARCHS=75" in reason
+        native.cuda_versions = lambda: (12080, 13000)
+        assert cuda.why_not(*ours) == "the driver takes CUDA 12.8, the kernels need 13.0"
+
+
+@pytest.mark.parametrize(
+    ("arch", "gpus"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)]),
+        ("sm_90a", [(9, 0)]),
+        ("sm_100", [(10, 0), (10, 3)]),
+        ("compute_80", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]),
+    ],
+)
+def test_which_gpus_an_architecture_runs_on(arch, gpus):
+    every = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    assert [gpu for gpu in every if cuda._runs(arch, *gpu)] == gpus
+
+
+@pytest.fixture(scope="session")
+def machine_code(tmp_path_factory):
+    """(object file, what ptxas said)"""
+    out = tmp_path_factory.mktemp("nvcc") / "distill.o"
+    archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100")]
+    source = ROOT / "csrc/cuda/distill.cu"
+    command = [NVCC, "-O3", "-std=c++17", *archs, "-Xptxas", "-v", "-c", source, "-o", out]
+    build = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    return out, build.stdout + build.stderr
+
+
+@needs_nvcc
+def test_no_kernel_spills(machine_code):
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", machine_code[1])
+    assert len(used) == 3 * 12  # two tile kernels for four types, two others for two
+    assert set(used) == {("0", "0", "0")}, machine_code[1]
+    assert "warning" not in machine_code[1]
+
+
+@needs_nvcc
+def test_global_memory_is_touched_16_bytes_at_a_time(machine_code):
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    sass = subprocess.run([cuobjdump, "-sass", machine_code[0]], capture_output=True, text=True)
+    kernels = re.split(r"Function : ", sass.stdout)[1:]
+    assert len(kernels) == 3 * 12
+    for code in kernels:
+        name = code.split("\n")[0]
+        assert ("LDG.E.128" in code) == ("_tiles" in name and "merge" not in name), name
+        assert ("STG.E.128" in code) == ("backward_tiles" in name), name
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+
+
+@needs_gpu
+def test_a_graph_keeps_the_call_and_nothing_synchronises():
+    student, target = case(k=4096, dtype=torch.bfloat16)
+    on_gpu = Target(target.pairs, target.logits.cuda(), temperature=0.05)
+    leaf = student.detach().cuda().requires_grad_()
+
+    def step():
+        loss, _ = distill_cross_entropy(leaf, [on_gpu], backend="cuda")
+        return loss, torch.autograd.grad(loss, leaf)[0]
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))

@@ -149,6 +149,13 @@ PYBIND11_MODULE(_C, m) {
         "How this module was built: compiler and version, C++ standard, type, OpenMP, CUDA archs.");
   m.def("cpu_level", [](const std::string& name) { return level(name).level; }, py::arg("name") = "",
         "The x86-64 level whose kernels run (baseline, v3 or v4); ValueError if `name` cannot.");
+  m.def("column_mean",
+        [](const Strided& row, int64_t count, int64_t columns, uintptr_t mean, int threads,
+           const std::string& name) {
+          const auto& kernels = level(name);
+          py::gil_scoped_release unlocked;
+          kernels.column_mean({rows(row), count, columns, pointer<void>(mean), threads});
+        });
   py::class_<Distill> distill(m, "Distill");
   distill
       .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,

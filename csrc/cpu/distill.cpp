@@ -287,23 +287,23 @@ void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
   }
 }
 
-// Calls work(item, workplace) for every item; no parallel region for one thread: a forked child would
-// hang.
-template <typename A, typename Work>
-void each(const Distill& d, int64_t items, const Work& work) {
+// Calls work(item, place) for every item, with a place of each thread's own; no parallel region for
+// one thread: a forked child would hang in one.
+template <typename MakePlace, typename Work>
+void parallel(int threads, int64_t items, const MakePlace& make_place, const Work& work) {
 #ifdef _OPENMP
-  if (d.threads > 1 && items > 1) {
-#pragma omp parallel num_threads(d.threads)
+  if (threads > 1 && items > 1) {
+#pragma omp parallel num_threads(threads)
     {
-      Workplace<A> own(d.shape);
+      auto place = make_place();
 #pragma omp for schedule(static)  // neighbours to one thread: it fetches across their border
-      for (int64_t i = 0; i < items; ++i) work(i, own);
+      for (int64_t i = 0; i < items; ++i) work(i, place);
     }
     return;
   }
 #endif
-  Workplace<A> own(d.shape);
-  for (int64_t i = 0; i < items; ++i) work(i, own);
+  auto place = make_place();
+  for (int64_t i = 0; i < items; ++i) work(i, place);
 }
 
 template <typename A>
@@ -312,7 +312,7 @@ void forward(const Distill& d, const Forward& out) {
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
   double* states = static_cast<double*>(std::malloc((B * cut * size + d.targets + 1) * sizeof(double)));
   double* sums = states + B * cut * size;
-  each<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
+  parallel(d.threads, B * cut, [&] { return Workplace<A>(d.shape); }, [&](int64_t item, Workplace<A>& work) {
     forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
   });
 
@@ -489,9 +489,41 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
 
 template <typename A>
 void backward(const Distill& d, const Backward& io) {
-  each<A>(d, d.shape.images * tiles(d.shape, TILE), [&](int64_t item, Workplace<A>& work) {
+  const int64_t items = d.shape.images * tiles(d.shape, TILE);
+  parallel(d.threads, items, [&] { return Workplace<A>(d.shape); }, [&](int64_t item, Workplace<A>& work) {
     backward_item<A>(d, io, tile_at(d.shape, TILE, item), work);
   });
+}
+
+// Rows are added in order, a tile of columns at a time: bits do not depend on the threads.
+template <typename A>
+void column_mean_tile(const ColumnMean& m, int64_t begin, int64_t n) {
+  constexpr int L = LANES<A>;
+  alignas(WIDTH) A sum[BLOCK] = {}, wide[BLOCK];
+  for (int64_t row = 0; row < m.count; ++row) {
+    const A* x = values<A>(m.rows, row, begin, n, wide);
+    const Next next = {address(m.rows, row + AHEAD, begin), item_size(m.rows.type) * (m.rows.column == 1)};
+    int64_t k = 0;
+    for (; k + L <= n; k += L) {
+      next.fetch(k);
+      store(sum + k, load<Vec<A>>(sum + k) + load<Vec<A>>(x + k));
+    }
+    for (; k < n; ++k) sum[k] += x[k];
+  }
+  A* mean = static_cast<A*>(m.mean) + begin;
+  for (int64_t k = 0; k < n; ++k) mean[k] = m.count ? sum[k] / A(m.count) : A(0);
+}
+
+template <typename A>
+void column_mean(const ColumnMean& m) {
+  parallel(m.threads, (m.columns + BLOCK - 1) / BLOCK, [] { return 0; }, [&](int64_t i, int) {
+    const int64_t begin = i * BLOCK, rest = m.columns - begin;
+    column_mean_tile<A>(m, begin, rest < BLOCK ? rest : BLOCK);
+  });
+}
+
+void run_column_mean(const ColumnMean& m) {
+  m.rows.type == F64 ? column_mean<double>(m) : column_mean<float>(m);
 }
 
 void run_forward(const Distill& d, const Forward& io) {
@@ -505,6 +537,7 @@ void run_backward(const Distill& d, const Backward& io) {
 }  // namespace
 
 extern const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL);
-const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_forward, run_backward};
+const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_forward, run_backward,
+                                                  run_column_mean};
 
 }  // namespace mokd::cpu

@@ -15,10 +15,19 @@ struct Distill {
   int threads;
 };
 
+// mean [K] over `count` rows, row i being image i of `rows`; of the arithmetic's type.
+struct ColumnMean {
+  Rows rows;
+  int64_t count, columns;
+  void* mean;
+  int threads;
+};
+
 struct Kernels {
   const char* level;
   void (*forward)(const Distill&, const Forward&);
   void (*backward)(const Distill&, const Backward&);
+  void (*column_mean)(const ColumnMean&);
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

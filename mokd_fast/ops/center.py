@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .column_mean import column_mean
 from .distill import _check_temperature
-from .reference import accumulation_dtype, column_mean
+from .reference import accumulation_dtype
 
 SINGLE = "center"  # the buffer of a Center of one head: the name it has in DINO
 

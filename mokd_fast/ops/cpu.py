@@ -66,6 +66,16 @@ def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -
     return out
 
 
+def column_mean(logits: Tensor) -> Tensor:
+    """Mean [K] of logits [..., K] over all rows, of the arithmetic's dtype."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    mean = torch.empty(rows.shape[1], dtype=accumulation_dtype(logits))
+    row = rows.data_ptr(), TYPES[rows.dtype], *rows.stride()
+    threads = torch.get_num_threads()
+    native.column_mean(row, *rows.shape, mean.data_ptr(), threads, _level())
+    return mean
+
+
 def results(student: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2] to be filled, of the arithmetic's dtype."""
     dtype = accumulation_dtype(student)

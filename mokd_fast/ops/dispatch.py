@@ -38,10 +38,13 @@ def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
     """The backend that runs `op` on these arguments.
 
     `backend`, or else the environment variable MOKD_FAST_BACKEND, forces one; a forced backend
-    that cannot run raises RuntimeError with the reason, an unknown one ValueError. The automatic
+    that cannot run raises RuntimeError with the reason, an unknown one ValueError. The environment
+    speaks for all operators, so it leaves alone those that have no such backend. The automatic
     choice takes the first of PRIORITY that can.
     """
     forced = backend or os.environ.get(ENVIRONMENT)
+    if not backend and forced in PRIORITY and forced not in (b.name for b in _backends(op)):
+        forced = None
     if not forced:
         for candidate in _backends(op):
             if candidate.why_not(*args) is None:

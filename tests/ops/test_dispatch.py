@@ -34,8 +34,12 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
     with pytest.raises(RuntimeError, match="x is not on a GPU"):
         dispatch.pick("op", 1)
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")  # which this operator does not have
+    assert dispatch.pick("op", 0).name == "cuda"
     with pytest.raises(ValueError, match="no backend 'triton'; it has cuda, reference"):
+        dispatch.pick("op", 0, backend="triton")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "abacus")
+    with pytest.raises(ValueError, match="no backend 'abacus'; it has cuda, reference"):
         dispatch.pick("op", 0)
     with pytest.raises(ValueError, match="no operator 'other'"):
         dispatch.explain("other")

@@ -1,0 +1,59 @@
+"""column_mean: the CPU kernel against float64, and its contract."""
+
+import pytest
+import torch
+
+from mokd_fast.ops import column_mean, cpu, explain
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def backend(request, monkeypatch):
+    if request.param == "cpu" and cpu.native is None:
+        pytest.skip("the native module was not built")
+    monkeypatch.setenv("MOKD_FAST_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 7, 1000, 1024, 4097])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_mean(rows, k, dtype):
+    g = torch.Generator().manual_seed(k)
+    logits = (torch.randn(2, rows, k, generator=g, dtype=torch.float64) * 5 + 100).to(dtype)
+    mean = column_mean(logits)
+    assert mean.shape == (k,) and mean.dtype == torch.promote_types(dtype, torch.float32)
+    eps = torch.finfo(mean.dtype).eps
+    torch.testing.assert_close(
+        mean.double(), logits.double().flatten(0, 1).mean(0), rtol=rows * eps, atol=0
+    )
+
+
+def test_any_strides_and_no_gradient():
+    logits = torch.randn(6, 5, 40, requires_grad=True)
+    expected = logits.detach().flatten(0, 1).mean(0)
+    for same in (logits, logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        mean = column_mean(same)
+        torch.testing.assert_close(mean, expected)
+        assert not mean.requires_grad
+    part = logits.detach()[::2, 1:, 3:].flip(-1)
+    torch.testing.assert_close(column_mean(part), part.flatten(0, 1).mean(0))
+    torch.testing.assert_close(column_mean(logits[:1, :1].expand(6, 5, 40)), logits[0, 0].detach())
+
+
+def test_without_rows_it_is_zero_and_nan_stays():
+    assert torch.equal(column_mean(torch.zeros(2, 0, 9)), torch.zeros(9))
+    logits = torch.zeros(3, 70)
+    logits[1, 66] = torch.nan
+    assert column_mean(logits).isnan().nonzero().tolist() == [[66]]
+
+
+def test_compiled_and_threads():
+    logits = torch.randn(4, 3000)
+    compiled = torch.compile(column_mean, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits), column_mean(logits))
+    one = column_mean(logits)
+    torch.set_num_threads(3)
+    several = column_mean(logits)
+    torch.set_num_threads(1)
+    assert torch.equal(one, several)
+    assert "reference" in explain("column_mean", logits)

@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -13,19 +14,79 @@ from typing import Any
 
 import torch
 
+BUSY = 0.1  # share of the machine's processor time
 
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each callable over `rounds` rounds, after one that is not counted."""
+
+class Medians(dict[str, float]):
+    """Seconds of each run, and how many rounds were thrown away because the machine was busy."""
+
+    discarded = 0
+
+
+def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Medians:
+    """Median seconds of each callable over `rounds` rounds, after one that is not counted.
+
+    A turn is the mean of `calls` calls in a row: one alone starts with what the others left in the
+    caches, Python's and torch's own code included, which costs a short operator half a millisecond.
+
+    A round in which other processes took more than BUSY of the machine is repeated, up to twice as
+    many rounds in all; with more than that the machine is too busy to wait for.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    result, counted, turn = Medians(), 0, 0
+    while counted < rounds:
+        before, times = _others(), {}
         for name, run in runs.items():
             _synchronize()
             begin = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             _synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            times[name] = (time.perf_counter() - begin) / calls
+        share = (_others() - before) / (calls * sum(times.values()) * (os.cpu_count() or 1))
+        turn += 1
+        if turn == 1:
+            continue
+        if share > BUSY and result.discarded < rounds:
+            result.discarded += 1
+            continue
+        counted += 1
+        for name, value in times.items():
+            seconds[name].append(value)
+    result.update({name: statistics.median(values) for name, values in seconds.items()})
+    return result
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes that `run` holds at one time beyond what was there before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def keep_memory() -> None:
+    """Starts this program again with a malloc that keeps what is freed, as GPU allocators do.
+
+    Otherwise glibc returns every block beyond 32 MiB to the system and each step's page faults
+    (10 ms for 42 MB) hide what the operators take.
+    """
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    if platform.system() == "Linux" and not keep.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
 
 
 def calibrate() -> dict[str, float]:
@@ -60,6 +121,17 @@ def machine() -> dict[str, Any]:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _others() -> float:
+    """Processor seconds that other processes, and other machines on this host, took so far."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = (int(x) for x in fields[:8])
+    ours = time.process_time()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - ours
 
 
 def _synchronize() -> None:

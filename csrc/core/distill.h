@@ -43,8 +43,9 @@ struct Shape {
   int views, teachers;
 };
 
-// stats [V + T, B, 2] of the arithmetic's type: of a student row its maximum and log-sum, of a teacher
-// row its maximum and sum. terms [targets] and loss [1], of the arithmetic's type.
+// stats [V + T, B, 2] of the arithmetic's type: the maximum of a row's logits (of a teacher's less the
+// centre), and the sum of exp((logit - maximum) / tau), of a student its logarithm. terms [targets] and
+// loss [1], of the arithmetic's type.
 struct Forward {
   void* stats;
   void* terms;
@@ -78,9 +79,12 @@ struct Partial {
   double max, sum;
 };
 
+// exp(x) for x <= 0; of two neighbours one always has the larger maximum and the factor 1.
+static MOKD_HOST_DEVICE inline double decay(double x) { return x == 0 ? 1 : exp(x); }
+
 static MOKD_HOST_DEVICE inline Partial merge(Partial a, Partial b) {
   double max = a.max < b.max ? b.max : a.max;
-  return {max, a.sum * exp(a.max - max) + b.sum * exp(b.max - max)};
+  return {max, a.sum * decay(a.max - max) + b.sum * decay(b.max - max)};
 }
 
 // The dot of a pair, sum exp(u - teacher.max) (z - student.max), over the columns of a and of b.
@@ -88,8 +92,8 @@ static MOKD_HOST_DEVICE inline double merge_dots(double a, Partial teacher_a, Pa
                                                  double b, Partial teacher_b, Partial student_b) {
   double high = teacher_a.max < teacher_b.max ? teacher_b.max : teacher_a.max;
   double top = student_a.max < student_b.max ? student_b.max : student_a.max;
-  return exp(teacher_a.max - high) * (a + teacher_a.sum * (student_a.max - top)) +
-         exp(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
+  return decay(teacher_a.max - high) * (a + teacher_a.sum * (student_a.max - top)) +
+         decay(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
 }
 
 // What one piece of work knows: every teacher row, every student row, the dot of every pair.
@@ -117,11 +121,16 @@ static MOKD_HOST_DEVICE inline double cross_entropy(double dot, Partial teacher,
 // Below, D is the call of one side, with shape, teacher, temperatures, pairs [T, V] and weights
 // [targets]; A is the type of the arithmetic.
 
-// 1 / tau of teacher row t, or of the student for t < 0.
+// tau of teacher row t, or of the student for t < 0.
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline A temperature(const D& d, int t) {
+  if (t >= 0 && d.teacher[t].probabilities) return A(1);
+  return static_cast<const A*>(d.temperatures)[t < 0 ? 0 : 1 + d.teacher[t].target];
+}
+
 template <typename A, typename D>
 static MOKD_HOST_DEVICE inline A inverse_temperature(const D& d, int t) {
-  if (t >= 0 && d.teacher[t].probabilities) return A(1);
-  return A(1) / static_cast<const A*>(d.temperatures)[t < 0 ? 0 : 1 + d.teacher[t].target];
+  return A(1) / temperature<A>(d, t);
 }
 
 template <typename A>

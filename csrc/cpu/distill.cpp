@@ -4,13 +4,14 @@
 // Forward reads every student and teacher row once (4 (V + T) B K bytes in fp32) and keeps
 // 2 (V + T) B numbers; backward reads them once more and writes the gradient once. Work is cut into
 // (image, tile of columns); tiles are merged in index order, so the thread count changes no bit.
+// Within a tile, blocks of columns stay in L1, and while one row is worked on the next is fetched.
+// The maximum is subtracted before the temperature divides: a large common offset costs no digit.
 #include "distill.h"
 
-#include <cfloat>
 #include <cstdlib>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include <type_traits>
+
+#include "vector.h"
 
 #define MOKD_JOIN_(a, b) a##b
 #define MOKD_JOIN(a, b) MOKD_JOIN_(a, b)
@@ -22,228 +23,253 @@ namespace {
 
 constexpr int64_t BLOCK = 1024;      // columns worked on at a time: rows of a block stay in L1
 constexpr int64_t TILE = 8 * BLOCK;  // columns of one piece of work
+constexpr int GROUP = 4;             // teacher rows that ride along with a student's exponential
+constexpr int AHEAD = 2;             // rows: the maximum rushes through a row that has not come in yet
+constexpr double LOG2_E = 1.4426950408889634;
 
-// exp(x) for x <= 0, without a branch; exact 0 below the smallest normal number, NaN for NaN.
-inline float exp_negative(float x) {
-  const float low = -87.0f;
-  float y = x < low ? low : x;  // NaN passes
-  float n = y * 1.44269504f + 12582912.0f;  // round to nearest through the mantissa
-  union { float f; int32_t i; } bits = {n};
-  n -= 12582912.0f;
-  float r = y - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  union { int32_t i; float f; } scale = {(bits.i << 23) + 0x3f800000};
-  float e = p * scale.f;
-  return x < low ? 0.0f : e;
-}
+// The row that is worked on next: fetched a vector ahead of need, wherever it ends.
+struct Next {
+  const char* row;
+  int64_t item;  // bytes
+  void fetch(int64_t k) const { __builtin_prefetch(row + k * item, 0, 2); }  // into L2
+};
 
-inline double exp_negative(double x) { return __builtin_exp(x); }
-
-inline float widen(uint16_t h, Type type) {
-  union { uint32_t i; float f; } bits;
-  if (type == BF16) {
-    bits.i = uint32_t(h) << 16;
-    return bits.f;
-  }
-  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  bits.i = rest << 13;
-  bits.f *= 5.192296858534828e33f;  // 2^112: moves the exponent, subnormals too
-  if (rest >= 0x7c00) bits.i |= 0x7f800000;
-  bits.i |= sign;
-  return bits.f;
-}
-
-inline uint16_t narrow_bf16(float x) {
-  union { float f; uint32_t i; } bits = {x};
-  uint32_t rounded = (bits.i + 0x7fff + ((bits.i >> 16) & 1)) >> 16;
-  return x != x ? 0x7fc0 : uint16_t(rounded);
-}
-
-inline uint16_t narrow_f16(float x) {
-  union { float f; uint32_t i; } bits = {x};
-  uint32_t sign = (bits.i >> 16) & 0x8000, rest = bits.i & 0x7fffffff;
-  union { uint32_t i; float f; } abs = {rest};
-  if (rest >= 0x47800000) return sign | (rest > 0x7f800000 ? 0x7e00 : 0x7c00);
-  if (rest < 0x38800000) {  // subnormal: let the addition round
-    abs.f += 0.5f;
-    return sign | uint16_t(abs.i - 0x3f000000);
-  }
-  rest += 0xc8000fff + ((rest >> 13) & 1);
-  return sign | uint16_t(rest >> 13);
-}
-
-// x[k] = (row[k] - center[k]) * scale for n columns from k0; returns their maximum.
 template <typename A>
-A load(const Rows& rows, int64_t b, int64_t k0, int64_t n, const A* center, A scale, A* x) {
-  const int64_t first = b * rows.image + k0 * rows.column, step = rows.column;
-  if (rows.type == F32) {
-    const float* p = static_cast<const float*>(rows.data) + first;
-    if (step == 1) {
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) x[k] = p[k];
-    } else {
-      for (int64_t k = 0; k < n; ++k) x[k] = p[k * step];
-    }
-  } else if (rows.type == F64) {
-    const double* p = static_cast<const double*>(rows.data) + first;
-    for (int64_t k = 0; k < n; ++k) x[k] = A(p[k * step]);
-  } else {
-    const uint16_t* p = static_cast<const uint16_t*>(rows.data) + first;
-    int64_t k = 0;
-    if (step == 1 && rows.type == BF16) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        union { uint32_t i; float f; } bits = {uint32_t(p[i]) << 16};
-        x[i] = bits.f;
-      }
-      k = n;
-    }
-#ifdef __F16C__
-    if (step == 1 && rows.type == F16 && sizeof(A) == 4) {
-      for (; k + 8 <= n; k += 8) {
-        __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k));
-        _mm256_storeu_ps(reinterpret_cast<float*>(x + k), _mm256_cvtph_ps(h));
-      }
-    }
-#endif
-    for (; k < n; ++k) x[k] = widen(p[k * step], rows.type);
+A maximum(const A* x, int64_t n) {
+  constexpr int L = LANES<A>;
+  const A lowest = -FLT_MAX;  // a row of -inf keeps a finite maximum
+  Vec<A> a = Vec<A>{} + lowest, b = a, v;
+  int64_t k = 0;
+  for (; k + 2 * L <= n; k += 2 * L) {
+    v = load<Vec<A>>(x + k), a = v > a ? v : a;
+    v = load<Vec<A>>(x + k + L), b = v > b ? v : b;
   }
-  A top = sizeof(A) == 4 ? A(-FLT_MAX) : A(-DBL_MAX);  // a row of -inf keeps a finite maximum
-  if (center) {
-    center += k0;
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) {
-      x[k] = (x[k] - center[k]) * scale;
-      top = x[k] > top ? x[k] : top;
-    }
-  } else {
-#pragma omp simd reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) {
-      x[k] *= scale;
-      top = x[k] > top ? x[k] : top;
-    }
+  for (; k < n; k += L) {
+    v = k + L <= n ? load<Vec<A>>(x + k) : load_tail(x + k, n - k, lowest);
+    a = v > a ? v : a;
   }
-  return top;
+  return reduce_max<A>(a > b ? a : b);
 }
 
 template <typename A>
-void store(Type type, void* row, int64_t k0, int64_t n, const A* x) {
-  if (type == F32) {
-    float* p = static_cast<float*>(row) + k0;
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) p[k] = float(x[k]);
-  } else if (type == F64) {
-    double* p = static_cast<double*>(row) + k0;
-    for (int64_t k = 0; k < n; ++k) p[k] = x[k];
-  } else if (type == BF16) {
-    uint16_t* p = static_cast<uint16_t*>(row) + k0;
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) p[k] = narrow_bf16(float(x[k]));
-  } else {
-    uint16_t* p = static_cast<uint16_t*>(row) + k0;
-    int64_t k = 0;
-#ifdef __F16C__
-    if (sizeof(A) == 4)
-      for (; k + 8 <= n; k += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + k),
-                         _mm256_cvtps_ph(_mm256_loadu_ps(reinterpret_cast<const float*>(x + k)), 0));
-#endif
-    for (; k < n; ++k) p[k] = narrow_f16(float(x[k]));
-  }
+A sum(const A* x, int64_t n) {
+  A total = 0;
+  for (int64_t k = 0; k < n; ++k) total += x[k];
+  return total;
 }
 
-// x[k] = exp(x[k] - max), or x[k] itself for probabilities; returns the sum.
+// to[k] = x[k] - center[k]
 template <typename A>
-A exponentials(A* x, int64_t n, A max, bool probabilities) {
-  A sum = 0;
-  if (probabilities) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < n; ++k) sum += x[k];
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < n; ++k) {
-      x[k] = exp_negative(x[k] - max);
-      sum += x[k];
-    }
-  }
-  return sum;
+void subtract(const A* x, const A* center, int64_t n, A* to) {
+  for (int64_t k = 0; k < n; ++k) to[k] = x[k] - center[k];
 }
 
-// a takes in b, its right neighbour.
+// e[k] = factor * 2^((x[k] - max) * scale), zeros up to a whole vector; returns the sum.
+template <typename A>
+A exponentials(const A* x, A max, A scale, A factor, int64_t n, A* e, Next next) {
+  constexpr int L = LANES<A>;
+  Vec<A> total = {};
+  for (int64_t k = 0; k < n; k += L) {
+    next.fetch(k);
+    Vec<A> v = k + L <= n ? load<Vec<A>>(x + k) : load_tail(x + k, n - k, A(-__builtin_inff()));
+    v = exp2_negative((v - max) * scale) * factor;
+    total += v;
+    store(e + k, v);
+  }
+  return reduce_add<A>(total);
+}
+
+// sum 2^((x - max) scale), and dots[i] = sum e_i (x - max) for N teacher rows.
+template <int N, typename A>
+A student_block(const A* x, A max, A scale, int64_t n, const A* const* e, A* dots, Next next) {
+  constexpr int L = LANES<A>;
+  Vec<A> total = {}, d[GROUP] = {};
+  int64_t k = 0;
+  for (; k + L <= n; k += L) {
+    next.fetch(k);
+    Vec<A> z = load<Vec<A>>(x + k) - max;
+    total += exp2_negative(z * scale);
+    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k) * z;
+  }
+  if (k < n) {  // -1e30 has exponential 0 and, unlike -inf, product 0 with a teacher's 0
+    Vec<A> z = load_tail(x + k, n - k, A(-1e30)) - max;
+    total += exp2_negative(z * scale);
+    for (int i = 0; i < N; ++i) d[i] += load_tail(e[i] + k, n - k, A(0)) * z;
+  }
+  for (int i = 0; i < N; ++i) dots[i] = reduce_add<A>(d[i]);
+  return reduce_add<A>(total);
+}
+
+// g = factor 2^((x - max) scale) - sum_i c_i q_i for N teacher rows, over whole vectors; returns where
+// they end.
+template <int N, typename Row, typename A>
+int64_t gradient_block(Row row, A max, A scale, A factor, int64_t n, const A* const* q, const A* c,
+                       Next next) {
+  constexpr int L = LANES<A>;
+  int64_t k = 0;
+  for (; k + L <= n; k += L) {
+    next.fetch(k);
+    Vec<A> v = exp2_negative((row.get(k) - max) * scale) * factor;
+    for (int i = 0; i < N; ++i) v -= load<Vec<A>>(q[i] + k) * c[i];
+    row.put(k, v);
+  }
+  return k;
+}
+
+// Calls f with the group's size as a constant.
+template <typename F>
+auto with_count(int count, const F& f) {
+  switch (count) {
+    case 0: return f(std::integral_constant<int, 0>());
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    default: return f(std::integral_constant<int, GROUP>());
+  }
+}
+
+// a takes in b, its right neighbour. Maxima seldom move (running_maximum): then sums are just added.
 void merge(State a, State b, int T, int V) {
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v)
-      a.dot[t * V + v] = merge_dots(a.dot[t * V + v], a.teacher[t], a.student[v],
-                                    b.dot[t * V + v], b.teacher[t], b.student[v]);
+    for (int v = 0; v < V; ++v) {
+      double& dot = a.dot[t * V + v];
+      const bool moved = a.teacher[t].max != b.teacher[t].max || a.student[v].max != b.student[v].max;
+      dot = moved ? merge_dots(dot, a.teacher[t], a.student[v], b.dot[t * V + v], b.teacher[t], b.student[v])
+                  : dot + b.dot[t * V + v];
+    }
   for (int t = 0; t < T; ++t) a.teacher[t] = merge(a.teacher[t], b.teacher[t]);
   for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
 }
 
 template <typename A>
-void forward_block(const Distill& d, int64_t b, int64_t k0, int64_t n, A* e, State out) {
+double rate_of(const Distill& d, int t) {  // 1 / tau in double: a maximum comes back exactly
+  return 1 / double(temperature<A>(d, t));
+}
+
+// Up to GROUP teacher rows from t on that are paired with view v; t moves behind the last one.
+int next_group(const Distill& d, int v, int* t, int* found) {
+  int count = 0;
+  for (; *t < d.shape.teachers && count < GROUP; ++*t)
+    if (d.pairs[*t * d.shape.views + v] != 0) found[count++] = *t;
+  return count;
+}
+
+// A block of columns of one image, and the order its rows are visited in: teachers, then students.
+struct Block {
+  int64_t image, k0, n;
+};
+
+Next next_row(const Distill& d, Block at, int row) {
   const int T = d.shape.teachers, V = d.shape.views;
-  A* z = e + T * BLOCK;
-  for (int t = 0; t < T; ++t) {
-    const Teacher& teacher = d.teacher[t];
-    A top = load<A>(teacher.rows, b, k0, n, static_cast<const A*>(teacher.center),
-                    inverse_temperature<A>(d, t), e + t * BLOCK);
-    out.teacher[t].max = teacher.probabilities ? 0 : top;
-    out.teacher[t].sum = exponentials<A>(e + t * BLOCK, n, top, teacher.probabilities);
-  }
-  for (int v = 0; v < V; ++v) {
-    A top = load<A>(d.student[v], b, k0, n, nullptr, inverse_temperature<A>(d, -1), z), sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < n; ++k) {
-      z[k] -= top;
-      sum += exp_negative(z[k]);
-    }
-    out.student[v] = {top, sum};
-    for (int t = 0; t < T; ++t) {
-      A dot = 0;
-      const A* et = e + t * BLOCK;
-      if (d.pairs[t * V + v] != 0) {
-#pragma omp simd reduction(+ : dot)
-        for (int64_t k = 0; k < n; ++k) dot += et[k] * z[k];
-      }
-      out.dot[t * V + v] = dot;
-    }
-  }
+  int64_t k = at.k0;
+  if (row >= T + V) row -= T + V, k += BLOCK;
+  const Rows& rows = row < T ? d.teacher[row].rows : d.student[row - T];
+  return {address(rows, at.image, k), item_size(rows.type) * (rows.column == 1)};
+}
+
+// A teacher row's values less the centre.
+template <typename A>
+const A* centred(const Teacher& teacher, Block at, A* buffer) {
+  const A* x = values<A>(teacher.rows, at.image, at.k0, at.n, buffer);
+  if (!teacher.center) return x;
+  subtract(x, static_cast<const A*>(teacher.center) + at.k0, at.n, buffer);
+  return buffer;
+}
+
+// Maxima never fall from block to block, so that a merge rarely needs an exponential.
+template <typename A>
+A running_maximum(const A* x, int64_t n, const Partial* before, double rate) {
+  const A top = maximum(x, n);
+  if (!before) return top;
+  const A last = A(before->max / rate);
+  return last > top ? last : top;
 }
 
 template <typename A>
-void forward_item(const Distill& d, int64_t item, double* states) {
-  const int T = d.shape.teachers, V = d.shape.views;
-  const Tile at = tile_at(d.shape, TILE, item);
-  const int64_t size = state_size(d.shape);
-  A* scratch = static_cast<A*>(std::malloc((T + 1) * BLOCK * sizeof(A)));
-  double* block = static_cast<double*>(std::malloc(size * sizeof(double)));
-  State state = state_at(states + item * size, d.shape);
-  for (int64_t k = at.begin; k < at.end; k += BLOCK) {
-    State to = k == at.begin ? state : state_at(block, d.shape);
-    forward_block<A>(d, at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k, scratch, to);
-    if (k != at.begin) merge(state, to, T, V);
+Partial forward_teacher(const Distill& d, Block at, int t, A* own, const A** e, const Partial* before) {
+  const Teacher& teacher = d.teacher[t];
+  const A* x = centred<A>(teacher, at, own);
+  if (teacher.probabilities) {
+    *e = x;
+    return {0, sum(x, at.n)};
   }
-  std::free(block);
-  std::free(scratch);
+  *e = own;
+  const double rate = rate_of<A>(d, t);
+  const A max = running_maximum(x, at.n, before, rate);
+  return {max * rate,
+          exponentials(x, max, A(rate * LOG2_E), A(1), at.n, own, next_row(d, at, t + AHEAD))};
 }
 
-// Calls work(item) for every item; no parallel region for one thread: a forked child would hang.
-template <typename Work>
-void each(int64_t items, int threads, const Work& work) {
+template <typename A>
+void forward_student(const Distill& d, Block at, int v, const A* x, const A* const* e, State out,
+                     const Partial* before) {
+  const int V = d.shape.views, T = d.shape.teachers;
+  const double rate = rate_of<A>(d, -1);
+  const A max = running_maximum(x, at.n, before, rate), scale = A(rate * LOG2_E);
+  const Next next = next_row(d, at, T + v + AHEAD);
+  for (int t = 0; t < T; ++t) out.dot[t * V + v] = 0;
+  int t = 0, rows[GROUP];
+  do {
+    const int count = next_group(d, v, &t, rows);
+    const A* near[GROUP];
+    A dots[GROUP];
+    for (int i = 0; i < count; ++i) near[i] = e[rows[i]];
+    const A total = with_count(count, [&](auto N) {
+      return student_block<N>(x, max, scale, at.n, near, dots, next);
+    });
+    for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
+    out.student[v] = {max * rate, total};
+  } while (t < T);
+}
+
+// Where one thread works: blocks of numbers for the scratch, a State and pointers to teacher rows.
+template <typename A>
+struct Workplace {
+  A* scratch;
+  double* state;
+  const A** rows;
+  explicit Workplace(const Shape& shape)
+      : scratch(static_cast<A*>(std::aligned_alloc(64, (shape.teachers + 2) * BLOCK * sizeof(A)))),
+        state(static_cast<double*>(std::malloc(state_size(shape) * sizeof(double)))),
+        rows(static_cast<const A**>(std::malloc((shape.teachers + 1) * sizeof(A*)))) {}
+  ~Workplace() { std::free(scratch), std::free(state), std::free(rows); }
+};
+
+// Scratch: a block for every teacher row, then one for a student's.
+template <typename A>
+void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
+  const int T = d.shape.teachers, V = d.shape.views;
+  for (int64_t k = at.begin; k < at.end; k += BLOCK) {
+    const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
+    const bool first = k == at.begin;
+    State out = first ? state : state_at(work.state, d.shape);
+    for (int t = 0; t < T; ++t)
+      out.teacher[t] = forward_teacher(d, block, t, work.scratch + t * BLOCK, &work.rows[t],
+                                       first ? nullptr : &state.teacher[t]);
+    for (int v = 0; v < V; ++v)
+      forward_student(d, block, v, values<A>(d.student[v], at.image, k, block.n, work.scratch + T * BLOCK),
+                      work.rows, out, first ? nullptr : &state.student[v]);
+    if (!first) merge(state, out, T, V);
+  }
+}
+
+// Calls work(item, workplace) for every item; no parallel region for one thread: a forked child would
+// hang.
+template <typename A, typename Work>
+void each(const Distill& d, int64_t items, const Work& work) {
 #ifdef _OPENMP
-  if (threads > 1 && items > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < items; ++i) work(i);
+  if (d.threads > 1 && items > 1) {
+#pragma omp parallel num_threads(d.threads)
+    {
+      Workplace<A> own(d.shape);
+#pragma omp for schedule(static)  // neighbours to one thread: it fetches across their border
+      for (int64_t i = 0; i < items; ++i) work(i, own);
+    }
     return;
   }
 #endif
-  for (int64_t i = 0; i < items; ++i) work(i);
+  Workplace<A> own(d.shape);
+  for (int64_t i = 0; i < items; ++i) work(i, own);
 }
 
 template <typename A>
@@ -252,23 +278,24 @@ void forward(const Distill& d, const Forward& out) {
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
   double* states = static_cast<double*>(std::malloc((B * cut * size + d.targets + 1) * sizeof(double)));
   double* sums = states + B * cut * size;
-  each(B * cut, d.threads, [&](int64_t item) { forward_item<A>(d, item, states); });
+  each<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
+    forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
+  });
 
   A* stats = static_cast<A*>(out.stats);
   for (int i = 0; i < d.targets; ++i) sums[i] = 0;
   for (int64_t b = 0; b < B; ++b) {
     State s = state_at(states + b * cut * size, d.shape);
-    for (int64_t i = 1; i < cut; ++i)
-      merge(s, state_at(states + (b * cut + i) * size, d.shape), T, V);
+    for (int64_t i = 1; i < cut; ++i) merge(s, state_at(states + (b * cut + i) * size, d.shape), T, V);
     for (int v = 0; v < V; ++v) {
       A* at = stats + student_stats(d.shape, v, b);
-      at[0] = A(s.student[v].max);
+      at[0] = A(s.student[v].max / rate_of<A>(d, -1));
       at[1] = A(__builtin_log(s.student[v].sum));
     }
     for (int t = 0; t < T; ++t) {
       const Teacher& teacher = d.teacher[t];
       A* at = stats + teacher_stats(d.shape, t, b);
-      at[0] = A(s.teacher[t].max);
+      at[0] = A(s.teacher[t].max / rate_of<A>(d, t));
       at[1] = A(s.teacher[t].sum);
       double rows = 0;
       for (int v = 0; v < V; ++v)
@@ -288,55 +315,131 @@ void forward(const Distill& d, const Forward& out) {
   std::free(states);
 }
 
-// gradient[v] = grad_output / (tau_s B) * (n_v softmax(z_v) - sum_t c_tv q_t)
+// gradient[v] = f_v 2^(..) - sum_t c_tv q_t: f_v = grad_output n_v / (tau_s B sum_v) and
+// c_tv = grad_output pairs[t,v] weight row_weight / (tau_s B), n_v the sum of a column of pairs.
+struct Coefficients {
+  double *pair, *student;  // c [T, V], f [V]
+};
+
 template <typename A>
-void backward_item(const Distill& d, const Backward& io, int64_t item) {
+Coefficients coefficients(const Distill& d, const Backward& io, int64_t b, double* at) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t B = d.shape.images, K = d.shape.columns;
-  const Tile at = tile_at(d.shape, TILE, item);
-  const int64_t b = at.image;
   const A* stats = static_cast<const A*>(io.stats);
-  const A inverse = inverse_temperature<A>(d, -1);
-  const A scale = *static_cast<const A*>(io.grad_output) * inverse / A(B);
-  A* q = static_cast<A*>(std::malloc((T + 2) * BLOCK * sizeof(A)));
-  A* z = q + T * BLOCK;
-  A* g = z + BLOCK;
-  for (int64_t k0 = at.begin; k0 < at.end; k0 += BLOCK) {
-    const int64_t n = k0 + BLOCK < at.end ? BLOCK : at.end - k0;
-    for (int t = 0; t < T; ++t) {
-      const Teacher& teacher = d.teacher[t];
-      A* qt = q + t * BLOCK;
-      load<A>(teacher.rows, b, k0, n, static_cast<const A*>(teacher.center), inverse_temperature<A>(d, t), qt);
-      if (teacher.probabilities) continue;
-      const A* row = stats + teacher_stats(d.shape, t, b);
-      const A max = row[0], normal = A(1) / row[1];
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) qt[k] = exp_negative(qt[k] - max) * normal;
-    }
-    for (int v = 0; v < V; ++v) {
-      load<A>(d.student[v], b, k0, n, nullptr, inverse, z);
-      const A* row = stats + student_stats(d.shape, v, b);
-      const A max = row[0], normal = A(mass(d, stats, v, b)) * A(__builtin_exp(-double(row[1]))) * scale;
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) g[k] = exp_negative(z[k] - max) * normal;
-      for (int t = 0; t < T; ++t) {
-        const A* qt = q + t * BLOCK;
-        const A c = A(coefficient<A>(d, t, v, b)) * scale;
-        if (c == 0) continue;
-#pragma omp simd
-        for (int64_t k = 0; k < n; ++k) g[k] -= c * qt[k];
-      }
-      const int64_t bytes = d.student[v].type == F64 ? 8 : d.student[v].type == F32 ? 4 : 2;
-      store<A>(d.student[v].type, static_cast<char*>(io.gradient) + (v * B + b) * K * bytes, k0, n, g);
+  const Coefficients out = {at, at + T * V};
+  const double scale =
+      double(*static_cast<const A*>(io.grad_output)) * rate_of<A>(d, -1) / double(d.shape.images);
+  for (int v = 0; v < V; ++v) {
+    for (int t = 0; t < T; ++t) out.pair[t * V + v] = scale * coefficient<A>(d, t, v, b);
+    const double log_sum = stats[student_stats(d.shape, v, b) + 1];
+    out.student[v] = scale * mass<A>(d, stats, v, b) * __builtin_exp(-log_sum);
+  }
+  return out;
+}
+
+// What the gradient of one view in one block is made of.
+template <typename A>
+struct Mix {
+  A max, scale, factor;
+  const A* q[GROUP];
+  A c[GROUP];
+  int count;
+  Next next;
+};
+
+template <typename A, typename Row>
+int64_t gradient(const Mix<A>& m, int64_t n, Row row) {
+  return with_count(m.count, [&](auto N) {
+    return gradient_block<N>(row, m.max, m.scale, m.factor, n, m.q, m.c, m.next);
+  });
+}
+
+// By way of scratch: any type, stride and alignment, and teacher rows beyond the first group.
+template <typename A>
+void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>& m, const double* pair,
+                         const A* const* q, A* wide, A* g) {
+  const A* x = values<A>(d.student[v], at.image, at.k0, at.n, wide);
+  const int64_t done = gradient(m, at.n, Scratch<A>{x, g});
+  if (done < at.n) {  // the last values, padded to a vector; next to nothing, so any row is fetched
+    alignas(WIDTH) A rest[(1 + GROUP) * LANES<A>] = {};
+    Mix<A> padded = m;
+    for (int i = 0; i <= m.count; ++i)
+      std::memcpy(rest + i * LANES<A>, (i ? m.q[i - 1] : x) + done, (at.n - done) * sizeof(A));
+    for (int i = 0; i < m.count; ++i) padded.q[i] = rest + (i + 1) * LANES<A>;
+    gradient(padded, LANES<A>, Scratch<A>{rest, g + done});
+  }
+  for (; t < d.shape.teachers; ++t) {
+    const A c = A(pair[t * d.shape.views + v]);
+    if (d.pairs[t * d.shape.views + v] == 0) continue;
+    for (int64_t k = 0; k < at.n; ++k) g[k] -= c * q[t][k];
+  }
+}
+
+template <typename A>
+void backward_student(const Distill& d, const Backward& io, Block at, int v, Coefficients f, A scale,
+                      const A* const* q, A* wide, A* g) {
+  const int T = d.shape.teachers, V = d.shape.views;
+  const Rows& student = d.student[v];
+  Mix<A> m = {static_cast<const A*>(io.stats)[student_stats(d.shape, v, at.image)], scale,
+              A(f.student[v]), {}, {}, 0, next_row(d, at, T + v + AHEAD)};
+  int t = 0, rows[GROUP];
+  m.count = next_group(d, v, &t, rows);
+  for (int i = 0; i < m.count; ++i) m.q[i] = q[rows[i]], m.c[i] = A(f.pair[rows[i] * V + v]);
+  bool more = false;
+  for (int i = t; i < T; ++i) more |= d.pairs[i * V + v] != 0;
+
+  const int64_t place = (v * d.shape.images + at.image) * d.shape.columns + at.k0;
+  char* to = static_cast<char*>(io.gradient) + place * item_size(student.type);
+  const char* from = address(student, at.image, at.k0);
+  const bool direct = !more && student.column == 1 && at.n % LANES<A> == 0 &&
+                      reinterpret_cast<uintptr_t>(to) % (LANES<A> * item_size(student.type)) == 0;
+  if (direct && item_size(student.type) == sizeof(A)) {
+    gradient(m, at.n, Memory<A>{{reinterpret_cast<const A*>(from), reinterpret_cast<A*>(to)}});
+    return;
+  }
+  if constexpr (sizeof(A) == 4) {
+    if (direct && student.type == BF16) {
+      gradient(m, at.n,
+               MemoryBf16{reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to)});
+      return;
     }
   }
-  std::free(q);
+  gradient_in_scratch(d, at, v, t, m, f.pair, q, wide, g);
+  narrow(student.type, at.n, g);
+  stream(to, g, at.n * item_size(student.type));
+}
+
+template <typename A>
+const A* backward_teacher(const Distill& d, const Backward& io, Block at, int t, A* own) {
+  const Teacher& teacher = d.teacher[t];
+  const A* x = centred<A>(teacher, at, own);
+  if (teacher.probabilities) return x;
+  const A* stats = static_cast<const A*>(io.stats) + teacher_stats(d.shape, t, at.image);
+  exponentials(x, stats[0], A(rate_of<A>(d, t) * LOG2_E), A(1) / stats[1], at.n, own,
+               next_row(d, at, t + AHEAD));
+  return own;
+}
+
+// Scratch as in forward, and a block for the gradient.
+template <typename A>
+void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& work) {
+  const int T = d.shape.teachers, V = d.shape.views;
+  const Coefficients f = coefficients<A>(d, io, at.image, work.state);
+  const A scale = A(rate_of<A>(d, -1) * LOG2_E);
+  A *wide = work.scratch + T * BLOCK, *g = wide + BLOCK;
+  for (int64_t k = at.begin; k < at.end; k += BLOCK) {
+    const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
+    for (int t = 0; t < T; ++t)
+      work.rows[t] = backward_teacher<A>(d, io, block, t, work.scratch + t * BLOCK);
+    for (int v = 0; v < V; ++v) backward_student(d, io, block, v, f, scale, work.rows, wide, g);
+  }
+  stream_fence();
 }
 
 template <typename A>
 void backward(const Distill& d, const Backward& io) {
-  each(d.shape.images * tiles(d.shape, TILE), d.threads,
-       [&](int64_t item) { backward_item<A>(d, io, item); });
+  each<A>(d, d.shape.images * tiles(d.shape, TILE), [&](int64_t item, Workplace<A>& work) {
+    backward_item<A>(d, io, tile_at(d.shape, TILE, item), work);
+  });
 }
 
 void run_forward(const Distill& d, const Forward& io) {

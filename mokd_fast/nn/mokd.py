@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy, matched_pairs
+from ..ops import (
+    Center,
+    Target,
+    column_mean,
+    cross_view_pairs,
+    distill_cross_entropy,
+    matched_pairs,
+)
 from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
 from .backbones import Features, features
@@ -43,7 +50,7 @@ class Temperatures(NamedTuple):
 class StepLosses(NamedTuple):
     totals: list[Tensor]  # one 0-d loss a model, with gradient
     terms: dict[str, Tensor]  # every unscaled loss, detached: self_mlp_1, self_t_1, cross_1 ...
-    center_means: dict[str, Tensor]  # mean teacher logits [K] of this batch, for `update_centers`
+    center_means: dict[str, Tensor]  # mean teacher logits [K] a head, for `MOKD.centers.update`
 
 
 class Model(nn.Module):
@@ -94,12 +101,13 @@ class MOKD(nn.Module):
             teacher.requires_grad_(False)
         self.cross_weights = tuple(cross_weights)
         self.student_temperature = student_temperature
-        self.center_momentum = center_momentum
         # The official code keeps six centres; two of them always equal the self-loss ones.
-        for i, student in enumerate(students, start=1):
-            heads = ["mlp"] if student.t_head is None else ["mlp", "t"]
-            for head in heads:
-                self.register_buffer(f"center_{head}_{i}", torch.zeros(prototypes))
+        heads = [
+            f"{head}_{i}"
+            for i, student in enumerate(students, start=1)
+            for head in (["mlp"] if student.t_head is None else ["mlp", "t"])
+        ]
+        self.centers = Center(dict.fromkeys(heads, prototypes), center_momentum)
 
     def forward(
         self, global_views: Tensor, local_views: Tensor | None, temperatures: Sequence[Temperatures]
@@ -118,9 +126,9 @@ class MOKD(nn.Module):
             total, found = self._losses(i, students, teachers, temperatures[i])
             totals.append(total)
             terms.update(found)
-            means[f"center_mlp_{i + 1}"] = column_mean(teachers[i].mlp)
+            means[f"mlp_{i + 1}"] = column_mean(teachers[i].mlp)
             if (logits := teachers[i].t) is not None:
-                means[f"center_t_{i + 1}"] = column_mean(logits)
+                means[f"t_{i + 1}"] = column_mean(logits)
         return StepLosses(totals, terms, means)
 
     @torch.no_grad()  # not inference mode: the losses save these tensors for backward
@@ -179,7 +187,7 @@ class MOKD(nn.Module):
         weight: float = 1.0,
     ) -> Target:
         logits = getattr(teachers[teacher], head)
-        center = self.get_buffer(f"center_{head}_{teacher + 1}")
+        center = self.centers[f"{head}_{teacher + 1}"]
         return Target(pairs, logits, None, temperature, center, weight)
 
     @torch.no_grad()
@@ -194,13 +202,6 @@ class MOKD(nn.Module):
         if not crossed:
             return search(maps[0], found.grid, queries)
         return torch.cat([search(maps[1 - v], found.grid, queries[v : v + 1]) for v in (0, 1)])
-
-    @torch.no_grad()
-    def update_centers(self, means: dict[str, Tensor]) -> None:
-        """center = momentum * center + (1 - momentum) * mean; once an optimizer step."""
-        for name, mean in means.items():
-            center = self.get_buffer(name)
-            center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
 
     def update_teachers(self, momentum: float) -> None:
         """EMA of the parameters. Buffers (BatchNorm statistics) are the teachers' own."""

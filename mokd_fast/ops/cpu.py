@@ -94,8 +94,8 @@ def native_call(
     alive.append(temperatures.to(dtype).contiguous())
     target = [i for i, r in enumerate(rows) for _ in r]
     call = native.Distill(
-        [_strided(row) for row in student],
-        [_strided(row) for r in rows for row in r],
+        _strided(student),
+        [strided for r in rows for strided in _strided(r)],
         [centers_[i].data_ptr() if centers_[i].numel() else 0 for i in target],
         [weights_[i].data_ptr() if weights_[i].numel() else 0 for i in target],
         target,
@@ -110,9 +110,11 @@ def native_call(
     return call, alive
 
 
-def _strided(row: Tensor) -> tuple[int, int, int, int]:
-    """Address, type and strides of one row of logits [B, K]."""
-    return row.data_ptr(), TYPES[row.dtype], row.stride(0), row.stride(1)
+def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
+    """Address, type and strides of each row of logits [rows, B, K]; no tensor is made of it."""
+    first, kind, (step, image, column) = rows.data_ptr(), TYPES[rows.dtype], rows.stride()
+    step *= rows.element_size()
+    return [(first + i * step, kind, image, column) for i in range(len(rows))]
 
 
 def _level() -> str:

@@ -8,6 +8,7 @@ Every loss of MOKD, DINO, iBOT, DINOv2/v3, SCFS and HSSL is a weighted sum over 
 Letters: V student views, T teacher rows, B images, K prototypes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -129,7 +130,7 @@ def _forward(
     weights and probabilities; pairs [sum T_i, V] flat; temperatures [1 + targets], the student's
     first. Absent ones are empty tensors: Optional inside a list breaks register_autograd.
     """
-    return _KERNELS[backend].distill_forward(
+    return _kernels(backend).distill_forward(
         student, rows, centers, row_weights, temperatures, pairs, weights, probabilities
     )
 
@@ -160,7 +161,7 @@ def _backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the loss for the student's logits [V, B, K], contiguous, of their dtype."""
-    return _KERNELS[backend].distill_backward(
+    return _kernels(backend).distill_backward(
         grad,
         stats,
         student,
@@ -180,23 +181,62 @@ def _(grad, stats, student, *rest):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, rows, centers, row_weights, temperatures, *ctx.numbers = inputs
-    ctx.save_for_backward(output[2], student, temperatures, *rows, *centers, *row_weights)
-    ctx.targets = len(rows)
+    _save(ctx, inputs, output[2])
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+def _save(ctx: Any, inputs: tuple[Any, ...], stats: Tensor) -> None:
+    student, rows, centers, row_weights, temperatures, *ctx.numbers = inputs
+    ctx.save_for_backward(stats, student, temperatures, *rows, *centers, *row_weights)
+    ctx.targets = len(rows)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The arguments of `_backward` after the gradient."""
     stats, student, temperatures, *lists = ctx.saved_tensors
     n = ctx.targets
-    parts = [lists[i * n : (i + 1) * n] for i in range(3)]
-    out = _backward(grad, stats, student, *parts, temperatures, *ctx.numbers)
-    none = [None] * n
-    return out, none, none, none, None, None, None, None, None
+    return (
+        stats,
+        student,
+        *(lists[i * n : (i + 1) * n] for i in range(3)),
+        temperatures,
+        *ctx.numbers,
+    )
+
+
+def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    none = [None] * ctx.targets
+    return _backward(grad, *_saved(ctx)), none, none, none, None, None, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
-_KERNELS = {"cpu": cpu, "cuda": cuda}
+
+
+def _kernels(backend: str) -> Any:
+    """The module of a backend. Triton is imported at first use: it is slow and may be missing."""
+    if backend == "triton":
+        from mokd_fast.kernels import distill
+
+        return distill
+    return {"cpu": cpu, "cuda": cuda}[backend]
+
+
+class _Eager(torch.autograd.Function):
+    """The same two operators without torch.library's way to them, which takes 0.17 ms of a
+    forward and backward on a CPU: a tenth of it at B = 4, K = 65536 (bench/distill.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        loss, terms, stats = _kernels(inputs[-1]).distill_forward(*inputs[:-1])
+        _save(ctx, inputs, stats)
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Any, ...]:
+        *arguments, backend = _saved(ctx)
+        return _kernels(backend).distill_backward(grad, *arguments), *[None] * 8
 
 
 def _run(
@@ -216,7 +256,7 @@ def _run(
         ]
     )
     rows = [t.logits if t.logits is not None else t.probs for t in targets]
-    loss, terms, _ = _forward(
+    arguments = (
         student,
         [r.detach() for r in rows if r is not None],
         [empty if t.center is None else t.center.detach() for t in targets],
@@ -227,6 +267,10 @@ def _run(
         [t.probs is not None for t in targets],
         backend,
     )
+    if torch.compiler.is_compiling() or type(student) not in (Tensor, torch.nn.Parameter):
+        loss, terms, _ = _forward(*arguments)
+    else:
+        loss, terms = _Eager.apply(*arguments)
     return loss, terms.detach()
 
 
@@ -244,7 +288,22 @@ def _cuda_why_not(
     return cuda.why_not(student, [r for r in rows if r is not None])
 
 
+def _triton_why_not(
+    student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+) -> str | None:
+    # A GPU first, so that triton is not imported for tensors on the CPU, its interpreter aside.
+    if student.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it takes tensors on a GPU, the student is on {student.device}"
+    try:
+        kernels = _kernels("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    rows = (t.logits if t.logits is not None else t.probs for t in targets)
+    return kernels.why_not(student, *(r for r in rows if r is not None))
+
+
 register("distill_cross_entropy", "cuda", partial(_run, "cuda"), _cuda_why_not)
+register("distill_cross_entropy", "triton", partial(_run, "triton"), _triton_why_not)
 register("distill_cross_entropy", "cpu", partial(_run, "cpu"), _cpu_why_not)
 register("distill_cross_entropy", "reference", reference.distill_cross_entropy)
 

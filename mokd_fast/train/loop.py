@@ -174,7 +174,7 @@ class Trainer:
             optimizer.torch.step()
             optimizer.torch.zero_grad(set_to_none=True)
         self.mokd.update_teachers(float(self.momentum[k]))
-        self.mokd.update_centers(means)
+        self.mokd.centers.update(means)
         return losses
 
     def _row(self, meter: Meter) -> dict[str, float]:

@@ -96,9 +96,8 @@ def changed(mokd, taus):
     """Names of the losses that are not those of the plain temperatures and centres."""
     plain = build(small("x")).train()
     plain.load_state_dict(mokd.state_dict())
-    for name, buffer in plain.named_buffers():
-        if name.startswith("center"):
-            buffer.zero_()
+    for center in plain.centers.buffers():
+        center.zero_()
     before, after = plain(*views(), TAUS).terms, mokd(*views(), taus).terms
     assert list(before) == list(after) and len(before) == 8
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -117,17 +116,17 @@ def test_each_temperature_belongs_to_its_own_losses():
 def test_each_centre_belongs_to_its_teacher():
     """Cross-distillation takes the other teacher's centre, the search none."""
     users = {
-        "center_mlp_1": {"self_mlp_1", "cross_2"},
-        "center_mlp_2": {"self_mlp_2", "cross_1"},
-        "center_t_1": {"self_t_1"},
-        "center_t_2": {"self_t_2"},
+        "mlp_1": {"self_mlp_1", "cross_2"},
+        "mlp_2": {"self_mlp_2", "cross_1"},
+        "t_1": {"self_t_1"},
+        "t_2": {"self_t_2"},
     }
     mokd = build(small("x")).train()
-    assert {name for name, _ in mokd.named_buffers(recurse=False)} == set(users)
+    assert mokd.centers.state_dict().keys() == users.keys()
     for name, losses in users.items():
-        mokd.get_buffer(name).normal_()
+        mokd.centers[name].normal_()
         assert changed(mokd, TAUS) == losses
-        mokd.get_buffer(name).zero_()
+        mokd.centers[name].zero_()
 
 
 def test_ema_moves_parameters_alone():
@@ -147,11 +146,11 @@ def test_ema_moves_parameters_alone():
 def test_centre_is_the_moving_mean_of_teacher_logits():
     mokd = build(small("x")).train()
     out = mokd(*views(), TAUS)
-    mokd.update_centers(out.center_means)
+    mokd.centers.update(out.center_means)
     for name, mean in out.center_means.items():
-        torch.testing.assert_close(mokd.get_buffer(name), 0.1 * mean)
+        torch.testing.assert_close(mokd.centers[name], 0.1 * mean)
     logits = mokd.teachers[0](views()[0]).mlp
-    torch.testing.assert_close(out.center_means["center_mlp_1"], logits.flatten(0, 1).mean(0))
+    torch.testing.assert_close(out.center_means["mlp_1"], logits.flatten(0, 1).mean(0))
 
 
 def test_lambda_scales_the_total_and_not_the_terms():

@@ -133,11 +133,14 @@ def test_accumulation_is_the_whole_batch(data, tmp_path):
         emas = []
         update = trainer.mokd.update_teachers
         trainer.mokd.update_teachers = lambda m, f=update, seen=emas: (seen.append(m), f(m))
+        moved, centers = [], trainer.mokd.centers
+        centers.update = lambda m, f=centers.update, seen=moved: (seen.append(sorted(m)), f(m))
         losses = [trainer.step(k, iter_from(trainer, k)) for k in range(2)]
         assert emas == list(trainer.momentum[:2])  # once an optimizer step
+        assert moved == [["mlp_1", "mlp_2", "t_1", "t_2"]] * 2  # and all centres at once
         trainers.append((trainer, losses))
     (one, first), (two, second) = trainers
-    assert any(name.startswith("center") for name in one.mokd.state_dict())
+    assert any(name.startswith("centers.") for name in one.mokd.state_dict())
     for a, b in zip(first, second, strict=True):
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)

@@ -1,0 +1,260 @@
+"""distill_cross_entropy, forward + backward, against the forms in use elsewhere.
+
+    python bench/distill.py [--quick] [--default-malloc] [--json FILE]
+
+What is compared is a whole DINO loss with its centre: ours is the drop-in `interop.dino.DINOLoss`,
+the others are the official loop (bench/baseline), lightly's (from PyPI, where installed) and
+torch.compile of the faster of the two. The operator alone is set against the memory floor, the
+(2 (V + T) + V) B K numbers that two passes must move, at the copy rate of the same rounds. `alive`
+is what is kept between forward and backward, the student's logits included.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
+
+from bench.baseline.official import DINOLoss as Official
+from bench.timing import calibrate, interleave, keep_memory, machine, peak_bytes, write_json
+from mokd_fast.interop.dino import DINOLoss
+from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, explain, matched_pairs
+
+V, T, K = 10, 2, 65536
+CALLS = 3  # in a row, see `interleave`
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Form = Callable[[Tensor, Tensor], Tensor]  # student [V, B, K], teacher [T, B, K] -> loss
+
+
+def logits(rows: int, images: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(rows, images, columns, device=DEVICE) * 3).to(dtype)
+
+
+def operator(views: int, columns: int) -> Form:
+    pairs, center = cross_view_pairs(T, views), torch.zeros(columns, device=DEVICE)
+
+    def run(student: Tensor, teacher: Tensor) -> Tensor:
+        target = Target(pairs, teacher, temperature=0.04, center=center)
+        return distill_cross_entropy(student, [target])[0]
+
+    return run
+
+
+def forms() -> dict[str, Form]:
+    """The losses as their users call them: logits of one type, softmax in fp32 by autocast."""
+    ours = DINOLoss(K, V, 0.04, 0.04, 0, 1).to(DEVICE)
+    official = Official(K, V, [0.04]).to(DEVICE)
+    found: dict[str, Form] = {
+        "ours": lambda s, t: ours(s.flatten(0, 1), t.flatten(0, 1), 0),
+        "official": lambda s, t: official(s.flatten(0, 1), t.flatten(0, 1), 0),
+    }
+    try:
+        from lightly.loss import DINOLoss as Lightly
+    except ImportError:
+        print("lightly is not installed (pip install lightly): its form is left out")
+    else:
+        lightly = Lightly(output_dim=K, teacher_temp=0.04, warmup_teacher_temp=0.04).to(DEVICE)
+        found["lightly"] = lambda s, t: lightly(list(t.unbind()), list(s.unbind()), 0.04)
+    return found
+
+
+def step(form: Form, student: Tensor, teacher: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        student.grad = None
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=student.dtype == torch.bfloat16):
+            loss = form(student, teacher)
+        loss.backward()
+
+    return run
+
+
+def alive(form: Form, student: Tensor, teacher: Tensor) -> int:
+    """Bytes that autograd keeps for backward, every storage once, with the student's logits."""
+    kept = {student.untyped_storage().data_ptr(): student.untyped_storage().nbytes()}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        step(form, student, teacher)()
+    return sum(kept.values())
+
+
+def copy_rate(numbers: int = 1 << 25) -> tuple[Callable[[], Any], int]:
+    """A copy beyond any cache, and the bytes it moves."""
+    x = torch.zeros(numbers, device=DEVICE)
+    y = torch.zeros(numbers, device=DEVICE)
+    return lambda: y.copy_(x), 2 * 4 * numbers
+
+
+def floor_bytes(views: int, images: int, columns: int, dtype: torch.dtype) -> int:
+    return (2 * (views + T) + views) * images * columns * dtype.itemsize
+
+
+def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]]:
+    """Ours against each baseline at V, T, K."""
+    student, teacher = logits(V, images, K, dtype).requires_grad_(), logits(T, images, K, dtype)
+    known = forms()
+    runs = {name: step(form, student, teacher) for name, form in known.items()}
+    first = interleave({name: run for name, run in runs.items() if name != "ours"}, 2, CALLS)
+    better = min(first, key=first.__getitem__)
+    torch._dynamo.reset()
+    known[f"{better}, compiled"] = torch.compile(known[better], dynamic=False)
+    runs[f"{better}, compiled"] = step(known[f"{better}, compiled"], student, teacher)
+    copy, moved = copy_rate()
+    alone = step(operator(V, K), student, teacher)
+    times = interleave({"copy": copy, "operator": alone, **runs}, rounds, CALLS)
+    floor = floor_bytes(V, images, K, dtype) / (moved / times["copy"])
+    kept = {name: alive(form, student, teacher) for name, form in known.items()}
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
+    common = {
+        **about(dtype, images),
+        "median_s": times["operator"],
+        "floor_fraction": floor / times["operator"],
+        "drop_in_s": times["ours"],
+        "alive_bytes": kept["ours"],
+        "peak_bytes": peaks["ours"],
+        "discarded_rounds": times.discarded,
+    }
+    return [
+        {
+            **common,
+            "baseline": name,
+            "baseline_s": times[name],
+            "ratio": times[name] / times["ours"],
+            "baseline_alive_bytes": kept[name],
+            "baseline_peak_bytes": peaks[name],
+        }
+        for name in runs
+        if name != "ours"
+    ]
+
+
+def about(dtype: torch.dtype, images: int, views: int = V, columns: int = K) -> dict[str, Any]:
+    sample = logits(1, 1, 2, dtype).expand(views, 1, 2)
+    target = Target(cross_view_pairs(T, views), logits(T, 1, 2, dtype))
+    lines = explain("distill_cross_entropy", sample, [target], 0.1).split("\n")
+    return {
+        "op": "distill_cross_entropy",
+        "backend": next(line.split(":")[0] for line in lines if line.endswith("chosen")),
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": {"V": views, "T": T, "B": images, "K": columns},
+    }
+
+
+def scaling(dtype: torch.dtype, shapes: list[tuple[int, int, int]], rounds: int) -> list[dict]:
+    """The operator alone over (V, B, K): time a number of the student's logits."""
+    rows = []
+    for views, images, columns in shapes:
+        student = logits(views, images, columns, dtype).requires_grad_()
+        teacher = logits(T, images, columns, dtype)
+        copy, moved = copy_rate()
+        run = step(operator(views, columns), student, teacher)
+        times = interleave({"copy": copy, "operator": run}, rounds)
+        floor = floor_bytes(views, images, columns, dtype) / (moved / times["copy"])
+        rows.append(
+            {
+                **about(dtype, images, views, columns),
+                "median_s": times["operator"],
+                "ns_per_logit": times["operator"] / student.numel() * 1e9,
+                "floor_fraction": floor / times["operator"],
+                "discarded_rounds": times.discarded,
+            }
+        )
+    return rows
+
+
+def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
+    """MOKD's calls (self + cross, self + search, all three) against DINO's on the same student."""
+    student = logits(V, images, K, dtype).requires_grad_()
+    own, other, searched = (logits(n, images, K, dtype) for n in (T, T, V - T))
+    center, every = torch.zeros(K, device=DEVICE), cross_view_pairs(T, V)
+    targets = [
+        Target(every, own, temperature=0.04, center=center),
+        Target(every, other, temperature=0.04, center=center),
+        Target(matched_pairs(V, T), searched, temperature=0.04),
+    ]
+
+    def loss(*chosen: int) -> Form:
+        return lambda s, t: distill_cross_entropy(s, [targets[i] for i in chosen])[0]
+
+    calls = {"dino": loss(0), "self+cross": loss(0, 1), "self+search": loss(0, 2)}
+    calls["self+cross+search"] = loss(0, 1, 2)
+    times = interleave(
+        {name: step(form, student, own) for name, form in calls.items()}, rounds, CALLS
+    )
+    ratios = {name: seconds / times["dino"] for name, seconds in times.items()}
+    return {**about(dtype, images), "seconds": dict(times), "ratio_to_dino": ratios}
+
+
+def compute_bound(dtype: torch.dtype) -> float:
+    """Seconds a student's logit takes when all lies in cache, the call's own cost taken off."""
+    runs = {}
+    for columns in (16, 16384):
+        student = logits(V, 2, columns, dtype).requires_grad_()
+        runs[str(columns)] = step(operator(V, columns), student, logits(T, 2, columns, dtype))
+    times = interleave(runs, 100)
+    return (times["16384"] - times["16"]) / (V * 2 * (16384 - 16))
+
+
+SHAPES = [(V, 16, k) for k in (1024, 8192, 65535, 65536, 65537, 262144)]
+SHAPES += [(v, 16, K) for v in (2, 4, 18)] + [(V, b, K) for b in (1, 4, 64)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one batch size, no tables")
+    parser.add_argument("--default-malloc", action="store_true", help="see timing.keep_memory")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not options.default_malloc:
+        keep_memory()
+    rounds = 5 if options.quick else 11
+    result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
+    result["malloc"] = "default" if options.default_malloc else "keeps freed memory"
+    print(result["machine"], result["calibration"], sep="\n")
+    for dtype in (torch.float32, torch.bfloat16):
+        bound = compute_bound(dtype)
+        for images in (4,) if options.quick else (4, 8, 16, 32):
+            rows = compare(dtype, images, rounds)
+            for row in rows:
+                row["compute_bound_s"] = bound * V * images * K
+            result["rows"] += rows
+            report(rows)
+        if not options.quick:
+            result.setdefault("combined", []).append(combined(dtype, 16, rounds))
+            result.setdefault("scaling", []).extend(scaling(dtype, SHAPES, rounds))
+            print(result["combined"][-1]["ratio_to_dino"])
+            for row in result["scaling"]:
+                print(row["dtype"], row["shape"], f"{row['ns_per_logit']:.3f} ns a logit, "
+                      f"{row['floor_fraction']:.0%} of the floor")  # fmt: skip
+        if options.json:
+            write_json(options.json, result)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    row, images = rows[0], rows[0]["shape"]["B"]
+    mib = 2**20 * images
+    print(
+        f"{row['dtype']} B={images} {row['backend']}: operator {row['median_s'] * 1e3:.2f} ms, "
+        f"{row['floor_fraction']:.0%} of the memory floor, compute bound "
+        f"{row['compute_bound_s'] * 1e3:.2f} ms; {row['discarded_rounds']} rounds discarded"
+    )
+    print(f"  with centre {row['drop_in_s'] * 1e3:.2f} ms, alive {row['alive_bytes'] / mib:.3f}, "
+          f"peak {row['peak_bytes'] / mib:.2f} MiB an image")  # fmt: skip
+    for other in rows:
+        print(
+            f"  {other['ratio']:.1f}x {other['baseline']} ({other['baseline_s'] * 1e3:.1f} ms), "
+            f"alive {other['baseline_alive_bytes'] / mib:.2f}, "
+            f"peak {other['baseline_peak_bytes'] / mib:.2f} MiB an image"
+        )
+
+
+if __name__ == "__main__":
+    main()

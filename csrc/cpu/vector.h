@@ -1,0 +1,290 @@
+// Vectors as wide as the x86-64 level's registers, rows of any type as vectors, and 2^x.
+// Everything has internal linkage: each level compiles its own.
+#pragma once
+#include <cfloat>
+#include <cstdint>
+#include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include "../core/distill.h"
+
+namespace mokd::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+
+template <typename A>
+struct Register {
+  static constexpr int lanes = WIDTH / sizeof(A);
+  typedef A type __attribute__((vector_size(WIDTH)));
+};
+
+template <typename A>
+using Vec = typename Register<A>::type;
+template <typename A>
+constexpr int LANES = Register<A>::lanes;
+
+template <typename V, typename A>
+inline V load(const A* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V, typename A>
+inline void store(A* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+// The `count` values that are left, then `fill`.
+template <typename A>
+inline Vec<A> load_tail(const A* p, int64_t count, A fill) {
+  Vec<A> v = Vec<A>{} + fill;
+  std::memcpy(&v, p, count * sizeof(A));
+  return v;
+}
+
+// Halves are joined until one number is left: a chain of additions would take longer than the loop
+// whose sum it is.
+template <typename A, int BYTES, typename F>
+inline A reduce(const void* from, const F& join) {
+  if constexpr (BYTES == sizeof(A)) {
+    return *static_cast<const A*>(from);
+  } else {
+    typedef A Part __attribute__((vector_size(BYTES / 2)));
+    const Part* halves = static_cast<const Part*>(from);
+    const Part joined = join(halves[0], halves[1]);
+    return reduce<A, BYTES / 2>(&joined, join);
+  }
+}
+
+template <typename A>
+inline A reduce_add(Vec<A> v) {
+  return reduce<A, WIDTH>(&v, [](auto a, auto b) { return a + b; });
+}
+
+template <typename A>
+inline A reduce_max(Vec<A> v) {
+  return reduce<A, WIDTH>(&v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+typedef uint32_t Bits __attribute__((vector_size(WIDTH)));
+typedef uint16_t Half __attribute__((vector_size(WIDTH / 2)));
+
+// max(low, x), and NaN for NaN, which the comparison in C++ costs two instructions.
+inline Vec<float> at_least(float low, Vec<float> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(low), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Vec<float>>(_mm256_max_ps(_mm256_set1_ps(low), reinterpret_cast<__m256>(x)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Vec<float>>(_mm_max_ps(_mm_set1_ps(low), reinterpret_cast<__m128>(x)));
+#else
+  return x < low ? Vec<float>{} + low : x;
+#endif
+}
+
+// 2^x for x <= 0: 0 for -inf, NaN for NaN. Relative error 1.7e-7: the polynomial of degree 5 is minimax
+// on [-1/2, 1/2]. AVX-512 splits x and scales by a power of two in one instruction each; elsewhere
+// adding 1.5 * 2^23 rounds x to an integer, which then becomes the exponent, -127 and below the number 0.
+inline Vec<float> exp2_negative(Vec<float> x) {
+#if defined(__AVX512DQ__)
+  const __m512 all = reinterpret_cast<__m512>(x);
+  const Vec<float> r = reinterpret_cast<Vec<float>>(_mm512_reduce_ps(all, _MM_FROUND_NO_EXC));
+#else
+  const float magic = 12582912.0f + 127.0f;
+  const Vec<float> y = at_least(-127.0f, x), shifted = y + magic, r = y - (shifted - magic);
+#endif
+  Vec<float> p = r * 1.32647273e-3f + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512DQ__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), _mm512_roundscale_ps(all, _MM_FROUND_NO_EXC)));
+#else
+  return p * reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(shifted) << 23);
+#endif
+}
+
+inline Vec<double> exp2_negative(Vec<double> x) {
+  for (int i = 0; i < LANES<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+inline float widen(uint16_t h, Type type) {
+  union { uint32_t i; float f; } bits;
+  if (type == BF16) {
+    bits.i = uint32_t(h) << 16;
+    return bits.f;
+  }
+  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  bits.i = rest << 13;
+  bits.f *= 5.192296858534828e33f;  // 2^112: moves the exponent, subnormals too
+  if (rest >= 0x7c00) bits.i |= 0x7f800000;
+  bits.i |= sign;
+  return bits.f;
+}
+
+inline uint16_t narrow_bf16(float x) {
+  union { float f; uint32_t i; } bits = {x};
+  uint32_t rounded = (bits.i + 0x7fff + ((bits.i >> 16) & 1)) >> 16;
+  return x != x ? 0x7fc0 : uint16_t(rounded);
+}
+
+inline uint16_t narrow_f16(float x) {
+  union { float f; uint32_t i; } bits = {x};
+  uint32_t sign = (bits.i >> 16) & 0x8000, rest = bits.i & 0x7fffffff;
+  union { uint32_t i; float f; } abs = {rest};
+  if (rest >= 0x47800000) return sign | (rest > 0x7f800000 ? 0x7e00 : 0x7c00);
+  if (rest < 0x38800000) {  // subnormal: let the addition round
+    abs.f += 0.5f;
+    return sign | uint16_t(abs.i - 0x3f000000);
+  }
+  rest += 0xc8000fff + ((rest >> 13) & 1);
+  return sign | uint16_t(rest >> 13);
+}
+
+inline Vec<float> widen_bf16(Half h) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Bits) << 16);
+}
+
+// To nearest, ties to even, by adding 1.5 * 2^16 times the value's own power of two: six instructions
+// where integer rounding with its NaN case takes ten. Infinity and values from 2^111 on become NaN.
+inline Half narrow_bf16(Vec<float> x) {
+  Vec<float> magic = reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(x) & 0x7f800000) * 98304.0f;
+  Vec<float> rounded = (x + magic) - magic;
+  return __builtin_convertvector(reinterpret_cast<Bits>(rounded) >> 16, Half);
+}
+
+inline int64_t item_size(Type type) { return type == F64 ? 8 : type == F32 ? 4 : 2; }
+
+inline const char* address(const Rows& rows, int64_t b, int64_t k) {
+  return static_cast<const char*>(rows.data) + (b * rows.image + k * rows.column) * item_size(rows.type);
+}
+
+// The values of a row's n columns from k0: where they lie, or widened into `buffer`.
+template <typename A>
+const A* values(const Rows& rows, int64_t b, int64_t k0, int64_t n, A* buffer) {
+  const char* at = address(rows, b, k0);
+  const int64_t step = rows.column;
+  int64_t k = 0;
+  if (rows.type == F32) {
+    const float* p = reinterpret_cast<const float*>(at);
+    if (sizeof(A) == 4 && step == 1) return reinterpret_cast<const A*>(p);
+    for (; k < n; ++k) buffer[k] = A(p[k * step]);
+  } else if (rows.type == F64) {
+    const double* p = reinterpret_cast<const double*>(at);
+    if (sizeof(A) == 8 && step == 1) return reinterpret_cast<const A*>(p);
+    for (; k < n; ++k) buffer[k] = A(p[k * step]);
+  } else {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(at);
+    if (step == 1 && sizeof(A) == 4 && rows.type == BF16)
+      for (; k + LANES<float> <= n; k += LANES<float>) store(buffer + k, widen_bf16(load<Half>(p + k)));
+#ifdef __F16C__
+    if (step == 1 && sizeof(A) == 4 && rows.type == F16)
+      for (; k + 8 <= n; k += 8) store(buffer + k, _mm256_cvtph_ps(load<__m128i>(p + k)));
+#endif
+    for (; k < n; ++k) buffer[k] = widen(p[k * step], rows.type);
+  }
+  return buffer;
+}
+
+// x becomes the bytes of `type`, in place.
+template <typename A>
+void narrow(Type type, int64_t n, A* x) {
+  if (type == F32 || type == F64) return;
+  uint16_t* p = reinterpret_cast<uint16_t*>(x);
+  int64_t k = 0;
+  if (sizeof(A) == 4 && type == BF16)
+    for (; k + LANES<float> <= n; k += LANES<float>) store(p + k, narrow_bf16(load<Vec<float>>(x + k)));
+#ifdef __F16C__
+  if (sizeof(A) == 4 && type == F16)
+    for (; k + 8 <= n; k += 8) store(p + k, _mm256_cvtps_ph(load<__m256>(x + k), 0));
+#endif
+  for (; k < n; ++k) {
+    float value;
+    A wide;
+    std::memcpy(&wide, x + k, sizeof(A));
+    value = float(wide);
+    uint16_t half = type == BF16 ? narrow_bf16(value) : narrow_f16(value);
+    std::memcpy(p + k, &half, 2);
+  }
+}
+
+// A register to aligned memory around the caches.
+template <typename A>
+inline void stream_vector(A* to, Vec<A> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load<__m512i>(&v));
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load<__m256i>(&v));
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), load<__m128i>(&v));
+#else
+  store(to, v);
+#endif
+}
+
+inline void stream_vector(uint16_t* to, Half v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load<__m256i>(&v));
+#elif defined(__AVX__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), load<__m128i>(&v));
+#else
+  store(to, v);
+#endif
+}
+
+// How a loop reads and writes a row: numbers in scratch, or a row of memory, aligned and streamed to.
+template <typename A>
+struct Scratch {
+  const A* x;
+  A* g;
+  Vec<A> get(int64_t k) const { return load<Vec<A>>(x + k); }
+  void put(int64_t k, Vec<A> v) const { store(g + k, v); }
+};
+
+template <typename A>
+struct Memory : Scratch<A> {
+  void put(int64_t k, Vec<A> v) const { stream_vector(this->g + k, v); }
+};
+
+struct MemoryBf16 {
+  const uint16_t* x;
+  uint16_t* g;
+  Vec<float> get(int64_t k) const { return widen_bf16(load<Half>(x + k)); }
+  void put(int64_t k, Vec<float> v) const { stream_vector(g + k, narrow_bf16(v)); }
+};
+
+// Bytes to memory around the caches: what is written once and read much later should push nothing out.
+inline void stream(void* to, const void* from, int64_t bytes) {
+  char* p = static_cast<char*>(to);
+  const char* q = static_cast<const char*>(from);
+  int64_t head = -reinterpret_cast<intptr_t>(p) & (WIDTH - 1);
+  head = head < bytes ? head : bytes;
+  std::memcpy(p, q, head);
+  p += head, q += head, bytes -= head;
+  for (; bytes >= WIDTH; p += WIDTH, q += WIDTH, bytes -= WIDTH)
+    stream_vector(reinterpret_cast<float*>(p), load<Vec<float>>(q));
+  std::memcpy(p, q, bytes);
+}
+
+// Streamed stores become visible to other threads.
+inline void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace mokd::cpu

@@ -1,0 +1,156 @@
+"""What the drop-in losses have in common. Letters: V views, T teacher rows, B images, K prototypes.
+
+The traps of the originals are dealt with here once: no process group is needed, every rank counts
+the same, 16-bit logits are averaged in fp32, a step without rows leaves the centre alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy
+from ..ops.reference import accumulation_dtype
+
+
+def split_views(name: str, logits: Tensor, views: int) -> Tensor:
+    """View-major logits [views * B, K] as [views, B, K], without a copy. ValueError if ragged."""
+    if logits.ndim != 2 or views < 1 or len(logits) % views:
+        raise ValueError(
+            f"{name} must hold {views} views of equally many images, [{views} * B, K], "
+            f"got shape {list(logits.shape)}"
+        )
+    return logits.unflatten(0, (views, len(logits) // views))
+
+
+def stack_views(name: str, views: Tensor | Sequence[Tensor]) -> Tensor:
+    """A list of views [B, K] as [V, B, K]; a stacked tensor stays what it is."""
+    if isinstance(views, Tensor):
+        stacked = views
+    elif not views or any(view.shape != views[0].shape for view in views):
+        shapes = [list(view.shape) for view in views]
+        raise ValueError(f"{name} must list views of one shape [B, K], got {shapes}")
+    else:
+        stacked = views[0].unsqueeze(0) if len(views) == 1 else torch.stack(list(views))
+    if stacked.ndim != 3:
+        raise ValueError(f"{name} must list views [B, K], got {list(stacked.shape[1:])}")
+    return stacked
+
+
+def temperature_table(
+    warmup: float, final: float, warmup_epochs: int, epochs: int, delay: int = 0
+) -> np.ndarray:
+    """Teacher temperature of each epoch: `delay` at `warmup`, a linear warm-up, then `final`."""
+    constant = epochs - warmup_epochs - delay
+    if constant < 0:
+        raise ValueError(
+            f"the teacher temperature warms up for {delay + warmup_epochs} epochs, "
+            f"longer than the {epochs} epochs of training"
+        )
+    ramp = np.linspace(warmup, final, warmup_epochs)
+    table = np.concatenate((np.full(delay, warmup), ramp, np.full(constant, final)))
+    if (table <= 0).any():
+        raise ValueError(f"teacher temperatures must be > 0, got {warmup} to {final}")
+    return table
+
+
+def temperature_at(table: np.ndarray, epoch: int) -> Tensor:
+    """The temperature of `epoch`, 0-d; IndexError past the table, as the originals raise.
+
+    A tensor, because a compiled step would be frozen to the value of a float.
+    """
+    if epoch >= len(table):
+        raise IndexError(
+            f"epoch {epoch} is past the temperature table, which has {len(table)} epochs"
+        )
+    return torch.as_tensor(table)[epoch]
+
+
+def cross_view_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float | Tensor,
+    weight: float = 1.0,
+) -> Tensor:
+    """DINO's mean over all pairs of different views: student [V, B, K], teacher logits [T, B, K].
+
+    center: any shape of K numbers.
+    """
+    pairs = cross_view_pairs(len(teacher), len(student))
+    target = Target(pairs, teacher, None, teacher_temp, center.flatten(), weight)
+    return distill_cross_entropy(student, [target], temperature=student_temp)[0]
+
+
+def patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    images: int,
+    student_temp: float,
+    *,
+    center: Tensor | None = None,
+    teacher_temp: float | Tensor = 1.0,
+    weight: float = 1.0,
+) -> Tensor:
+    """sum_m weights[m] CE(teacher[m], student[m]) / images, for M patches: [M, K] each.
+
+    teacher: logits with a center, probabilities without one. No patch gives 0 and a zero gradient.
+    """
+    if weights.shape != (len(student),):
+        raise ValueError(
+            f"{len(student)} patch rows need as many weights, got {list(weights.shape)}: "
+            "does the mask mark exactly the patches that were passed?"
+        )
+    # The operator divides by its rows.
+    row_weight = weights.to(accumulation_dtype(student)) * (len(student) / max(images, 1))
+    rows = teacher.unsqueeze(0)
+    target = (
+        Target(((1.0,),), probs=rows, weight=weight, row_weight=row_weight)
+        if center is None
+        else Target(((1.0,),), rows, None, teacher_temp, center.flatten(), weight, row_weight)
+    )
+    return distill_cross_entropy(student.unsqueeze(0), [target], temperature=student_temp)[0]
+
+
+def masked_weights(mask: Tensor, logits: Tensor) -> Tensor:
+    """1 / (masked patches of the image) where masked, else 0: [B, N] like the mask, in the
+    arithmetic's type for these logits."""
+    mask = mask.to(accumulation_dtype(logits))
+    return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1.0)
+
+
+@torch.no_grad()
+def rank_mean(logits: Tensor) -> Tensor:
+    """[K + 1]: the mean of this process's rows, and 1 if it has any. Summed over the ranks, the
+    last entry is the number of means in the sum."""
+    mean = column_mean(logits)
+    return torch.cat([mean, mean.new_full((1,), float(logits.numel() > 0))])
+
+
+def reduce_ranks(
+    mean: Tensor, group: dist.ProcessGroup | None = None, wait: bool = True
+) -> dist.Work | None:
+    """Sums `rank_mean` over the group in place, where there is one; the work if not waited for."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.all_reduce(mean, group=group, async_op=not wait)
+    return None
+
+
+def moved_center(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
+    """The EMA as a new tensor of the centre's shape; its old values if no rank had a row."""
+    # A centre made in inference mode could not be saved for the backward of a later step.
+    with torch.inference_mode(False), torch.no_grad():
+        batch, ranks = mean[:-1], mean[-1]
+        moved = center * momentum + batch / ranks.clamp(min=1) * (1 - momentum)
+        return torch.where(ranks > 0, moved, center)
+
+
+def updated_center(center: Tensor, logits: Tensor, momentum: float) -> Tensor:
+    """The centre after these teacher logits [..., K], averaged over the ranks."""
+    mean = rank_mean(logits)
+    reduce_ranks(mean)
+    return moved_center(center, mean, momentum)

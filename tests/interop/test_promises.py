@@ -1,0 +1,185 @@
+"""What every drop-in loss promises, whatever it is called with: one table, all classes."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from tests.interop import oracle
+from tests.interop.cases import CASES, MASK, MASKED_ROWS_ONLY, B, K, T, V, center_of, logits
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request):
+    return request.param
+
+
+def seen(case, teacher):
+    """The teacher rows that move the centre."""
+    return teacher[MASK] if case.name in MASKED_ROWS_ONLY else teacher.flatten(0, 1)
+
+
+def close(mine, theirs, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    theirs = theirs.to(mine.dtype)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_gradient_and_center_over_six_steps(case, dtype):
+    """Also the compositions: DINOv2's sums and DINOv3's means are DINO's mean."""
+    loss, center = case.build().to(dtype), torch.zeros(K, dtype=torch.float64)
+    for step in range(6):
+        student, teacher = logits(step, dtype)
+        exact = student.double().requires_grad_()
+        student.requires_grad_()
+        mine, theirs = case.call(loss, student, teacher), case.formula(exact, teacher, center)
+        close(mine, theirs, dtype)
+        mine.backward()
+        theirs.backward()
+        close(student.grad, exact.grad, dtype)
+        if case.center:
+            center = oracle.moved(center, seen(case, teacher.double()))
+            close(center_of(case, loss), center, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_twenty_sgd_steps_give_the_parameters_of_the_formula(case, dtype):
+    torch.manual_seed(0)
+    features = torch.randn(V, B, 5, dtype=torch.float64).to(dtype)
+    first = torch.nn.Linear(5, K, dtype=dtype)
+    heads, loss = [copy.deepcopy(first) for _ in range(2)], case.build().to(dtype)
+    center = torch.zeros(K, dtype=dtype)
+
+    def formula(student, teacher):
+        nonlocal center
+        total = case.formula(student, teacher, center)
+        if case.center:
+            center = oracle.moved(center, seen(case, teacher))
+        return total
+
+    for head, compute in zip(heads, [lambda s, t: case.call(loss, s, t), formula], strict=True):
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+        for step in range(20):
+            optimizer.zero_grad()
+            compute(head(features), logits(step, dtype)[1]).backward()
+            optimizer.step()
+    assert (heads[0].weight - first.weight).abs().max() > 0.1
+    for mine, theirs in zip(*(head.parameters() for head in heads), strict=True):
+        close(mine, theirs, dtype)
+
+
+def test_the_teacher_gets_no_gradient(case):
+    student, teacher = (x.requires_grad_() for x in logits())
+    case.call(case.build().double(), student, teacher).backward()
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
+
+
+def test_fp32_under_autocast(case):
+    student, teacher = logits(dtype=torch.bfloat16)
+    exact = case.formula(student.double(), teacher.double(), torch.zeros(K))
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = case.build()
+            mine = case.call(loss, student, teacher)
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=0)
+        assert all(x.dtype == torch.float32 for x in loss.state_dict().values())
+
+
+def test_the_state_dict_is_the_peers(case):
+    assert {key: tuple(x.shape) for key, x in case.build().state_dict().items()} == case.state
+    peers = {key: torch.randn(shape) for key, shape in case.state.items()}
+    loss = case.build()
+    loss.load_state_dict(peers)
+    student, teacher = logits(dtype=torch.float32)
+    center = peers[case.center].flatten() if case.center else torch.zeros(K)
+    close(case.call(loss, student, teacher), case.formula(student, teacher, center), torch.float32)
+
+
+def _loaded(case, loss):
+    fresh = case.build().double()
+    fresh.load_state_dict(loss.state_dict())
+    return fresh
+
+
+def _pickled(case, loss):
+    file = io.BytesIO()
+    torch.save(loss, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [_loaded, _pickled, lambda case, loss: copy.deepcopy(loss)],
+    ids=["load", "pickle", "copy"],
+)
+def test_the_state_survives(case, twin):
+    """A pending centre update too: the twin goes on with the same bits as the uninterrupted run."""
+    loss, uninterrupted = case.build().double(), case.build().double()
+    for step in range(3):
+        case.call(loss, *logits(step))
+        case.call(uninterrupted, *logits(step))
+    second = twin(case, loss)
+    for step in range(3, 6):
+        student, teacher = logits(step)
+        expected = case.call(uninterrupted, student, teacher)
+        assert torch.equal(case.call(second, student, teacher), expected)
+        assert torch.equal(case.call(loss, student, teacher), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_center_moves_in_eval_mode_and_without_gradients(case, mode):
+    loss = case.build().double().eval()
+    with mode():
+        student, teacher = logits()
+        case.call(loss, student, teacher)
+    student, teacher = logits(1)
+    student.requires_grad_()
+    center = torch.zeros(K, dtype=torch.float64)
+    if case.center:
+        center = oracle.moved(center, seen(case, logits()[1]))
+    mine = case.call(loss, student, teacher)  # its centre was made without gradients
+    mine.backward()
+    close(mine, case.formula(student, teacher, center), torch.float64)
+
+
+# lightly's selects the masked patches inside: as many as the values say, which a graph cannot hold.
+IN_A_GRAPH = [case for case in CASES if case.name != "lightly patch"]
+
+
+@pytest.mark.parametrize("case", IN_A_GRAPH, ids=lambda case: case.name)
+def test_one_graph_without_breaks(case):
+    torch.compiler.reset()  # the cases share one code object and its limit of recompilations
+    loss, eager = case.build(), case.build()
+    step = torch.compile(lambda *args: case.call(loss, *args), backend="aot_eager", fullgraph=True)
+    for batch in range(2):
+        student, teacher = logits(batch, torch.float32)
+        assert torch.equal(step(student, teacher), case.call(eager, student, teacher))
+
+
+# Of the patch losses the mask is empty, not the batch: see their own files.
+NOT_PATCHES = [case for case in CASES if "patch" not in case.name]
+
+
+@pytest.mark.parametrize("case", NOT_PATCHES, ids=lambda case: case.name)
+def test_no_images_give_zero_a_zero_gradient_and_leave_the_center_alone(case):
+    loss = case.build()
+    case.call(loss, *logits(dtype=torch.float32))
+    before = center_of(case, loss).clone()
+    student = torch.zeros(V, 0, K, requires_grad=True)
+    teacher = torch.zeros(T, 0, K)
+    if case.name == "ibot cls":  # its patches are not those of the images here
+        teacher_patch = student_patch = torch.zeros(T, 1, K)
+        mask = [torch.ones(1, 1, 1).bool()] * T
+        output = (student[:2].flatten(0, 1), student_patch), (teacher.flatten(0, 1), teacher_patch)
+        mine = loss(*output, student[2:].flatten(0, 1), mask, 0)["cls"]
+    else:
+        mine = case.call(loss, student, teacher)
+    mine.backward()
+    assert mine == 0
+    assert student.grad.shape == student.shape
+    assert torch.equal(center_of(case, loss), before)

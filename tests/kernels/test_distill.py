@@ -1,0 +1,115 @@
+"""The Triton distill_cross_entropy: its values, and without a GPU what it compiles to.
+
+The values are in `distill_values.py`.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, explain
+
+pytest.importorskip("triton")
+
+from mokd_fast.kernels import distill as kernels
+
+from .aot import compile_only, resources
+
+
+@pytest.mark.parametrize("device", ["interpreter", "cuda"])
+def test_values(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    values = Path(__file__).with_name("distill_values.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
+
+
+def compiled(capability, dtype, counts, shape=(10, 2, 65536), weight=1.0, variant=False):
+    """The four kernels for targets of `counts` rows, with centres or (variant) row weights."""
+    (views, images, columns), empty = shape, torch.empty(0)
+    arguments = (
+        torch.empty(shape, dtype=dtype),
+        [torch.empty(t, images, columns, dtype=dtype) for t in counts],
+        [empty if variant else torch.empty(columns) for _ in counts],
+        [torch.empty(images) if variant else empty for _ in counts],
+        torch.empty(1 + len(counts)),
+        [weight] * views * sum(counts),
+        [weight] * len(counts),
+        [False] * len(counts),
+    )
+    with compile_only(capability) as found:
+        *_, stats = kernels.distill_forward(*arguments)
+        kernels.distill_backward(torch.empty(()), stats, *arguments)
+    return found
+
+
+def narrow_offsets(ttir):
+    """What defines the 32-bit offsets of a kernel's pointers."""
+    defined = dict(re.findall(r"(%\w+) = ([\w.]+)", ttir))
+    found = re.findall(r"tt\.addptr %\w+, (%\w+) : \S+, (?:tensor<\S*x)?i32>?", ttir)
+    return {defined[name] for name in found}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+# The largest tiles of each line of COLUMNS and MOKD's call: self, self + cross, with the search.
+CONFIGURATIONS = [
+    (torch.bfloat16, (2,)),
+    (torch.float32, (2, 2)),
+    (torch.float16, (2, 8)),
+    (torch.float32, (16,)),
+    (torch.float32, (8, 16)),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("dtype", "counts"), CONFIGURATIONS)
+def test_no_spill_wide_loads_and_64_bit_offsets(dtype, counts, capability, tmp_path):
+    found = compiled(capability, dtype, counts)
+    assert set(found) == {"_forward", "_merge", "_total", "_backward"}
+    for name, kernel in found.items():
+        used = resources(kernel, tmp_path)
+        assert used["STACK"] == 0 and 0 < used["REG"] <= 255, (name, used)
+        # 32 bits end at 2^31 elements: no product of a stride, a number of tiles, of images.
+        assert narrow_offsets(kernel.asm["ttir"]) <= {"arith.constant", "tt.make_range"}, name
+    for name in ("_forward", "_backward"):
+        ptx = found[name].asm["ptx"]
+        assert "ld.global.v4.b32" in ptx, name  # teachers
+        assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", ptx), name  # students
+    assert "st.global.v4.b32" in found["_backward"].asm["ptx"]
+
+
+@pytest.mark.parametrize("columns", [1000, 65537])
+def test_few_and_odd_columns(columns, tmp_path):
+    found = compiled(90, torch.bfloat16, (2, 3), (4, 1, columns), variant=True)
+    for kernel in found.values():
+        assert resources(kernel, tmp_path)["STACK"] == 0
+        assert narrow_offsets(kernel.asm["ttir"]) <= {"arith.constant", "tt.make_range"}
+
+
+def test_numbers_that_change_do_not_compile_again():
+    first = compiled(90, torch.bfloat16, (2,))
+    again = compiled(90, torch.bfloat16, (2,), (16, 48, 65536), weight=0.25)
+    assert all(again[name] is kernel for name, kernel in first.items())
+
+
+def test_it_is_imported_at_first_use_and_says_why_not():
+    code = "import sys, mokd_fast.ops; print('triton' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
+    student, target = torch.zeros(4, 3, 8), Target(cross_view_pairs(2, 4), torch.zeros(2, 3, 8))
+    reason = "it takes tensors on a GPU, the student is on cpu"
+    assert f"triton: {reason}" in explain("distill_cross_entropy", student, [target], 0.1)
+    with pytest.raises(RuntimeError, match=reason):
+        distill_cross_entropy(student, [target], backend="triton")

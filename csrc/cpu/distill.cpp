@@ -34,19 +34,21 @@ struct Next {
   void fetch(int64_t k) const { __builtin_prefetch(row + k * item, 0, 2); }  // into L2
 };
 
-template <typename A>
-A maximum(const A* x, int64_t n) {
+template <typename A, typename Row>
+A maximum(Row row, int64_t n) {
   constexpr int L = LANES<A>;
   const A lowest = -FLT_MAX;  // a row of -inf keeps a finite maximum
   Vec<A> a = Vec<A>{} + lowest, b = a, v;
   int64_t k = 0;
   for (; k + 2 * L <= n; k += 2 * L) {
-    v = load<Vec<A>>(x + k), a = v > a ? v : a;
-    v = load<Vec<A>>(x + k + L), b = v > b ? v : b;
+    v = row.template get<0>(k), a = v > a ? v : a;
+    v = row.template get<1>(k), b = v > b ? v : b;
   }
-  for (; k < n; k += L) {
-    v = k + L <= n ? load<Vec<A>>(x + k) : load_tail(x + k, n - k, lowest);
-    a = v > a ? v : a;
+  if constexpr (std::is_same_v<Row, Scratch<A>>) {
+    for (; k < n; k += L) {
+      v = load_tail(row.x + k, n - k < L ? n - k : L, lowest);
+      a = v > a ? v : a;
+    }
   }
   return reduce_max<A>(a > b ? a : b);
 }
@@ -80,38 +82,45 @@ A exponentials(const A* x, A max, A scale, A factor, int64_t n, A* e, Next next)
 }
 
 // sum 2^((x - max) scale), and dots[i] = sum e_i (x - max) for N teacher rows.
-template <int N, typename A>
-A student_block(const A* x, A max, A scale, int64_t n, const A* const* e, A* dots, Next next) {
+template <int N, typename A, typename Row>
+A student_block(Row row, A max, A scale, int64_t n, const A* const* e, A* dots, Next next) {
   constexpr int L = LANES<A>;
   Vec<A> total = {}, d[GROUP] = {};
   int64_t k = 0;
-  for (; k + L <= n; k += L) {
-    next.fetch(k);
-    Vec<A> z = load<Vec<A>>(x + k) - max;
+  for (; k + 2 * L <= n; k += 2 * L) {
+    next.fetch(k), next.fetch(k + L);
+    const Vec<A> z = row.template get<0>(k) - max, y = row.template get<1>(k) - max;
     total += exp2_negative(z * scale);
+    total += exp2_negative(y * scale);
     for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k) * z;
+    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k + L) * y;
   }
-  if (k < n) {  // -1e30 has exponential 0 and, unlike -inf, product 0 with a teacher's 0
-    Vec<A> z = load_tail(x + k, n - k, A(-1e30)) - max;
-    total += exp2_negative(z * scale);
-    for (int i = 0; i < N; ++i) d[i] += load_tail(e[i] + k, n - k, A(0)) * z;
+  if constexpr (std::is_same_v<Row, Scratch<A>>) {
+    for (; k < n; k += L) {  // -1e30 has exponential 0 and, unlike -inf, product 0 with a teacher's 0
+      const int64_t rest = n - k < L ? n - k : L;
+      const Vec<A> z = load_tail(row.x + k, rest, A(-1e30)) - max;
+      total += exp2_negative(z * scale);
+      for (int i = 0; i < N; ++i) d[i] += load_tail(e[i] + k, rest, A(0)) * z;
+    }
   }
   for (int i = 0; i < N; ++i) dots[i] = reduce_add<A>(d[i]);
   return reduce_add<A>(total);
 }
 
-// g = factor 2^((x - max) scale) - sum_i c_i q_i for N teacher rows, over whole vectors; returns where
-// they end.
+// g = factor 2^((x - max) scale) - sum_i c_i q_i for N teacher rows, over whole pairs of vectors;
+// returns where they end.
 template <int N, typename Row, typename A>
 int64_t gradient_block(Row row, A max, A scale, A factor, int64_t n, const A* const* q, const A* c,
                        Next next) {
   constexpr int L = LANES<A>;
   int64_t k = 0;
-  for (; k + L <= n; k += L) {
-    next.fetch(k);
-    Vec<A> v = exp2_negative((row.get(k) - max) * scale) * factor;
+  for (; k + 2 * L <= n; k += 2 * L) {
+    next.fetch(k), next.fetch(k + L);
+    Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
+    Vec<A> w = exp2_negative((row.template get<1>(k) - max) * scale) * factor;
     for (int i = 0; i < N; ++i) v -= load<Vec<A>>(q[i] + k) * c[i];
-    row.put(k, v);
+    for (int i = 0; i < N; ++i) w -= load<Vec<A>>(q[i] + k + L) * c[i];
+    row.put(k, v, w);
   }
   return k;
 }
@@ -176,10 +185,24 @@ const A* centred(const Teacher& teacher, Block at, A* buffer) {
   return buffer;
 }
 
-// Maxima never fall from block to block, so that a merge rarely needs an exponential.
+// Whether a student's block is read as `PairedBf16`; its teachers' exponentials are paired up then.
 template <typename A>
-A running_maximum(const A* x, int64_t n, const Partial* before, double rate) {
-  const A top = maximum(x, n);
+bool paired(const Distill& d, Block at) {
+  const Rows& student = d.student[0];
+  return sizeof(A) == 4 && student.type == BF16 && student.column == 1 && at.n % (2 * LANES<A>) == 0;
+}
+
+template <typename A>
+const A* in_order(bool pairs, const A* row, int64_t n, A* own) {
+  if constexpr (sizeof(A) == 4)
+    if (pairs) return pair_up(row, n, own);
+  return row;
+}
+
+// Maxima never fall from block to block, so that a merge rarely needs an exponential.
+template <typename A, typename Row>
+A running_maximum(Row row, int64_t n, const Partial* before, double rate) {
+  const A top = maximum<A>(row, n);
   if (!before) return top;
   const A last = A(before->max / rate);
   return last > top ? last : top;
@@ -190,22 +213,23 @@ Partial forward_teacher(const Distill& d, Block at, int t, A* own, const A** e, 
   const Teacher& teacher = d.teacher[t];
   const A* x = centred<A>(teacher, at, own);
   if (teacher.probabilities) {
-    *e = x;
-    return {0, sum(x, at.n)};
+    const A mass = sum(x, at.n);
+    *e = in_order(paired<A>(d, at), x, at.n, own);
+    return {0, mass};
   }
-  *e = own;
   const double rate = rate_of<A>(d, t);
-  const A max = running_maximum(x, at.n, before, rate);
-  return {max * rate,
-          exponentials(x, max, A(rate * LOG2_E), A(1), at.n, own, next_row(d, at, t + AHEAD))};
+  const A max = running_maximum<A>(Scratch<A>{x, nullptr}, at.n, before, rate);
+  const A total = exponentials(x, max, A(rate * LOG2_E), A(1), at.n, own, next_row(d, at, t + AHEAD));
+  *e = in_order<A>(paired<A>(d, at), own, at.n, own);
+  return {max * rate, total};
 }
 
-template <typename A>
-void forward_student(const Distill& d, Block at, int v, const A* x, const A* const* e, State out,
+template <typename A, typename Row>
+void forward_student(const Distill& d, Block at, int v, Row row, const A* const* e, State out,
                      const Partial* before) {
   const int V = d.shape.views, T = d.shape.teachers;
   const double rate = rate_of<A>(d, -1);
-  const A max = running_maximum(x, at.n, before, rate), scale = A(rate * LOG2_E);
+  const A max = running_maximum<A>(row, at.n, before, rate), scale = A(rate * LOG2_E);
   const Next next = next_row(d, at, T + v + AHEAD);
   for (int t = 0; t < T; ++t) out.dot[t * V + v] = 0;
   int t = 0, rows[GROUP];
@@ -215,7 +239,7 @@ void forward_student(const Distill& d, Block at, int v, const A* x, const A* con
     A dots[GROUP];
     for (int i = 0; i < count; ++i) near[i] = e[rows[i]];
     const A total = with_count(count, [&](auto N) {
-      return student_block<N>(x, max, scale, at.n, near, dots, next);
+      return student_block<N>(row, max, scale, at.n, near, dots, next);
     });
     for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
     out.student[v] = {max * rate, total};
@@ -246,9 +270,19 @@ void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
     for (int t = 0; t < T; ++t)
       out.teacher[t] = forward_teacher(d, block, t, work.scratch + t * BLOCK, &work.rows[t],
                                        first ? nullptr : &state.teacher[t]);
-    for (int v = 0; v < V; ++v)
-      forward_student(d, block, v, values<A>(d.student[v], at.image, k, block.n, work.scratch + T * BLOCK),
-                      work.rows, out, first ? nullptr : &state.student[v]);
+    for (int v = 0; v < V; ++v) {
+      const Partial* before = first ? nullptr : &state.student[v];
+      if constexpr (sizeof(A) == 4) {
+        if (paired<A>(d, block)) {
+          const char* x = address(d.student[v], at.image, k);
+          const PairedBf16 row = {reinterpret_cast<const uint16_t*>(x), nullptr};
+          forward_student<A>(d, block, v, row, work.rows, out, before);
+          continue;
+        }
+      }
+      const A* x = values<A>(d.student[v], at.image, k, block.n, work.scratch + T * BLOCK);
+      forward_student<A>(d, block, v, Scratch<A>{x, nullptr}, work.rows, out, before);
+    }
     if (!first) merge(state, out, T, V);
   }
 }
@@ -359,13 +393,14 @@ void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>&
                          const A* const* q, A* wide, A* g) {
   const A* x = values<A>(d.student[v], at.image, at.k0, at.n, wide);
   const int64_t done = gradient(m, at.n, Scratch<A>{x, g});
-  if (done < at.n) {  // the last values, padded to a vector; next to nothing, so any row is fetched
-    alignas(WIDTH) A rest[(1 + GROUP) * LANES<A>] = {};
+  if (done < at.n) {  // the last values, padded
+    constexpr int64_t PAIR = 2 * LANES<A>;
+    alignas(WIDTH) A rest[(1 + GROUP) * PAIR] = {};
     Mix<A> padded = m;
     for (int i = 0; i <= m.count; ++i)
-      std::memcpy(rest + i * LANES<A>, (i ? m.q[i - 1] : x) + done, (at.n - done) * sizeof(A));
-    for (int i = 0; i < m.count; ++i) padded.q[i] = rest + (i + 1) * LANES<A>;
-    gradient(padded, LANES<A>, Scratch<A>{rest, g + done});
+      std::memcpy(rest + i * PAIR, (i ? m.q[i - 1] : x) + done, (at.n - done) * sizeof(A));
+    for (int i = 0; i < m.count; ++i) padded.q[i] = rest + (i + 1) * PAIR;
+    gradient(padded, PAIR, Scratch<A>{rest, g + done});
   }
   for (; t < d.shape.teachers; ++t) {
     const A c = A(pair[t * d.shape.views + v]);
@@ -374,9 +409,24 @@ void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>&
   }
 }
 
+// Whether gradients go straight to their place, which is aligned then, for blocks of whole pairs of
+// vectors. A view with more than GROUP teacher rows would have to read them back.
+template <typename A>
+bool direct(const Distill& d, const Backward& io) {
+  const Rows& student = d.student[0];
+  const int64_t item = item_size(student.type);
+  for (int v = 0; v < d.shape.views; ++v) {
+    int t = 0, rows[GROUP];
+    next_group(d, v, &t, rows);
+    if (next_group(d, v, &t, rows)) return false;
+  }
+  return (item == sizeof(A) || student.type == BF16) && student.column == 1 &&
+         d.shape.columns * item % WIDTH == 0 && reinterpret_cast<uintptr_t>(io.gradient) % WIDTH == 0;
+}
+
 template <typename A>
 void backward_student(const Distill& d, const Backward& io, Block at, int v, Coefficients f, A scale,
-                      const A* const* q, A* wide, A* g) {
+                      const A* const* q, A* wide, A* g, bool straight) {
   const int T = d.shape.teachers, V = d.shape.views;
   const Rows& student = d.student[v];
   Mix<A> m = {static_cast<const A*>(io.stats)[student_stats(d.shape, v, at.image)], scale,
@@ -384,22 +434,18 @@ void backward_student(const Distill& d, const Backward& io, Block at, int v, Coe
   int t = 0, rows[GROUP];
   m.count = next_group(d, v, &t, rows);
   for (int i = 0; i < m.count; ++i) m.q[i] = q[rows[i]], m.c[i] = A(f.pair[rows[i] * V + v]);
-  bool more = false;
-  for (int i = t; i < T; ++i) more |= d.pairs[i * V + v] != 0;
 
   const int64_t place = (v * d.shape.images + at.image) * d.shape.columns + at.k0;
   char* to = static_cast<char*>(io.gradient) + place * item_size(student.type);
   const char* from = address(student, at.image, at.k0);
-  const bool direct = !more && student.column == 1 && at.n % LANES<A> == 0 &&
-                      reinterpret_cast<uintptr_t>(to) % (LANES<A> * item_size(student.type)) == 0;
-  if (direct && item_size(student.type) == sizeof(A)) {
+  if (straight && item_size(student.type) == sizeof(A)) {
     gradient(m, at.n, Memory<A>{{reinterpret_cast<const A*>(from), reinterpret_cast<A*>(to)}});
     return;
   }
   if constexpr (sizeof(A) == 4) {
-    if (direct && student.type == BF16) {
-      gradient(m, at.n,
-               MemoryBf16{reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to)});
+    if (straight) {
+      const PairedBf16 row = {reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to)};
+      gradient(m, at.n, row);
       return;
     }
   }
@@ -426,11 +472,17 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
   const Coefficients f = coefficients<A>(d, io, at.image, work.state);
   const A scale = A(rate_of<A>(d, -1) * LOG2_E);
   A *wide = work.scratch + T * BLOCK, *g = wide + BLOCK;
+  const bool aligned = direct<A>(d, io);
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
-    for (int t = 0; t < T; ++t)
-      work.rows[t] = backward_teacher<A>(d, io, block, t, work.scratch + t * BLOCK);
-    for (int v = 0; v < V; ++v) backward_student(d, io, block, v, f, scale, work.rows, wide, g);
+    const bool straight = aligned && block.n % (2 * LANES<A>) == 0;
+    for (int t = 0; t < T; ++t) {
+      A* own = work.scratch + t * BLOCK;
+      const A* q = backward_teacher<A>(d, io, block, t, own);
+      work.rows[t] = in_order(straight && d.student[0].type == BF16, q, block.n, own);
+    }
+    for (int v = 0; v < V; ++v)
+      backward_student(d, io, block, v, f, scale, work.rows, wide, g, straight);
   }
   stream_fence();
 }

@@ -158,13 +158,16 @@ inline Vec<float> widen_bf16(Half h) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Bits) << 16);
 }
 
-// To nearest, ties to even, by adding 1.5 * 2^16 times the value's own power of two: six instructions
-// where integer rounding with its NaN case takes ten. Infinity and values from 2^111 on become NaN.
-inline Half narrow_bf16(Vec<float> x) {
+// To nearest, ties to even, by adding 1.5 * 2^16 times the value's own power of two: three
+// instructions where integer rounding with its NaN case takes seven. Infinity and values from 2^111 on
+// become NaN. The lower half of a result is 0 but for numbers below the smallest normal one, which are
+// cut off.
+inline Bits round_bf16(Vec<float> x) {
   Vec<float> magic = reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(x) & 0x7f800000) * 98304.0f;
-  Vec<float> rounded = (x + magic) - magic;
-  return __builtin_convertvector(reinterpret_cast<Bits>(rounded) >> 16, Half);
+  return reinterpret_cast<Bits>((x + magic) - magic);
 }
+
+inline Half narrow_bf16(Vec<float> x) { return __builtin_convertvector(round_bf16(x) >> 16, Half); }
 
 inline int64_t item_size(Type type) { return type == F64 ? 8 : type == F32 ? 4 : 2; }
 
@@ -235,36 +238,55 @@ inline void stream_vector(A* to, Vec<A> v) {
 #endif
 }
 
-inline void stream_vector(uint16_t* to, Half v) {
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load<__m256i>(&v));
-#elif defined(__AVX__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), load<__m128i>(&v));
-#else
-  store(to, v);
-#endif
-}
-
-// How a loop reads and writes a row: numbers in scratch, or a row of memory, aligned and streamed to.
+// How a loop reads and writes a row, two vectors at a time from column k: numbers in scratch ...
 template <typename A>
 struct Scratch {
   const A* x;
   A* g;
-  Vec<A> get(int64_t k) const { return load<Vec<A>>(x + k); }
-  void put(int64_t k, Vec<A> v) const { store(g + k, v); }
+  template <int I>
+  Vec<A> get(int64_t k) const {
+    return load<Vec<A>>(x + k + I * LANES<A>);
+  }
+  void put(int64_t k, Vec<A> first, Vec<A> second) const {
+    store(g + k, first), store(g + k + LANES<A>, second);
+  }
 };
 
+// ... or a row of memory, aligned and streamed to ...
 template <typename A>
 struct Memory : Scratch<A> {
-  void put(int64_t k, Vec<A> v) const { stream_vector(this->g + k, v); }
+  void put(int64_t k, Vec<A> first, Vec<A> second) const {
+    stream_vector(this->g + k, first), stream_vector(this->g + k + LANES<A>, second);
+  }
 };
 
-struct MemoryBf16 {
+// ... or such a row in bf16, where the first vector holds the even and the second the odd columns: a
+// shift and a mask take the two out of one register, and put them back. What meets them is in the
+// same order, see `pair_up`.
+struct PairedBf16 {
   const uint16_t* x;
   uint16_t* g;
-  Vec<float> get(int64_t k) const { return widen_bf16(load<Half>(x + k)); }
-  void put(int64_t k, Vec<float> v) const { stream_vector(g + k, narrow_bf16(v)); }
+  template <int I>
+  Vec<float> get(int64_t k) const {
+    const Bits both = load<Bits>(x + k);
+    return reinterpret_cast<Vec<float>>(I ? both & 0xffff0000 : both << 16);
+  }
+  void put(int64_t k, Vec<float> even, Vec<float> odd) const {
+    const Bits both = round_bf16(even) >> 16 | (round_bf16(odd) & 0xffff0000);
+    stream_vector(reinterpret_cast<float*>(g + k), reinterpret_cast<Vec<float>>(both));
+  }
 };
+
+// Even columns of each two vectors first, then the odd ones. from and to may be one.
+inline const float* pair_up(const float* from, int64_t n, float* to) {
+  constexpr int L = LANES<float>;
+  alignas(WIDTH) float even[L], odd[L];
+  for (int64_t k = 0; k < n; k += 2 * L) {
+    for (int i = 0; i < L; ++i) even[i] = from[k + 2 * i], odd[i] = from[k + 2 * i + 1];
+    store(to + k, load<Vec<float>>(even)), store(to + k + L, load<Vec<float>>(odd));
+  }
+  return to;
+}
 
 // Bytes to memory around the caches: what is written once and read much later should push nothing out.
 inline void stream(void* to, const void* from, int64_t bytes) {

@@ -62,7 +62,9 @@ def to_gpu(value):
 def cuda_kernels(request, monkeypatch):
     """Backend "cuda" takes tensors on the CPU, when MOKD_FAST_BACKEND asks for it."""
     if torch.cuda.is_available() and hasattr(cpu.native, "cuda_versions"):
-        monkeypatch.setitem(distill._KERNELS, "cuda", OnGpu())
+        kernels = distill._kernels
+        on_gpu = lambda name: OnGpu() if name == "cuda" else kernels(name)  # noqa: E731
+        monkeypatch.setattr(distill, "_kernels", on_gpu)
     else:
         monkeypatch.setattr(cpu, "native", request.getfixturevalue("emulated"))
         monkeypatch.setattr(cuda, "_place", lambda tensor: (132, 0, 0))

@@ -55,14 +55,77 @@ FACTS = {
 
 def step_table() -> str:
     result = json.loads((RESULTS / "step.json").read_text())
-    lines = ["| pair | dtype | ours | official | ratio |", "|---|---|---|---|---|"]
+    lines = [
+        "| pair | dtype | ours | official | ratio | with reference operators | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
+        peaks = (f"{row[key] / 2**30:.2f}" for key in ("peak_bytes", "baseline_peak_bytes"))
         lines.append(
             f"| {row['shape']} | {row['dtype']} | {row['median_s']:.2f} s "
-            f"| {row['baseline_s']:.2f} s | {row['ratio']:.2f}x |"
+            f"| {row['baseline_s']:.2f} s | {row['ratio']:.2f}x | {row['reference_s']:.2f} s "
+            f"| {' / '.join(peaks)} GiB |"
         )
-    load = result["calibration"]["load_average"]
-    return "\n".join([*lines, "", f"{machine(result)} Load average at the start: {load:.1f}."])
+    return "\n".join([*lines, "", measured(result)])
+
+
+def distill_table() -> str:
+    """One line a shape: the operator, what it is compared with, and what the machine allows."""
+    result = json.loads((RESULTS / "distill.json").read_text())
+    names = ["official", "lightly", "compiled"]
+    lines = [
+        "| logits | operator | of the memory floor | as DINOLoss | " + " | ".join(HEADS) + " |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    shapes: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in result["rows"]:
+        rows = shapes.setdefault((row["dtype"], row["shape"]["B"]), {})
+        rows["compiled" if "compiled" in row["baseline"] else row["baseline"]] = row
+    for (dtype, images), rows in shapes.items():
+        row = rows["official"]
+        mib = 2**20 * images
+        alive = (f"{row[key] / mib:.2f}" for key in ("alive_bytes", "baseline_alive_bytes"))
+        lines.append(
+            f"| {dtype}, B = {images} | {row['median_s'] * 1e3:.2f} ms "
+            f"| {row['floor_fraction']:.0%} | {row['drop_in_s'] * 1e3:.2f} ms | "
+            + " | ".join(f"{rows[n]['ratio']:.1f}x" if n in rows else "-" for n in names)
+            + f" | {' / '.join(alive)} MiB |"
+        )
+    lines.append("")
+    for row in result["combined"]:
+        ratios = row["ratio_to_dino"]
+        lines.append(
+            f"MOKD's calls against DINO's at B = 16, {row['dtype']}: self + cross "
+            f"{ratios['self+cross']:.2f}x, self + search {ratios['self+search']:.2f}x, "
+            f"all three {ratios['self+cross+search']:.2f}x."
+        )
+    return "\n".join([*lines, "", measured(result)])
+
+
+HEADS = ["official loop", "lightly", "torch.compile of the better", "kept for backward an image"]
+
+
+def scaling_table() -> str:
+    result = json.loads((RESULTS / "distill.json").read_text())
+    cells: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in result["scaling"]:
+        shape = row["shape"]
+        key = shape["V"], shape["B"], shape["K"]
+        cells.setdefault(key, {})[row["dtype"]] = row["ns_per_logit"]
+    kinds = sorted({dtype for cell in cells.values() for dtype in cell}, reverse=True)
+    lines = [f"| V | B | K | {' | '.join(f'{kind}, ns a logit' for kind in kinds)} |"]
+    lines.append("|---|---|---|" + "---|" * len(kinds))
+    for (v, b, k), cell in cells.items():
+        lines.append(f"| {v} | {b} | {k} | {' | '.join(f'{cell[kind]:.2f}' for kind in kinds)} |")
+    return "\n".join(lines)
+
+
+def measured(result: dict[str, Any]) -> str:
+    facts = result["calibration"]
+    return (
+        f"{machine(result)} Copy rate {facts['copy_GB_per_s']:.0f} GB/s, load average at the start "
+        f"{facts['load_average']:.1f}."
+    )
 
 
 def spread(values: list[float]) -> str:
@@ -80,7 +143,13 @@ def machine(result: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"output": output, "demo-table": demo_table, "step-table": step_table}
+PARTS = {
+    "output": output,
+    "demo-table": demo_table,
+    "distill-table": distill_table,
+    "scaling-table": scaling_table,
+    "step-table": step_table,
+}
 
 
 def filled(name: str, part: Callable[[], str]) -> str:

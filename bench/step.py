@@ -1,4 +1,5 @@
-"""The training step against the official one, from the same weights, views and schedules.
+"""The training step against the official one, from the same weights, views and schedules, and
+against ours with the reference operators: what the fused ones are worth in the whole.
 
     python bench/step.py [--quick] [--full] [--json FILE]
 
@@ -6,6 +7,7 @@
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +20,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench.timing import calibrate, interleave, machine, write_json
+from bench.timing import calibrate, interleave, keep_memory, machine, peak_bytes, write_json
 from bench.twin import official_step
 from mokd_fast.data.loader import Views
 from mokd_fast.train.loop import Trainer
@@ -30,6 +32,8 @@ CASES = {  # name -> recipe, overrides, rounds
     "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 3),
     "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 3),
 }
+
+PEAKS = ("peak_bytes", "baseline_peak_bytes", "reference_peak_bytes")  # ours, official, reference
 
 
 def time_step(name: str, folder: Path) -> dict[str, Any]:
@@ -46,24 +50,35 @@ def time_step(name: str, folder: Path) -> dict[str, Any]:
     globals_, locals_ = trainer.to_device(views)
     crops = [*globals_, *([] if locals_ is None else locals_)]
     k = trainer.total // 2
-    ours = interleave(
-        {
-            "ours": lambda: trainer.step(k, iter([copy_of(views)])),
-            "official": lambda: official.step(crops, k, k // trainer.steps_per_epoch),
-        },
-        rounds,
-    )
+
+    def ours(backend: str = "") -> None:
+        os.environ["MOKD_FAST_BACKEND"] = backend
+        trainer.step(k, iter([copy_of(views)]))
+
+    runs = {
+        "ours": ours,
+        "reference": lambda: ours("reference"),
+        "official": lambda: official.step(crops, k, k // trainer.steps_per_epoch),
+    }
+    times = interleave(runs, rounds)
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
+    os.environ.pop("MOKD_FAST_BACKEND")
     return {
         "op": "training step",
-        "backend": "reference",
+        "backend": "automatic",
         "dtype": "fp32",
         "device": trainer.device.type,
         "shape": f"{name}, batch {recipe.train.batch}, K={recipe.prototypes}",
-        "median_s": ours["ours"],
+        "median_s": times["ours"],
+        "reference_s": times["reference"],
         "baseline": "official step in plain PyTorch (bench/baseline)",
-        "baseline_s": ours["official"],
-        "ratio": ours["official"] / ours["ours"],
+        "baseline_s": times["official"],
+        "ratio": times["official"] / times["ours"],
+        "peak_bytes": peaks["ours"],
+        "reference_peak_bytes": peaks["reference"],
+        "baseline_peak_bytes": peaks["official"],
         "rounds": rounds,
+        "discarded_rounds": times.discarded,
     }
 
 
@@ -87,6 +102,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    keep_memory()
     torch.backends.cudnn.benchmark = True
     names = list(CASES)[: 1 if options.quick else 3 if options.full else 2]
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
@@ -96,7 +112,8 @@ def main() -> None:
             row = time_step(name, Path(folder))
         result["rows"].append(row)
         print(f"{row['shape']}: ours {row['median_s']:.3f} s, official {row['baseline_s']:.3f} s, "
-              f"{row['ratio']:.2f}x")  # fmt: skip
+              f"{row['ratio']:.2f}x; with reference operators {row['reference_s']:.3f} s; peak "
+              + " / ".join(f"{row[k] / 2**30:.2f}" for k in PEAKS) + " GiB")  # fmt: skip
         if options.json:
             write_json(options.json, result)
 

@@ -57,4 +57,7 @@ def backends() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = torch.randn(4, 2, 64, device=device)
     target = Target(cross_view_pairs(2, 4), torch.randn(2, 2, 64, device=device), temperature=0.04)
-    return {"distill_cross_entropy": explain("distill_cross_entropy", student, [target], 0.1)}
+    return {
+        "distill_cross_entropy": explain("distill_cross_entropy", student, [target], 0.1),
+        "column_mean": explain("column_mean", student),
+    }

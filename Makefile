@@ -6,11 +6,12 @@ RUN = $(VENV)/bin/python -m
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint venv
+.PHONY: help demo test test-slow lint venv
 
 help:
 	@echo 'make demo       install, pre-train a small pair on real pictures, evaluate it (minutes)'
 	@echo 'make test       install with development tools, then lint and all tests'
+	@echo 'make test-slow  the tests that need minutes or gigabytes (10 GB of memory)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make venv       the environment with development tools, in $(VENV)'
 
@@ -19,6 +20,9 @@ demo: $(VENV)/.installed-data
 
 test: lint
 	$(RUN) pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(RUN) pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .

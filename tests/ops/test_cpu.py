@@ -115,6 +115,44 @@ def test_inside_a_forked_worker():
             assert torch.equal(value, right)
 
 
+def test_strides_beyond_32_bits(tmp_path):
+    """Images and columns 2^31 elements apart, in a file that is nearly all hole."""
+    step = 2**31 + 8
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=step + 600).detach()
+    student, target = case(v=2, b=2, k=260)
+    far = file.as_strided((2, 2, 260), (260, step, 1)).copy_(student.detach())
+    assert torch.equal(run(far.requires_grad_(), target)[1], run(student, target)[1])
+    narrow, target = case(v=2, b=1, k=2)
+    far = file.as_strided((2, 1, 2), (1, 1, step)).copy_(narrow.detach())
+    assert torch.equal(run(far.requires_grad_(), target)[1], run(narrow, target)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [65568, 65537])  # gradients straight to their place, or not
+def test_more_than_32_bits_of_logits_and_gradients(k):
+    """4.3 GB of bf16 logits, and as many of gradients: one image many times, then another."""
+    images = 2**14  # so that dividing by it rounds nothing
+    student, target = case(v=2, t=1, b=2, k=k, dtype=torch.bfloat16)
+    first, last = (image.clone() for image in student.detach().split(1, dim=1))
+    many = first.repeat(1, images, 1)
+    many[:, -1:] = last
+    assert many.numel() > 2**31
+
+    def run(student):
+        rows = target.logits[:, :1].expand(1, student.shape[1], k)
+        target_of_all = Target(target.pairs, rows, temperature=0.05, center=target.center)
+        loss, _ = distill_cross_entropy(student.requires_grad_(), [target_of_all], backend="cpu")
+        scale = torch.tensor(float(student.shape[1]))  # what an image gets does not depend on B
+        return loss.detach().double(), torch.autograd.grad(loss, student, scale)[0]
+
+    (loss, gradient), of_first, of_last = run(many), run(first), run(last)
+    expected = ((images - 1) * of_first[0] + of_last[0]) / images
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert torch.equal(gradient[:, -1:], of_last[1])
+    for image in gradient[:, :-1].split(512, dim=1):
+        assert (image == of_first[1]).all()
+
+
 def test_reasons(monkeypatch):
     student, target = case()
     assert "on meta" in cpu.why_not(student.to("meta"))

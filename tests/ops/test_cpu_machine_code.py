@@ -1,0 +1,99 @@
+"""What the compiler made of the CPU kernel: each x86-64 level uses its own vectors, and no more."""
+
+import platform
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from mokd_fast.ops import cpu
+
+pytestmark = [
+    pytest.mark.skipif(cpu.native is None, reason="the native module was not built"),
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64"),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (binutils)"),
+]
+# The loops over columns: forward and backward, teachers and students.
+LOOPS = ("forward_item<float>", "backward_item<float>", "exponentials<float>", "gradient<float,")
+
+
+def objdump(*options: str) -> str:
+    command = [
+        "objdump",
+        "--demangle",
+        "--wide",
+        "--no-show-raw-insn",
+        *options,
+        cpu.native.__file__,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def functions():
+    """Level -> {function: instructions}. The levels' objects are linked in this order."""
+    code = {}
+    for block in re.split(r"\n\n(?=[0-9a-f]+ <)", objdump("-d", "-j", ".text"))[1:]:
+        head, _, body = block.partition("\n")
+        code[int(head.split()[0], 16)] = body
+    objects = re.split(r"df \*ABS\*\s+0+\s*(\S*)", objdump("-t"))
+    found = [symbols for name, symbols in zip(objects[1::2], objects[2::2], strict=True)
+             if name == "distill.cpp" and "run_forward" in symbols]  # fmt: skip
+    line = re.compile(r"^([0-9a-f]+) l +F \.text\s+[0-9a-f]+ +(.*)$", re.MULTILINE)
+    levels = [{name: code[int(at, 16)] for at, name in line.findall(part)} for part in found]
+    return dict(zip(cpu.LEVELS, levels, strict=True))
+
+
+def loops(functions, level):
+    chosen = [
+        "\n".join(code for name, code in functions[level].items() if loop in name) for loop in LOOPS
+    ]
+    assert all(chosen), functions[level].keys()
+    return dict(zip(LOOPS, chosen, strict=True))
+
+
+def test_v4_multiplies_and_scales_512_bits_at_once(functions):
+    for name, code in loops(functions, "v4").items():
+        assert re.search(r"vfn?m(add|sub)\d+ps .*%zmm", code), name
+        assert re.search(r"vscalefps .*%zmm", code), name  # the exponential
+
+
+def test_v3_multiplies_256_bits_at_once(functions):
+    for name, code in loops(functions, "v3").items():
+        assert re.search(r"vfn?m(add|sub)\d+ps .*%ymm", code), name
+        assert re.search(r"vpslld .*%ymm", code), name  # the exponential's exponent
+
+
+def test_baseline_runs_on_every_processor(functions):
+    for name, code in loops(functions, "baseline").items():
+        assert re.search(r"\bmulps .*%xmm", code), name
+
+
+@pytest.mark.parametrize(
+    ("level", "more"),
+    [
+        ("baseline", r"%[yz]mm|\sv[a-z]+[0-9a-z]* .*%xmm"),
+        ("v3", r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|[23][0-9])"),
+    ],
+)
+def test_no_instruction_of_a_higher_level(level, more, functions):
+    for name, code in functions[level].items():
+        assert not re.search(more, code), name
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_the_exponential_of_fp32_is_no_call(level, functions):
+    for name, code in loops(functions, level).items():
+        called = set(re.findall(r"call .*<(\w+)@plt>", code))
+        # Once a block or an image, not once a column: merges, and the last few columns.
+        assert called <= {"exp", "memcpy", "memset"}, (name, called)
+        assert "exp" not in called or "item" in name, name
+
+
+@pytest.mark.parametrize(
+    ("level", "store"),
+    [("v4", "vmovntdq .*%zmm"), ("v3", "vmovntdq .*%ymm"), ("baseline", "movnt[a-z]+ .*%xmm")],
+)
+def test_gradients_are_written_past_the_caches(level, store, functions):
+    assert re.search(store, loops(functions, level)["backward_item<float>"])

@@ -294,10 +294,20 @@ struct PairedBf16 {
 // Even columns of each two vectors first, then the odd ones. from and to may be one.
 inline const float* pair_up(const float* from, int64_t n, float* to) {
   constexpr int L = LANES<float>;
-  alignas(WIDTH) float even[L], odd[L];
+  Bits even, odd;
+  for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   for (int64_t k = 0; k < n; k += 2 * L) {
-    for (int i = 0; i < L; ++i) even[i] = from[k + 2 * i], odd[i] = from[k + 2 * i + 1];
-    store(to + k, load<Vec<float>>(even)), store(to + k + L, load<Vec<float>>(odd));
+    const Vec<float> a = load<Vec<float>>(from + k), b = load<Vec<float>>(from + k + L);
+#ifdef __clang__
+    Vec<float> first, second;
+    for (int i = 0; i < L / 2; ++i) {
+      first[i] = a[2 * i], first[i + L / 2] = b[2 * i];
+      second[i] = a[2 * i + 1], second[i + L / 2] = b[2 * i + 1];
+    }
+    store(to + k, first), store(to + k + L, second);
+#else
+    store(to + k, __builtin_shuffle(a, b, even)), store(to + k + L, __builtin_shuffle(a, b, odd));
+#endif
   }
   return to;
 }

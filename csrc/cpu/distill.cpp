@@ -169,9 +169,9 @@ struct Block {
 };
 
 Next next_row(const Distill& d, Block at, int row) {
-  const int T = d.shape.teachers, V = d.shape.views;
-  int64_t k = at.k0;
-  if (row >= T + V) row -= T + V, k += BLOCK;
+  const int T = d.shape.teachers, all = T + d.shape.views;
+  const int64_t k = at.k0 + row / all * BLOCK;  // beyond the last row: of the blocks that follow
+  row %= all;
   const Rows& rows = row < T ? d.teacher[row].rows : d.student[row - T];
   return {address(rows, at.image, k), item_size(rows.type) * (rows.column == 1)};
 }

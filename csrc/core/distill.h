@@ -159,8 +159,9 @@ template <typename A, typename D>
 static MOKD_HOST_DEVICE inline double mass(const D& d, const A* stats, int v, int64_t b) {
   double total = 0;
   for (int t = 0; t < d.shape.teachers; ++t)
-    total += coefficient<A>(d, t, v, b) *
-             (d.teacher[t].probabilities ? double(stats[teacher_stats(d.shape, t, b) + 1]) : 1.0);
+    if (d.pairs[t * d.shape.views + v] != 0)  // without a pair a row may hold NaN
+      total += coefficient<A>(d, t, v, b) *
+               (d.teacher[t].probabilities ? double(stats[teacher_stats(d.shape, t, b) + 1]) : 1.0);
   return total;
 }
 

@@ -1,6 +1,7 @@
 """The CPU kernels of the native module: it takes addresses and strides and knows no tensor.
 
-MOKD_FAST_CPU_LEVEL forces an x86-64 level (baseline, v3, v4); without it the best one runs.
+MOKD_FAST_CPU_LEVEL forces an x86-64 level (baseline, v3, v4); without it the best one runs. A name
+that is none of them, or a level this processor cannot run, is a ValueError.
 """
 
 import os
@@ -23,6 +24,7 @@ def _load() -> Any:
 
 
 native = _load()
+LEVEL, LEVELS = "MOKD_FAST_CPU_LEVEL", ("baseline", "v3", "v4")
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -128,4 +130,9 @@ def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def _level() -> str:
-    return os.environ.get("MOKD_FAST_CPU_LEVEL", "")
+    """What MOKD_FAST_CPU_LEVEL asks for; ValueError if it is no level. The native module refuses a
+    level that this processor cannot run."""
+    level = os.environ.get(LEVEL, "")
+    if level and level not in LEVELS:
+        raise ValueError(f"{LEVEL} must be {', '.join(LEVELS)} or empty, got {level!r}")
+    return level

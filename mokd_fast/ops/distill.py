@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, cuda, reference
 from .dispatch import pick, register
@@ -209,7 +210,14 @@ def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     return _backward(grad, *_saved(ctx)), none, none, none, None, None, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "distill_cross_entropy has no second derivative on this backend; backend='reference' has"
+    )
+
+
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(_no_second_derivative)
 
 
 def _kernels(backend: str) -> Any:
@@ -233,8 +241,11 @@ class _Eager(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Any, ...]:
+        # With create_graph the gradient must carry the refusal of `_backward`. (once_differentiable
+        # looks at `grad` alone, and a gradient penalty would silently be a constant.)
+        if torch.is_grad_enabled():
+            return _backward(grad, *_saved(ctx)), *[None] * 8
         *arguments, backend = _saved(ctx)
         return _kernels(backend).distill_backward(grad, *arguments), *[None] * 8
 
@@ -267,11 +278,20 @@ def _run(
         [t.probs is not None for t in targets],
         backend,
     )
-    if torch.compiler.is_compiling() or type(student) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not _plain(arguments):
         loss, terms, _ = _forward(*arguments)
     else:
         loss, terms = _Eager.apply(*arguments)
     return loss, terms.detach()
+
+
+def _plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether the kernels may take the tensors' addresses: no subclass (a FakeTensor has none), no
+    dispatch mode that must see the operators (FakeTensorMode, make_fx)."""
+    student, rows, centers, row_weights, temperatures, *_ = arguments
+    tensors = (student, *rows, *centers, *row_weights, temperatures)
+    known = (Tensor, torch.nn.Parameter)
+    return _get_current_dispatch_mode() is None and all(type(t) in known for t in tensors)
 
 
 def _cpu_why_not(
@@ -314,6 +334,8 @@ def _check(student: Tensor, targets: Sequence[Target], temperature: float | Tens
             "student must be floating logits [V, B, K], "
             f"got {student.dtype} of shape {list(student.shape)}"
         )
+    if student.shape[-1] == 0:
+        raise ValueError("student has no prototypes: K is 0, a distribution takes at least one")
     _check_temperature("temperature", temperature)
     if not targets:
         raise ValueError("targets is empty: there is nothing to pair the student with")

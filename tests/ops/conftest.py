@@ -74,3 +74,37 @@ def cuda_kernels(request, monkeypatch):
         "why_not",
         lambda *args: None if os.environ.get("MOKD_FAST_BACKEND") == "cuda" else real(*args),
     )
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request, monkeypatch):
+    """Each backend in turn, forced."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels")
+    if request.param == "cpu" and cpu.native is None:
+        pytest.skip("the native module was not built")
+    monkeypatch.setenv("MOKD_FAST_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["baseline", "v3", "v4", "cuda"])
+def kernels(request, monkeypatch):
+    """The kernels of each x86-64 level that this processor has, and of CUDA, forced."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels")
+    elif request.param not in levels():
+        pytest.skip(f"no native module here with kernels of level {request.param}")
+    else:
+        monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", request.param)
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cuda" if request.param == "cuda" else "cpu")
+    return request.param
+
+
+def levels() -> list[str]:
+    found = []
+    for name in cpu.LEVELS if cpu.native is not None else ():
+        try:
+            found.append(cpu.native.cpu_level(name))
+        except ValueError:
+            continue  # this processor does not have it
+    return found

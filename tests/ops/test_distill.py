@@ -9,7 +9,6 @@ from bench.baseline.official import DINOLoss, SearchLoss
 from mokd_fast.ops import (
     Target,
     column_mean,
-    cpu,
     cross_view_pairs,
     distill,
     distill_cross_entropy,
@@ -20,15 +19,7 @@ from mokd_fast.ops import (
 V, T, B, K = 5, 2, 3, 17
 
 
-@pytest.fixture(autouse=True, params=["reference", "cpu", "cuda"])
-def backend(request, monkeypatch):
-    """Every test of this file holds for every backend."""
-    if request.param == "cuda":
-        request.getfixturevalue("cuda_kernels")
-    if request.param == "cpu" and cpu.native is None:
-        pytest.skip("the native module was not built")
-    monkeypatch.setenv("MOKD_FAST_BACKEND", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("backend")  # every test holds for every backend
 
 
 def logits(rows: int, dtype=torch.float64, scale=3.0, **options) -> torch.Tensor:
@@ -101,9 +92,11 @@ def test_one_call_is_the_sum_of_its_targets():
     torch.testing.assert_close(mine, theirs)
 
 
-def test_gradcheck_row_sums_and_entropy_bound():
-    student = logits(V).requires_grad_()
-    target = Target(cross_view_pairs(T, V), logits(T), temperature=0.5)
+def test_gradcheck_row_sums_and_entropy_bound(backend):
+    # The emulated kernels take 2.6 s for every view of every image, and nothing else sees more.
+    student = (logits(V)[:2, :1] if backend == "cuda" else logits(V)).requires_grad_()
+    rows = logits(T)[:, : student.shape[1]]
+    target = Target(cross_view_pairs(T, len(student)), rows, temperature=0.5)
     assert torch.autograd.gradcheck(
         lambda s: distill_cross_entropy(s, [target], temperature=0.5)[0], student
     )
@@ -115,12 +108,11 @@ def test_gradcheck_row_sums_and_entropy_bound():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_low_precision_is_no_worse_than_the_official_loop(dtype, offset):
-    if dtype == torch.float16 and offset:
-        offset = 1e3  # 1e4 leaves fp16 no digit of the logits
-    student, teacher = logits(V) + offset, logits(T)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+@pytest.mark.parametrize("moved", [(0, 0), (1e4, 0), (-1e4, 0), (0, 1e4), (0, -1e4), (-1e4, 1e4)])
+def test_low_precision_is_no_worse_than_the_official_loop(dtype, moved):
+    # 1e4 leaves fp16 no digit of the logits.
+    of_student, of_teacher = (x / 10 if dtype == torch.float16 else x for x in moved)
+    student, teacher = (logits(V) + of_student).to(dtype), (logits(T) + of_teacher).to(dtype)
     center = torch.zeros(K, dtype=torch.float64)
     leaf, mid, low = (student.to(d).requires_grad_() for d in (torch.float64, torch.float32, dtype))
     exact = official(leaf, teacher.double(), center, 0.04)
@@ -285,6 +277,9 @@ def test_bad_students():
         distill_cross_entropy(torch.zeros(B, K), [Target(**GOOD)])
     with pytest.raises(ValueError, match="student must be floating logits"):
         distill_cross_entropy(torch.zeros(V, B, K, dtype=torch.int64), [Target(**GOOD)])
+    with pytest.raises(ValueError, match="student has no prototypes"):
+        empty = Target(GOOD["pairs"], torch.zeros(T, B, 0))
+        distill_cross_entropy(torch.zeros(V, B, 0), [empty])
     with pytest.raises(ValueError, match="temperature must be 0-d"):
         distill_cross_entropy(torch.zeros(V, B, K), [Target(**GOOD)], temperature=torch.ones(1))
     with pytest.raises(ValueError, match=r"targets\[1\].temperature"):

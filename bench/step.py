@@ -20,7 +20,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench.timing import calibrate, interleave, keep_memory, machine, peak_bytes, write_json
+from bench.timing import calibrate, interleave, machine, peak_bytes, write_json
 from bench.twin import official_step
 from mokd_fast.data.loader import Views
 from mokd_fast.train.loop import Trainer
@@ -102,7 +102,6 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    keep_memory()
     torch.backends.cudnn.benchmark = True
     names = list(CASES)[: 1 if options.quick else 3 if options.full else 2]
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}

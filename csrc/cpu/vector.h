@@ -92,10 +92,10 @@ inline Vec<float> at_least(float low, Vec<float> x) {
 #endif
 }
 
-// 2^x for x <= 0: 0 for -inf, NaN for NaN. Relative error 1.7e-7: the polynomial of degree 5 is minimax
-// on [-1/2, 1/2]. AVX-512 splits x and scales by a power of two in one instruction each; elsewhere
+// 2^x for x <= 126: 0 for -inf, NaN for NaN. Relative error 1.7e-7: the polynomial of degree 5 is
+// minimax on [-1/2, 1/2]. AVX-512 splits x and scales by a power of two in one instruction each; elsewhere
 // adding 1.5 * 2^23 rounds x to an integer, which then becomes the exponent, -127 and below the number 0.
-inline Vec<float> exp2_negative(Vec<float> x) {
+inline Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512DQ__)
   const __m512 all = reinterpret_cast<__m512>(x);
   const Vec<float> r = reinterpret_cast<Vec<float>>(_mm512_reduce_ps(all, _MM_FROUND_NO_EXC));
@@ -116,7 +116,7 @@ inline Vec<float> exp2_negative(Vec<float> x) {
 #endif
 }
 
-inline Vec<double> exp2_negative(Vec<double> x) {
+inline Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < LANES<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }
@@ -247,8 +247,22 @@ struct Scratch {
   Vec<A> get(int64_t k) const {
     return load<Vec<A>>(x + k + I * LANES<A>);
   }
+  Vec<A> tail(int64_t k, int64_t count, A fill) const { return load_tail(x + k, count, fill); }
   void put(int64_t k, Vec<A> first, Vec<A> second) const {
     store(g + k, first), store(g + k + LANES<A>, second);
+  }
+};
+
+// ... or numbers less a centre ...
+template <typename A>
+struct Centred {
+  const A *x, *center;
+  template <int I>
+  Vec<A> get(int64_t k) const {
+    return load<Vec<A>>(x + k + I * LANES<A>) - load<Vec<A>>(center + k + I * LANES<A>);
+  }
+  Vec<A> tail(int64_t k, int64_t count, A fill) const {
+    return load_tail(x + k, count, fill) - load_tail(center + k, count, A(0));
   }
 };
 
@@ -280,10 +294,20 @@ struct PairedBf16 {
 // Even columns of each two vectors first, then the odd ones. from and to may be one.
 inline const float* pair_up(const float* from, int64_t n, float* to) {
   constexpr int L = LANES<float>;
-  alignas(WIDTH) float even[L], odd[L];
+  Bits even, odd;
+  for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   for (int64_t k = 0; k < n; k += 2 * L) {
-    for (int i = 0; i < L; ++i) even[i] = from[k + 2 * i], odd[i] = from[k + 2 * i + 1];
-    store(to + k, load<Vec<float>>(even)), store(to + k + L, load<Vec<float>>(odd));
+    const Vec<float> a = load<Vec<float>>(from + k), b = load<Vec<float>>(from + k + L);
+#ifdef __clang__
+    Vec<float> first, second;
+    for (int i = 0; i < L / 2; ++i) {
+      first[i] = a[2 * i], first[i + L / 2] = b[2 * i];
+      second[i] = a[2 * i + 1], second[i + L / 2] = b[2 * i + 1];
+    }
+    store(to + k, first), store(to + k + L, second);
+#else
+    store(to + k, __builtin_shuffle(a, b, even)), store(to + k + L, __builtin_shuffle(a, b, odd));
+#endif
   }
   return to;
 }

@@ -13,12 +13,25 @@ def column_mean(logits: Tensor) -> Tensor:
 
     Without rows it is 0, as the loss is. No gradient flows.
     """
-    # Compiled code fuses the plain form; FakeTensors and the like have no memory to read.
-    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
-        return reference.column_mean(logits)
     mean: Tensor = pick("column_mean", logits).run(logits)
     return mean
 
 
-register("column_mean", "cpu", cpu.column_mean, cpu.why_not)
+@torch.library.custom_op("mokd_fast::column_mean", mutates_args=())
+def _operator(logits: Tensor) -> Tensor:
+    return cpu.column_mean(logits)
+
+
+@_operator.register_fake
+def _(logits):
+    return logits.new_empty(logits.shape[-1:], dtype=reference.accumulation_dtype(logits))
+
+
+def _cpu(logits: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
+        return _operator(logits)  # elsewhere it would only cost time, as in distill._Eager
+    return cpu.column_mean(logits)
+
+
+register("column_mean", "cpu", _cpu, cpu.why_not)
 register("column_mean", "reference", reference.column_mean)

@@ -106,6 +106,21 @@ def test_logits_of_ten_thousand(dtype):
         check(student, [Target(cross_view_pairs(2, 3), teacher.to(dtype), temperature=0.04)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", [0.01, 0.5, 1.0, 8.0, 1000.0, -0.5, -1000.0])
+def test_maxima_that_rise_or_fall_from_block_to_block(step, dtype):
+    """A kernel that keeps the maximum of the columns it has seen is wrong here first."""
+    k, pairs = 20000, cross_view_pairs(2, 3)
+    stairs = torch.arange(k).div(1000, rounding_mode="floor") * step
+    student = (randn(3, 1, k, scale=0.5) + stairs).to(dtype)
+    teacher = (randn(2, 1, k, scale=0.5) + stairs.flip(0)).to(dtype)
+    for rows in (teacher, teacher.flip(-1)):
+        check(student, [Target(pairs, rows, temperature=0.05)])
+    late = randn(3, 1, k, dtype=dtype)
+    late[..., -1] = 50 * step  # the last column alone
+    check(late, [Target(pairs, late[:2].flip(-1), temperature=0.05)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_is_no_less_than_the_entropy(dtype):
     """Gibbs; equal, and without a gradient, where the student is the teacher."""

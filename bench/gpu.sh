@@ -125,7 +125,7 @@ initcheck() { sanitize initcheck cuda values,targets; }
 
 distill() { "$python" bench/distill_gpu.py --json "$OUT/distill.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
-step() { "$python" bench/step.py --json "$OUT/step.json"; }
+step() { "$python" bench/step.py --full --json "$OUT/step.json"; }
 
 if [[ ${1-} == --part ]]; then
     "$2"

@@ -80,7 +80,9 @@ def distill_table() -> str:
     shapes: dict[tuple[str, int], dict[str, Any]] = {}
     for row in result["rows"]:
         rows = shapes.setdefault((row["dtype"], row["shape"]["B"]), {})
-        rows["compiled" if "compiled" in row["baseline"] else row["baseline"]] = row
+        name = "compiled" if "compiled" in row["baseline"] else row["baseline"]
+        if name not in rows or row["ratio"] < rows[name]["ratio"]:  # the faster compiled one
+            rows[name] = row
     for (dtype, images), rows in shapes.items():
         row = rows["official"]
         mib = 2**20 * images
@@ -102,7 +104,7 @@ def distill_table() -> str:
     return "\n".join([*lines, "", measured(result)])
 
 
-HEADS = ["official loop", "lightly", "torch.compile of the better", "kept for backward an image"]
+HEADS = ["official loop", "lightly", "the better one compiled", "kept for backward an image"]
 
 
 def scaling_table() -> str:

@@ -25,7 +25,6 @@ constexpr int64_t BLOCK = 1024;      // columns worked on at a time: rows of a b
 constexpr int64_t TILE = 8 * BLOCK;  // columns of one piece of work
 constexpr int GROUP = 4;             // teacher rows that ride along with a student's exponential
 constexpr int AHEAD = 4;             // rows fetched ahead: 18 % faster than 2 at B = 16
-constexpr float LIMIT = 4 * BLOCK;   // of a block's sum: beyond it the maximum it was taken to is too low
 constexpr double LOG2_E = 1.4426950408889634;
 
 // The row that is worked on next: fetched a vector ahead of need, wherever it ends.
@@ -70,12 +69,12 @@ A exponentials(Row row, A max, A scale, A factor, int64_t n, A* e, Next next) {
   int64_t k = 0;
   for (; k + L <= n; k += L) {
     next.fetch(k);
-    const Vec<A> v = exp2((row.template get<0>(k) - max) * scale) * factor;
+    const Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
     total += v;
     store(e + k, v);
   }
   if (k < n) {
-    const Vec<A> v = exp2((row.tail(k, n - k, A(-__builtin_inff())) - max) * scale) * factor;
+    const Vec<A> v = exp2_negative((row.tail(k, n - k, A(-__builtin_inff())) - max) * scale) * factor;
     total += v;
     store(e + k, v);
   }
@@ -91,8 +90,8 @@ A student_block(Row row, A max, A scale, int64_t n, const A* const* e, A* dots, 
   for (; k + 2 * L <= n; k += 2 * L) {
     next.fetch(k), next.fetch(k + L);
     const Vec<A> z = row.template get<0>(k) - max, y = row.template get<1>(k) - max;
-    total += exp2(z * scale);
-    total += exp2(y * scale);
+    total += exp2_negative(z * scale);
+    total += exp2_negative(y * scale);
     for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k) * z;
     for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k + L) * y;
   }
@@ -100,7 +99,7 @@ A student_block(Row row, A max, A scale, int64_t n, const A* const* e, A* dots, 
     for (; k < n; k += L) {  // -1e30 has exponential 0 and, unlike -inf, product 0 with a teacher's 0
       const int64_t rest = n - k < L ? n - k : L;
       const Vec<A> z = row.tail(k, rest, A(-1e30)) - max;
-      total += exp2(z * scale);
+      total += exp2_negative(z * scale);
       for (int i = 0; i < N; ++i) d[i] += load_tail(e[i] + k, rest, A(0)) * z;
     }
   }
@@ -117,8 +116,8 @@ int64_t gradient_block(Row row, A max, A scale, A factor, int64_t n, const A* co
   int64_t k = 0;
   for (; k + 2 * L <= n; k += 2 * L) {
     next.fetch(k), next.fetch(k + L);
-    Vec<A> v = exp2((row.template get<0>(k) - max) * scale) * factor;
-    Vec<A> w = exp2((row.template get<1>(k) - max) * scale) * factor;
+    Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
+    Vec<A> w = exp2_negative((row.template get<1>(k) - max) * scale) * factor;
     for (int i = 0; i < N; ++i) v -= load<Vec<A>>(q[i] + k) * c[i];
     for (int i = 0; i < N; ++i) w -= load<Vec<A>>(q[i] + k + L) * c[i];
     row.put(k, v, w);
@@ -198,25 +197,19 @@ const A* in_order(bool pairs, const A* row, int64_t n, A* own) {
   return row;
 }
 
-// The sum of a block, sum_of(max), with the maximum it was taken to. That of the blocks before will do
-// unless a number far above it turns up: then, and for the first block, the maximum is looked for.
-template <typename A, typename Row, typename F>
-Partial block_sum(Row row, int64_t n, const Partial* before, double rate, const F& sum_of) {
-  A max = before ? A(before->max / rate) : maximum<A>(row, n);
-  A total = sum_of(max);
-  if (before && !(total <= LIMIT)) {
-    max = maximum<A>(row, n);
-    total = sum_of(max);
-  }
-  return {max * rate, total};
+// Maxima never fall from block to block, so that a merge rarely needs an exponential.
+template <typename A, typename Row>
+A running_maximum(Row row, int64_t n, const Partial* before, double rate) {
+  const A top = maximum<A>(row, n);
+  if (!before) return top;
+  const A last = A(before->max / rate);
+  return last > top ? last : top;
 }
 
-// The exponentials go to `own` and not over x, which is read again if its maximum must be looked for.
 template <typename A>
-Partial forward_teacher(const Distill& d, Block at, int t, A* wide, A* own, const A** e,
-                        const Partial* before) {
+Partial forward_teacher(const Distill& d, Block at, int t, A* own, const A** e, const Partial* before) {
   const Teacher& teacher = d.teacher[t];
-  const A* x = values<A>(teacher.rows, at.image, at.k0, at.n, teacher.probabilities ? own : wide);
+  const A* x = values<A>(teacher.rows, at.image, at.k0, at.n, own);
   if (teacher.probabilities) {
     const double mass = sum(x, at.n);
     *e = in_order(paired<A>(d, at), x, at.n, own);
@@ -225,9 +218,9 @@ Partial forward_teacher(const Distill& d, Block at, int t, A* wide, A* own, cons
   const double rate = rate_of<A>(d, t);
   const Next next = next_row(d, at, t + AHEAD);
   const Partial sum = with_centre<A>(teacher, at, x, [&](auto row) {
-    return block_sum<A>(row, at.n, before, rate, [&](A max) {
-      return exponentials(row, max, A(rate * LOG2_E), A(1), at.n, own, next);
-    });
+    const A max = running_maximum<A>(row, at.n, before, rate);
+    const A total = exponentials(row, max, A(rate * LOG2_E), A(1), at.n, own, next);
+    return Partial{max * rate, total};
   });
   *e = in_order<A>(paired<A>(d, at), own, at.n, own);
   return sum;
@@ -238,23 +231,21 @@ void forward_student(const Distill& d, Block at, int v, Row row, const A* const*
                      const Partial* before) {
   const int V = d.shape.views, T = d.shape.teachers;
   const double rate = rate_of<A>(d, -1);
+  const A max = running_maximum<A>(row, at.n, before, rate), scale = A(rate * LOG2_E);
   const Next next = next_row(d, at, T + v + AHEAD);
   for (int t = 0; t < T; ++t) out.dot[t * V + v] = 0;
-  out.student[v] = block_sum<A>(row, at.n, before, rate, [&](A max) {
-    A total = 0;
-    int t = 0, rows[GROUP];
-    do {
-      const int count = next_group(d, v, &t, rows);
-      const A* near[GROUP];
-      A dots[GROUP];
-      for (int i = 0; i < count; ++i) near[i] = e[rows[i]];
-      total = with_count(count, [&](auto N) {
-        return student_block<N>(row, max, A(rate * LOG2_E), at.n, near, dots, next);
-      });
-      for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
-    } while (t < T);
-    return total;
-  });
+  int t = 0, rows[GROUP];
+  do {
+    const int count = next_group(d, v, &t, rows);
+    const A* near[GROUP];
+    A dots[GROUP];
+    for (int i = 0; i < count; ++i) near[i] = e[rows[i]];
+    const A total = with_count(count, [&](auto N) {
+      return student_block<N>(row, max, scale, at.n, near, dots, next);
+    });
+    for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
+    out.student[v] = {max * rate, total};
+  } while (t < T);
 }
 
 // Where one thread works: blocks of numbers for the scratch, a State and pointers to teacher rows.
@@ -280,7 +271,7 @@ void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
     const bool first = k == at.begin;
     State out = first ? state : state_at(work.state, d.shape);
     for (int t = 0; t < T; ++t)
-      out.teacher[t] = forward_teacher(d, block, t, wide, work.scratch + t * BLOCK, &work.rows[t],
+      out.teacher[t] = forward_teacher(d, block, t, work.scratch + t * BLOCK, &work.rows[t],
                                        first ? nullptr : &state.teacher[t]);
     for (int v = 0; v < V; ++v) {
       const Partial* before = first ? nullptr : &state.student[v];

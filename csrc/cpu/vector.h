@@ -92,10 +92,10 @@ inline Vec<float> at_least(float low, Vec<float> x) {
 #endif
 }
 
-// 2^x for x <= 126: 0 for -inf, NaN for NaN. Relative error 1.7e-7: the polynomial of degree 5 is
+// 2^x for x <= 0: 0 for -inf, NaN for NaN. Relative error 1.7e-7: the polynomial of degree 5 is
 // minimax on [-1/2, 1/2]. AVX-512 splits x and scales by a power of two in one instruction each; elsewhere
 // adding 1.5 * 2^23 rounds x to an integer, which then becomes the exponent, -127 and below the number 0.
-inline Vec<float> exp2(Vec<float> x) {
+inline Vec<float> exp2_negative(Vec<float> x) {
 #if defined(__AVX512DQ__)
   const __m512 all = reinterpret_cast<__m512>(x);
   const Vec<float> r = reinterpret_cast<Vec<float>>(_mm512_reduce_ps(all, _MM_FROUND_NO_EXC));
@@ -116,7 +116,7 @@ inline Vec<float> exp2(Vec<float> x) {
 #endif
 }
 
-inline Vec<double> exp2(Vec<double> x) {
+inline Vec<double> exp2_negative(Vec<double> x) {
   for (int i = 0; i < LANES<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }

@@ -1,0 +1,173 @@
+"""Tiles, warps and stages of distill_cross_entropy on this GPU: what the tables should hold.
+
+    python bench/distill_sweep.py [--seconds 45] [--json FILE]
+
+Triton: columns a thread, warps, stages (`COLUMNS`, `STAGES` and `_config` of kernels/distill.py).
+CUDA: columns of a tile (`plan` in csrc/cuda/distill.cu), reached through the number of
+multiprocessors that it is told. Forward and backward apart, captured, inputs rotating; the first
+row of each backend, "now", is what the tables choose today.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
+
+from bench.device import captured, medians, rotations, turn
+from bench.timing import machine, write_json
+from mokd_fast.ops import cpu, cross_view_pairs, cuda
+
+V, T = 10, 2
+TRITON = list(product((16, 8, 32, 4), (4, 8, 2), (3, 2, 1, 4)))  # columns a thread, warps, stages
+CUDA = (1024, 512, 256)  # columns of a tile
+NOW: dict[str, int] = {}
+
+
+def multiprocessors_for(tile: int, images: int, columns: int) -> int:
+    """A number of multiprocessors for which `plan` takes this tile, from 256, 512 or 1024: it
+    halves 1024 while images * ceil(columns / tile) < 8 multiprocessors."""
+    tiles = images * -(-columns // tile)
+    return max(1, tiles // 8) if tile > 256 else 1 << 20
+
+
+def setting(backend: str, config: dict[str, int], images: int, columns: int) -> Any:
+    """A context in which the kernels of `backend` use `config`."""
+    if backend == "cuda":
+        place = cuda._place
+        count = multiprocessors_for(config["tile"], images, columns) if config else None
+        return mock.patch.object(cuda, "_place", lambda x: (count or place(x)[0], *place(x)[1:]))
+    from mokd_fast.kernels import distill
+
+    if not config:
+        return mock.patch.object(distill, "STAGES", distill.STAGES)
+    block, warps = 32 * config["columns"] * config["warps"], config["warps"]
+    return mock.patch.multiple(
+        distill, STAGES=config["stages"], _config=lambda student, padded: (block, warps)
+    )
+
+
+def configs(backend: str) -> list[dict[str, int]]:
+    if backend == "cuda":
+        return [NOW, *({"tile": tile} for tile in CUDA)]
+    names = ("columns", "warps", "stages")
+    return [NOW, *(dict(zip(names, values, strict=True)) for values in TRITON)]
+
+
+class Case:
+    """Sets of logits [V, B, K] and [T, B, K] that rotate, and the flat arguments around them."""
+
+    def __init__(self, images: int, columns: int, dtype: torch.dtype, device: str) -> None:
+        self.images, self.columns, self.device = images, columns, device
+        size = (2 * V + T) * images * columns * dtype.itemsize
+        self.sets = [
+            [(torch.randn(n, images, columns, device=device) * 3).to(dtype) for n in (V, T)]
+            for _ in range(rotations(size, device))
+        ]
+        empty = torch.empty(0, device=device)
+        taus = torch.tensor([0.1, 0.04], device=device)
+        pairs = [weight for row in cross_view_pairs(T, V) for weight in row]
+        center = torch.zeros(columns, device=device)
+        self.rest = [center], [empty], taus, pairs, [1.0], [False]
+        self.grad = torch.ones((), device=device)
+
+    def seconds(self, kernels: Any, rounds: int) -> dict[str, float]:
+        """Of a forward and of a backward pass."""
+        calls = [(s, [t], *self.rest) for s, t in self.sets]
+        stats = [kernels.distill_forward(*call)[2] for call in calls]
+        forward = turn([lambda c=call: kernels.distill_forward(*c) for call in calls])
+        backward = turn([
+            lambda c=call, x=x: kernels.distill_backward(self.grad, x, *c)
+            for call, x in zip(calls, stats, strict=True)
+        ])  # fmt: skip
+        runs = {"forward_s": forward, "backward_s": backward}
+        graphs = {name: captured(run, self.device) for name, run in runs.items()}
+        found = medians(graphs, rounds, self.device)
+        return {name: value / len(calls) for name, value in found.items()}
+
+
+def sweep(
+    backends: Sequence[str], dtypes: Sequence[torch.dtype], images: Sequence[int], columns: int,
+    device: str, rounds: int = 11,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One row a configuration, type and number of images; those of a configuration together, since
+    they share its compiled kernels."""
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        cases = [Case(n, columns, dtype, device) for n in images]
+        for backend in backends:
+            for config in configs(backend):
+                for case in cases:
+                    row: dict[str, Any] = {"backend": backend, "dtype": name, "B": case.images,
+                                           "K": columns, "config": config or "now"}  # fmt: skip
+                    try:
+                        with setting(backend, config, case.images, columns):
+                            row |= case.seconds(kernels_of(backend), rounds)
+                    except Exception as error:  # too much shared memory, say: not a choice, then
+                        row["error"] = str(error).split("\n")[0]
+                    yield row
+
+
+def kernels_of(backend: str) -> Any:
+    if backend == "triton":
+        from mokd_fast.kernels import distill
+
+        return distill
+    return {"cuda": cuda, "cpu": cpu}[backend]
+
+
+def best(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each backend, type, B and pass: the fastest configuration beside today's."""
+    lines = []
+    for key in dict.fromkeys((r["backend"], r["dtype"], r["B"]) for r in rows):
+        mine = [r for r in rows if (r["backend"], r["dtype"], r["B"]) == key and "error" not in r]
+        for part in ("forward_s", "backward_s"):
+            now = [r[part] for r in mine if r["config"] == "now"]
+            first = min(mine, key=lambda r: r[part], default=None)
+            if first and now:
+                lines.append(f"{' '.join(map(str, key))} {part}: {first[part] * 1e6:.1f} us with "
+                             f"{first['config']}, now {now[0] * 1e6:.1f} us")  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--backends", default="cuda,triton", type=lambda x: x.split(","))
+    parser.add_argument(
+        "--images", default=[64, 16, 4], type=lambda x: [int(n) for n in x.split(",")]
+    )
+    parser.add_argument("--columns", default=65536, type=int)
+    parser.add_argument("--seconds", default=45.0, type=float, help="start no row after these")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    begin, rows = time.perf_counter(), []
+    dtypes = [torch.bfloat16, torch.float32]  # fp16 moves the same bytes as bf16
+    found = sweep(options.backends, dtypes, options.images, options.columns, options.device)
+    complete = True
+    for row in found:
+        rows.append(row)
+        if options.json and len(rows) % 10 == 0:
+            write_json(options.json, {"machine": machine(), "rows": rows})
+        if time.perf_counter() - begin > options.seconds:
+            complete = False
+            break
+    if options.json:
+        write_json(options.json, {"machine": machine(), "complete": complete, "rows": rows})
+    print(*best(rows), sep="\n")
+    errors = [row for row in rows if "error" in row]
+    print(f"{len(rows)} rows, {len(errors)} could not run{'' if complete else '; time ran out'}")
+    for row in errors:
+        print(" ", row["backend"], row["dtype"], row["B"], row["config"], row["error"])
+    sys.exit(0 if len(errors) < len(rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The GPU suite as far as no GPU is needed: its checks, its figures, and the script around them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import distill_gpu, distill_sweep, gpu_check
+from mokd_fast.ops import cpu, distill
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "sweep"]
+PARTS += ["step", "initcheck"]
+needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
+
+
+@needs_native
+@pytest.mark.parametrize("check", gpu_check.CHECKS, ids=lambda check: check.__name__)
+def test_checks_pass_on_the_cpu(check, monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
+    torch.manual_seed(0)
+    check(gpu_check.Where("cpu", "cpu", small=True))
+
+
+class Wrong:
+    """The CPU kernels with one thing gone wrong."""
+
+    def __init__(self, what):
+        self.what, self.calls = what, 0
+
+    def distill_forward(self, student, *rest):
+        self.calls += 1
+        loss, terms, stats = cpu.distill_forward(student, *rest)
+        if self.what == "loss" or (self.what == "second" and self.calls % 2 == 0):
+            loss *= 1 + 1e-5
+        return loss, terms, stats
+
+    def distill_backward(self, grad, stats, student, *rest):
+        out = cpu.distill_backward(grad, stats, student, *rest)
+        if self.what == "last column":
+            out[..., -1] = 0
+        elif self.what == "scale":
+            out /= grad
+        elif self.what == "strides" and not student.is_contiguous():
+            out = out.flip(0)
+        elif self.what == "nan":
+            out = out.nan_to_num()
+        return out
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("loss", "values"),
+        ("last column", "values"),
+        ("loss", "targets"),
+        ("strides", "strides"),
+        ("nan", "extremes"),
+        ("second", "repeats"),
+        ("scale", "scaled"),
+        ("last column", "drop_in"),
+    ],
+)
+def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
+    wrong = Wrong(what)
+    monkeypatch.setattr(distill, "_kernels", lambda backend: wrong)
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
+    check = {check.__name__: check for check in gpu_check.CHECKS}[name]
+    assert not gpu_check.passes(check, gpu_check.Where("cpu", "cpu", small=True))
+    assert f"FAIL cpu {name}" in capsys.readouterr().out
+
+
+def test_checks_pass_in_the_triton_interpreter():
+    pytest.importorskip("triton")
+    command = "bench/gpu_check.py --device cpu --backends triton --small --only values,extremes"
+    ended = run([sys.executable, *command.split()], TRITON_INTERPRET="1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 of 2 checks passed" in ended.stdout
+
+
+def test_all_forms_are_the_same_loss():
+    student, teacher, center = torch.randn(10, 2, 33), torch.randn(2, 2, 33), torch.zeros(33)
+    forms = [distill_gpu.ours("reference", center), distill_gpu.official(center)]
+    forms += [distill_gpu.plain(center, einsum) for einsum in (True, False)]
+    leaf = student.requires_grad_()
+    first, *rest = (distill_gpu.call(form, leaf, teacher)() for form in forms)
+    for gradient in rest:
+        torch.testing.assert_close(gradient, first)
+
+
+def test_rows_compare_in_one_run():
+    rows = distill_gpu.compare(["reference"], torch.bfloat16, 1, 97, "cpu", 2, compiled=False)
+    assert [row["baseline"] for row in rows] == ["official", "einsum"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
+        assert row["GB_per_s"] == pytest.approx((2 * 12 + 10) * 97 * 2 / row["median_s"] / 1e9)
+        assert row["floor_fraction"] == pytest.approx(row["GB_per_s"] / row["copy_GB_per_s"])
+
+
+def test_a_backend_that_cannot_run_is_named():
+    able, failed = distill_gpu.runnable(["cuda", "reference"], "cpu")
+    assert able == ["reference"] and "on a CUDA device" in failed[0]
+
+
+@pytest.mark.skipif(not hasattr(cpu.native, "cuda_versions"), reason="built without CUDA")
+@pytest.mark.parametrize(("images", "columns"), [(64, 65536), (4, 65536), (1, 8192)])
+def test_the_sweep_reaches_every_tile_of_the_cuda_kernels(images, columns):
+    rows, none = [[(0, 2, columns, 1)] * n for n in (10, 2)], [0, 0]
+    rest = (none, none, none, [False] * 2, [1.0] * 20, [1.0], 0, images, columns, 1)
+    call = cpu.native.Distill(*rows, *rest)
+    for tile in distill_sweep.CUDA:
+        count = distill_sweep.multiprocessors_for(tile, images, columns)
+        assert call.cuda_plan(count)[0] == tile
+
+
+def test_the_sweep_sets_the_tables_of_triton_and_puts_them_back():
+    pytest.importorskip("triton")
+    from mokd_fast.kernels import distill as kernels
+
+    before = kernels._config, kernels.STAGES
+    with distill_sweep.setting("triton", {"columns": 4, "warps": 2, "stages": 7}, 1, 64):
+        assert kernels._config(torch.empty(3, 1, 64), 2) == (256, 2) and kernels.STAGES == 7
+    assert (kernels._config, kernels.STAGES) == before
+
+
+def test_the_sweep_names_the_fastest_and_what_cannot_run(monkeypatch):
+    taken = {"now": 3e-6, "a": 2e-6}
+
+    def seconds(case, kernels, rounds):
+        if case.config == "b":
+            raise RuntimeError("out of shared memory\nat length")
+        return dict.fromkeys(("forward_s", "backward_s"), taken[case.config])
+
+    def setting(backend, config, images, columns):
+        distill_sweep.Case.config = config or "now"
+        return open(os.devnull)  # any context
+
+    monkeypatch.setattr(distill_sweep.Case, "config", "", raising=False)
+    monkeypatch.setattr(distill_sweep.Case, "seconds", seconds)
+    monkeypatch.setattr(distill_sweep, "setting", setting)
+    monkeypatch.setattr(distill_sweep, "configs", lambda backend: [distill_sweep.NOW, "a", "b"])
+    rows = list(distill_sweep.sweep(["cpu"], [torch.float32], [1], 64, "cpu"))
+    assert rows[2]["error"] == "out of shared memory"
+    first = "cpu float32 1 forward_s: 2.0 us with a, now 3.0 us"
+    assert distill_sweep.best(rows)[0] == first
+
+
+def run(command, **environment):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    environment.pop("OUT", None)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def suite(out, **environment):
+    ended = run(["bash", "bench/gpu.sh", str(out)], **environment)
+    summary = json.loads((out / "summary.json").read_text())
+    assert ended.stdout.endswith((out / "log.txt").read_text())
+    return ended, summary, {part["part"]: part["status"] for part in summary["parts"]}
+
+
+def test_without_a_gpu_it_says_so_and_fails(tmp_path):
+    ended, summary, parts = suite(tmp_path, PYTHON=sys.executable, PARTS="machine racecheck")
+    assert ended.returncode == 1 and "no CUDA device" in ended.stdout
+    assert not summary["passed"] and not summary["gpu"]
+    assert parts["machine"].startswith("failed") and "not run" in parts["racecheck"]
+    assert json.loads((tmp_path / "machine.json").read_text())["torch"] == torch.__version__
+
+
+def pretend(folder, case):
+    """A python and a compute-sanitizer that do nothing, or what `case` of bash says."""
+    for name in ("python", "compute-sanitizer"):
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*"\ncase "$*" in\n{case}\nesac\n')
+        path.chmod(0o755)
+    return {"PYTHON": str(folder / "python"), "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_every_part_runs_and_a_failing_one_stops_no_other(tmp_path):
+    tools = pretend(tmp_path, "*tests/ops*) exit 3 ;; *racecheck*) exit 9 ;;")
+    ended, summary, parts = suite(tmp_path / "out", COMMIT="abc", **tools)
+    assert summary["commit"] == "abc" and summary["gpu"] and not summary["passed"]
+    assert list(parts) == PARTS
+    wrong = {"tests": "failed with exit status 3", "racecheck": "failed with exit status 9"}
+    assert parts == dict.fromkeys(PARTS, "passed") | wrong
+    assert ended.returncode == 1 and ended.stdout.splitlines()[-1].endswith(": tests racecheck")
+
+
+def test_all_passed_is_exit_status_0(tmp_path):
+    ended, summary, _ = suite(tmp_path / "out", **pretend(tmp_path, "nothing) ;;"))
+    assert ended.returncode == 0 and summary["passed"], ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("all passed after")
+
+
+def test_a_part_that_hangs_is_stopped_and_the_rest_has_no_time(tmp_path):
+    tools = pretend(tmp_path, "*gpu_check.py*) sleep 600 ;;")
+    _, _, parts = suite(tmp_path / "out", PARTS="machine check step", TOTAL="6", **tools)
+    assert parts["machine"] == "passed" and parts["check"].startswith("stopped at")
+    assert parts["step"] == "not run: no time left"

@@ -91,8 +91,9 @@ def _coefficients(table, mass, weight, row_weight, B, V, COUNT: tl.constexpr, PA
     c = tl.load(table + t * (V + 2), mask=t < COUNT, other=0.0) * weight
     if WEIGHTED:
         c *= tl.load(row_weight).to(tl.float32)
-    if PROBS:  # given probabilities need not sum to 1
-        return c, tl.sum(c * tl.load(mass + t * B * 2, mask=t < COUNT, other=0.0), 0)
+    if PROBS:  # given probabilities need not sum to 1; a row without this pair may hold NaN
+        rows = tl.load(mass + t * B * 2, mask=(t < COUNT) & (c != 0), other=0.0)
+        return c, tl.sum(c * rows, 0)
     else:
         return c, tl.sum(c, 0)
 
@@ -226,7 +227,7 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
             c, part = _coefficients(
                 table + first * (V + 2) + v, stats + ((V + first) * B + b) * 2 + 1, weights[i],
                 row_weights[i] + b, B, V, COUNTS[i], PADS[i], WEIGHTED[i], PROBS[i])  # fmt: skip
-            mix += tl.sum(c[:, None] * q[i], 0)
+            mix += tl.sum(tl.where(c[:, None] != 0, c[:, None] * q[i], 0.0), 0)
             n += part
             first += COUNTS[i]
         at = stats + (v * B + b) * 2

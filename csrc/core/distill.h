@@ -147,6 +147,14 @@ static MOKD_HOST_DEVICE inline int64_t teacher_stats(const Shape& s, int t, int6
   return ((s.views + t) * s.images + b) * 2;
 }
 
+// Without any pair the gradient of a view is 0, whatever its logits.
+template <typename D>
+static MOKD_HOST_DEVICE inline bool has_pair(const D& d, int v) {
+  for (int t = 0; t < d.shape.teachers; ++t)
+    if (d.pairs[t * d.shape.views + v] != 0) return true;
+  return false;
+}
+
 // The gradient of s_v is grad_output / (tau_s B) * (n_v softmax(z_v) - sum_t c_tv q_t).
 template <typename A, typename D>
 static MOKD_HOST_DEVICE inline double coefficient(const D& d, int t, int v, int64_t b) {  // c_tv

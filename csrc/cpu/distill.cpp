@@ -440,7 +440,7 @@ void backward_student(const Distill& d, const Backward& io, Block at, int v, Coe
 
   const int64_t place = (v * d.shape.images + at.image) * d.shape.columns + at.k0;
   char* to = static_cast<char*>(io.gradient) + place * item_size(student.type);
-  if (m.count == 0) {  // no pair: 0, though the view may hold NaN
+  if (!has_pair(d, v)) {  // the view may hold NaN
     std::memset(to, 0, at.n * item_size(student.type));
     return;
   }

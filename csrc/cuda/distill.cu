@@ -234,7 +234,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_consta
     if (v + 1 < V) fetch(d.student[v + 1], at, next);
     const A* row = stats + student_stats(d.shape, v, b);
     const A max = row[0], normal = A(mass(d, stats, v, b) * exp(-double(row[1]))) * scale;
-    each(x, n, [&](A& g, int) { g = power_of_two((g - max) * rate) * normal; });
+    const bool any = has_pair(d, v);
+    each(x, n, [&](A& g, int) { g = any ? power_of_two((g - max) * rate) * normal : A(0); });
     for (int t = 0; t < T; ++t) {
       const A c = A(coefficient<A>(d, t, v, b)) * scale;
       if (c != 0) q.with(t, x, n, [&](int, A kept, A& g) { g -= c * kept; });

@@ -78,12 +78,11 @@ def check(student, targets, temperature=0.1):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 7, 97, 1000, 4097])  # below, at and above one tile
-def test_columns(k, dtype):
-    teacher = randn(2, 2, k, dtype=dtype)
-    center = randn(k, scale=1.0)
-    check(
-        randn(3, 2, k, dtype=dtype), [Target(cross_view_pairs(2, 3), teacher, None, 0.05, center)]
-    )
+@pytest.mark.parametrize("scale", [3.0, 0.02])  # one peak a row; flat, so that every column counts
+def test_columns(scale, k, dtype):
+    teacher, center = randn(2, 2, k, dtype=dtype, scale=scale), randn(k, scale=scale / 3)
+    student = randn(3, 2, k, dtype=dtype, scale=scale)
+    check(student, [Target(cross_view_pairs(2, 3), teacher, None, 0.05, center)])
 
 
 @pytest.mark.parametrize(("t", "v"), [(1, 1), (1, 4), (3, 5), (4, 2), (2, 10), (8, 18), (16, 2)])
@@ -168,6 +167,14 @@ def test_what_no_pair_names_may_hold_nan():
     student[0], teacher[1] = torch.nan, torch.nan
     loss, _, grad = run(student, [Target(((0.0, 0.5, 0.5), (0.0, 0.0, 0.0)), teacher)])
     assert loss.isfinite() and (grad[0] == 0).all() and grad[1:].isfinite().all()
+
+
+def test_a_row_of_one_view_does_not_reach_another():
+    probs = randn(2, 2, 97).softmax(-1)
+    probs[1] = torch.nan
+    pairs = ((0.0, 0.5, 0.0), (0.0, 0.0, 0.5))
+    _, _, grad = run(randn(3, 2, 97), [Target(pairs, probs=probs)])
+    assert (grad[0] == 0).all() and grad[1].isfinite().all() and grad[2].isnan().all()
 
 
 def test_the_same_bits_twice_and_two_backward_passes():

@@ -28,11 +28,12 @@ def displaced(x, dtype, offset=1):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 7, 97, 1000, 65537, 262144])
-def test_columns(k, dtype):
+@pytest.mark.parametrize("scale", [3.0, 0.02])  # one peak a row; flat, so that every column counts
+def test_columns(scale, k, dtype):
     b = 3 if k <= 1000 else 1
-    teacher, center = randn(2, b, k, dtype=dtype), randn(k, scale=1.0)
+    teacher, center = randn(2, b, k, dtype=dtype, scale=scale), randn(k, scale=scale / 3)
     target = Target(cross_view_pairs(2, 3), teacher, None, 0.04, center)
-    *_, gradient = check(randn(3, b, k, dtype=dtype), [target])
+    *_, gradient = check(randn(3, b, k, dtype=dtype, scale=scale), [target])
     if dtype in (torch.float32, torch.float64):  # n softmax - sum of n distributions
         sums = gradient.double().sum(-1).abs()
         assert (sums <= 30 * torch.finfo(dtype).eps * gradient.abs().sum(-1)).all()
@@ -184,11 +185,8 @@ def test_nan_in_is_nan_out_and_of_its_image_alone(which, column, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [97, 96, 2048])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_no_pair_names_may_hold_anything(value, k, dtype, kernels, request):
+def test_what_no_pair_names_may_hold_anything(value, k, dtype):
     """A view and teacher rows without a pair, as the global views are in MOKD's search."""
-    if kernels == "cuda":
-        reason = "the CUDA kernel multiplies such a view by 0 and keeps its NaN"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     student, teacher = randn(3, 2, k, dtype=dtype), randn(2, 2, k, dtype=dtype)
     probs = randn(2, 2, k).softmax(-1)
     pairs = ((0.0, 0.5, 0.5), (0.0, 0.0, 0.0))

@@ -1,10 +1,13 @@
 """The step benchmark on a tiny case, and the timer under it."""
 
 import json
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import step, timing
 
@@ -21,6 +24,22 @@ def test_interleave_takes_turns_and_leaves_the_first_round_out(monkeypatch):
     runs = {name: lambda name=name: run(name) for name in lasts}
     assert timing.interleave(runs, rounds=3) == {"a": 2.0, "b": 6.0}
     assert calls == ["a", "b"] * 4
+
+
+def test_rounds_of_a_busy_machine_are_repeated(monkeypatch):
+    others = iter([0, 0, 0, 5, 5, 5, 5, 5])  # read before and after a round; the second is busy
+    monkeypatch.setattr(timing, "_others", lambda: float(next(others)))
+    times = timing.interleave({"a": lambda: time.sleep(0.01)}, rounds=2)
+    assert times.discarded == 1 and times["a"] >= 0.01
+
+
+def test_peak_bytes():
+    def run():
+        x = torch.zeros(1 << 20)  # 4 MiB
+        del x
+        return torch.zeros(1 << 19) + 1  # two of 2 MiB
+
+    assert 4 << 20 <= timing.peak_bytes(run) < 5 << 20
 
 
 def test_machine_names_versions_and_no_host():
@@ -40,5 +59,7 @@ def test_row_compares_both_steps(tmp_path: Path, monkeypatch):
     row = step.time_step("tiny", tmp_path)
     assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
     assert row["median_s"] > 0
-    assert (row["op"], row["dtype"], row["backend"]) == ("training step", "fp32", "reference")
+    assert (row["op"], row["dtype"], row["backend"]) == ("training step", "fp32", "automatic")
+    assert row["reference_s"] > 0 and min(row[key] for key in step.PEAKS) > 2**20
+    assert "MOKD_FAST_BACKEND" not in os.environ
     assert "batch 4" in row["shape"]

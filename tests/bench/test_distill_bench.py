@@ -1,0 +1,43 @@
+"""bench/distill.py on a tiny case."""
+
+import pytest
+import torch
+
+from bench import distill
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(distill, "K", 64)
+    monkeypatch.setattr(torch, "compile", lambda form, **options: form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_compare_every_form(dtype, capsys):
+    rows = distill.compare(dtype, 2, 1)
+    names = {row["baseline"] for row in rows}
+    assert {"official", "official, compiled"} <= names
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_s"] / row["drop_in_s"])
+        assert row["shape"] == {"V": 10, "T": 2, "B": 2, "K": 64}
+        row["compute_bound_s"] = 1.0
+    official = next(row for row in rows if row["baseline"] == "official")
+    logits = 12 * 2 * 64 * dtype.itemsize
+    assert logits <= rows[0]["alive_bytes"] < official["baseline_alive_bytes"]
+    distill.report(rows)
+    assert "x official" in capsys.readouterr().out
+
+
+def test_all_forms_have_one_value():
+    student, teacher = (distill.logits(n, 2, 64, torch.float32) for n in (10, 2))
+    values = [form(student, teacher) for form in distill.forms().values()]
+    values.append(distill.operator(10, 64)(student, teacher))
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=1e-5, atol=0)
+
+
+def test_tables():
+    (row,) = distill.scaling(torch.float32, [(4, 2, 65)], 1)
+    assert row["shape"]["V"] == 4 and row["ns_per_logit"] > 0
+    ratios = distill.combined(torch.float32, 2, 1)["ratio_to_dino"]
+    assert ratios["dino"] == 1 and set(ratios) > {"self+cross", "self+search"}

@@ -155,15 +155,21 @@ def scaling(dtype: torch.dtype, shapes: list[tuple[int, int, int]], rounds: int)
         teacher = logits(T, images, columns, dtype)
         copy, moved = copy_rate()
         run = step(operator(views, columns), student, teacher)
-        calls = max(CALLS, 2**24 // student.numel())  # a few ms a turn
-        times = interleave({"copy": copy, "operator": run}, rounds, calls)
+        many = max(1, 2**22 // student.numel())  # a millisecond or more a turn
+
+        def repeated(run: Callable[[], None] = run, many: int = many) -> None:
+            for _ in range(many):
+                run()
+
+        times = interleave({"copy": copy, "operator": repeated}, rounds, CALLS)
+        seconds = times["operator"] / many
         floor = floor_bytes(views, images, columns, dtype) / (moved / times["copy"])
         rows.append(
             {
                 **about(dtype, images, views, columns),
-                "median_s": times["operator"],
-                "ns_per_logit": times["operator"] / student.numel() * 1e9,
-                "floor_fraction": floor / times["operator"],
+                "median_s": seconds,
+                "ns_per_logit": seconds / student.numel() * 1e9,
+                "floor_fraction": floor / seconds,
                 "discarded_rounds": times.discarded,
             }
         )

@@ -21,9 +21,9 @@ def test_rows_compare_every_form(dtype, capsys):
         assert row["ratio"] == pytest.approx(row["baseline_s"] / row["drop_in_s"])
         assert row["shape"] == {"V": 10, "T": 2, "B": 2, "K": 64}
         row["compute_bound_s"] = 1.0
-    official = next(row for row in rows if row["baseline"] == "official")
-    logits = 12 * 2 * 64 * dtype.itemsize
-    assert logits <= rows[0]["alive_bytes"] < official["baseline_alive_bytes"]
+    # Between the passes: the logits of 10 student and 2 teacher views, next to nothing else.
+    logits, extra = 12 * 2 * 64 * dtype.itemsize, 4096
+    assert logits <= rows[0]["alive_bytes"] <= logits + extra
     distill.report(rows)
     assert "x official" in capsys.readouterr().out
 
@@ -37,7 +37,7 @@ def test_all_forms_have_one_value():
 
 
 def test_tables():
-    (row,) = distill.scaling(torch.float32, [(4, 2, 65)], 1)
+    (row,) = distill.scaling(torch.float32, [(4, 2, 6500)], 1)
     assert row["shape"]["V"] == 4 and row["ns_per_logit"] > 0
     ratios = distill.combined(torch.float32, 2, 1)["ratio_to_dino"]
     assert ratios["dino"] == 1 and set(ratios) > {"self+cross", "self+search"}

@@ -114,7 +114,7 @@ def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]
     kept = {name: alive(form, student, teacher) for name, form in known.items()}
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
     common = {
-        **about(dtype, images),
+        **about(dtype, images, V, K),
         "median_s": times["operator"],
         "floor_fraction": floor / times["operator"],
         "drop_in_s": times["ours"],
@@ -136,7 +136,7 @@ def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]
     ]
 
 
-def about(dtype: torch.dtype, images: int, views: int = V, columns: int = K) -> dict[str, Any]:
+def about(dtype: torch.dtype, images: int, views: int, columns: int) -> dict[str, Any]:
     sample = logits(1, 1, 2, dtype).expand(views, 1, 2)
     target = Target(cross_view_pairs(T, views), logits(T, 1, 2, dtype))
     return {
@@ -196,7 +196,7 @@ def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
         {name: step(form, student, own) for name, form in calls.items()}, rounds, CALLS
     )
     ratios = {name: seconds / times["dino"] for name, seconds in times.items()}
-    return {**about(dtype, images), "seconds": dict(times), "ratio_to_dino": ratios}
+    return {**about(dtype, images, V, K), "seconds": dict(times), "ratio_to_dino": ratios}
 
 
 def compute_bound(dtype: torch.dtype) -> float:

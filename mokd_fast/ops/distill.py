@@ -48,6 +48,13 @@ class Target:
     weight: float = 1.0
     row_weight: Tensor | None = None
 
+    @property
+    def rows(self) -> Tensor:
+        """The logits or the probabilities, whichever there are."""
+        found = self.logits if self.logits is not None else self.probs
+        assert found is not None
+        return found
+
 
 def cross_view_pairs(T: int, V: int) -> Pairs:
     """Every teacher row with every student view but its own, equally: 1 / (T*V - min(T, V)).
@@ -182,14 +189,10 @@ def _(grad, stats, student, *rest):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], stats: Tensor) -> None:
     student, rows, centers, row_weights, temperatures, *ctx.numbers = inputs
-    ctx.save_for_backward(stats, student, temperatures, *rows, *centers, *row_weights)
+    ctx.save_for_backward(output[2], student, temperatures, *rows, *centers, *row_weights)
     ctx.targets = len(rows)
+    ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -234,14 +237,14 @@ class _Eager(torch.autograd.Function):
     forward and backward on a CPU: a tenth of it at B = 4, K = 65536 (bench/distill.py)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        loss, terms, stats = _kernels(inputs[-1]).distill_forward(*inputs[:-1])
-        _save(ctx, inputs, stats)
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output: tuple[Tensor, Tensor, Tensor] = _kernels(inputs[-1]).distill_forward(*inputs[:-1])
+        return output
+
+    setup_context = staticmethod(_setup)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
         # With create_graph the gradient must carry the refusal of `_backward`. (once_differentiable
         # looks at `grad` alone, and a gradient penalty would silently be a constant.)
         if torch.is_grad_enabled():
@@ -266,10 +269,9 @@ def _run(
             for tau in taus
         ]
     )
-    rows = [t.logits if t.logits is not None else t.probs for t in targets]
     arguments = (
-        student,
-        [r.detach() for r in rows if r is not None],
+        student.resolve_neg(),  # kernels read memory, where the sign of such a view is another
+        [t.rows.detach().resolve_neg() for t in targets],
         [empty if t.center is None else t.center.detach() for t in targets],
         [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
         temperatures.detach(),
@@ -281,7 +283,7 @@ def _run(
     if torch.compiler.is_compiling() or not _plain(arguments):
         loss, terms, _ = _forward(*arguments)
     else:
-        loss, terms = _Eager.apply(*arguments)
+        loss, terms, _ = _Eager.apply(*arguments)
     return loss, terms.detach()
 
 
@@ -294,22 +296,29 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
     return _get_current_dispatch_mode() is None and all(type(t) in known for t in tensors)
 
 
+def _transformed(student: Tensor) -> str | None:
+    """torch.func's transforms differentiate or vectorise the reference alone."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(student):
+        return "it cannot run under torch.func transforms (grad, vmap)"
+    return None
+
+
 def _cpu_why_not(
-    student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+    student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
 ) -> str | None:
-    rows = (t.logits if t.logits is not None else t.probs for t in targets)
-    return cpu.why_not(student, *(r for r in rows if r is not None))
+    return _transformed(student) or cpu.why_not(student, *(t.rows for t in targets))
 
 
 def _cuda_why_not(
-    student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+    student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
 ) -> str | None:
-    rows = (t.logits if t.logits is not None else t.probs for t in targets)
-    return cuda.why_not(student, [r for r in rows if r is not None])
+    return _transformed(student) or cuda.why_not(student, [t.rows for t in targets])
 
 
 def _triton_why_not(
-    student: Tensor, targets: Sequence[Target], temperature: float | Tensor
+    student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
 ) -> str | None:
     # A GPU first, so that triton is not imported for tensors on the CPU, its interpreter aside.
     if student.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -318,8 +327,7 @@ def _triton_why_not(
         kernels = _kernels("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    rows = (t.logits if t.logits is not None else t.probs for t in targets)
-    return kernels.why_not(student, *(r for r in rows if r is not None))
+    return _transformed(student) or kernels.why_not(student, *(t.rows for t in targets))
 
 
 register("distill_cross_entropy", "cuda", partial(_run, "cuda"), _cuda_why_not)
@@ -337,6 +345,8 @@ def _check(student: Tensor, targets: Sequence[Target], temperature: float | Tens
     if student.shape[-1] == 0:
         raise ValueError("student has no prototypes: K is 0, a distribution takes at least one")
     _check_temperature("temperature", temperature)
+    if isinstance(targets, Target):
+        raise ValueError("targets must be a list of Target, got a single one: pass [target]")
     if not targets:
         raise ValueError("targets is empty: there is nothing to pair the student with")
     for i, target in enumerate(targets):
@@ -347,8 +357,7 @@ def _check_target(name: str, target: Target, student: Tensor) -> None:
     views, images, prototypes = student.shape
     if (target.logits is None) == (target.probs is None):
         raise ValueError(f"{name} takes either logits or probs [T, B, K]")
-    rows = target.logits if target.logits is not None else target.probs
-    assert rows is not None
+    rows = target.rows
     if rows.ndim != 3 or rows.shape[1:] != student.shape[1:] or not rows.is_floating_point():
         raise ValueError(
             f"{name} must hold floating [T, {images}, {prototypes}] like the student's "
@@ -383,8 +392,8 @@ def _check_temperature(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):  # its value stays on the device: reading it would synchronise
         if value.ndim:
             raise ValueError(f"{name} must be 0-d, one number, got shape {list(value.shape)}")
-    elif not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
+    elif not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
 __all__ = ["Target", "cross_view_pairs", "distill_cross_entropy", "matched_pairs"]

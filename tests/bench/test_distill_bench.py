@@ -19,7 +19,7 @@ def test_rows_compare_every_form(dtype, capsys):
     assert {"official", "official, compiled"} <= names
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline_s"] / row["drop_in_s"])
-        assert row["shape"] == {"V": 10, "T": 2, "B": 2, "K": 64}
+        assert row["shape"] == {"V": 10, "T": 2, "B": 2, "K": distill.K}
         row["compute_bound_s"] = 1.0
     # Between the passes: the logits of 10 student and 2 teacher views, next to nothing else.
     logits, extra = 12 * 2 * 64 * dtype.itemsize, 4096

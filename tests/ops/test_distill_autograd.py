@@ -234,3 +234,26 @@ def test_evaluation_keeps_no_graph():
         with mode():
             total = loss(student * 1)
         assert torch.equal(total, expected) and not total.requires_grad
+
+
+def test_torch_func_runs_on_the_reference(monkeypatch):
+    monkeypatch.delenv("MOKD_FAST_BACKEND", raising=False)
+    student = torch.randn(3, 2, 40)
+    target = Target(cross_view_pairs(2, 3), torch.randn(2, 2, 40))
+
+    def loss(student, backend=None):
+        return distill_cross_entropy(student, [target], backend=backend)[0]
+
+    gradient = torch.func.grad(loss)(student)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda s: loss(s, "reference"))(student))
+    torch.testing.assert_close(torch.func.vmap(loss)(student[None])[0], loss(student))
+    with pytest.raises(RuntimeError, match="torch.func transforms"):
+        torch.func.grad(lambda s: loss(s, "cpu"))(student)
+
+
+def test_the_sign_of_a_negative_view_counts():
+    view = torch.randn(5, 2, 40, dtype=torch.cfloat).conj().imag  # memory holds its negative
+    assert view.is_neg()
+    target, copied = (Target(cross_view_pairs(2, 3), x[3:]) for x in (view, view.clone()))
+    mine, _ = distill_cross_entropy(view[:3], [target])
+    torch.testing.assert_close(mine, distill_cross_entropy(view[:3].clone(), [copied])[0])

@@ -69,6 +69,7 @@ Rows rows(const Strided& r) {
 
 // The arguments of distill_cross_entropy, kept alive for one call.
 struct Distill {
+  Distill(const Distill&) = delete;  // `call` points into the vectors
   std::vector<Rows> student;
   std::vector<Teacher> teacher;
   std::vector<double> pairs, weights;
@@ -80,6 +81,14 @@ struct Distill {
           std::vector<double> pairs_, std::vector<double> weights_, uintptr_t temperatures,
           int64_t images, int64_t columns, int threads)
       : pairs(std::move(pairs_)), weights(std::move(weights_)) {
+    const size_t T = teacher_rows.size();
+    if (student_rows.empty() || !T || columns < 1 || centers.size() != T || row_weights.size() != T ||
+        targets.size() != T || probabilities.size() != T || pairs.size() != T * student_rows.size())
+      throw std::invalid_argument("Distill: at least a student row, a teacher row and a column, and "
+                                  "lists of one length");
+    for (int target : targets)
+      if (target < 0 || size_t(target) >= weights.size())
+        throw std::invalid_argument("Distill: a target has no weight");
     for (const Strided& r : student_rows) student.push_back(rows(r));
     for (size_t t = 0; t < teacher_rows.size(); ++t)
       teacher.push_back({rows(teacher_rows[t]), pointer<const void>(centers[t]),

@@ -1,5 +1,5 @@
-// distill_cross_entropy on the CPU. Compiled once for every x86-64 level (MOKD_LEVEL), so nothing
-// here may come from a header as an inline function: the linker would keep one copy for all levels.
+// distill_cross_entropy on the CPU. Compiled once for every x86-64 level (MOKD_LEVEL), so everything
+// has internal linkage: of inline functions the linker would keep one copy for all levels.
 //
 // Forward reads every student and teacher row once (4 (V + T) B K bytes in fp32) and keeps
 // 2 (V + T) B numbers; backward reads them once more and writes the gradient once. Work is cut into
@@ -9,7 +9,11 @@
 #include "distill.h"
 
 #include <cstdlib>
+#include <new>
 #include <type_traits>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "vector.h"
 
@@ -37,7 +41,7 @@ struct Next {
 template <typename A, typename Row>
 A maximum(Row row, int64_t n) {
   constexpr int L = LANES<A>;
-  const A lowest = -FLT_MAX;  // a row of -inf keeps a finite maximum
+  const A lowest = sizeof(A) == 4 ? A(-FLT_MAX) : A(-1e290);  // a row of -inf keeps a finite maximum
   Vec<A> a = Vec<A>{} + lowest, b = a, v;
   int64_t k = 0;
   for (; k + 2 * L <= n; k += 2 * L) {
@@ -96,10 +100,10 @@ A student_block(Row row, A max, A scale, int64_t n, const A* const* e, A* dots, 
     for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k + L) * y;
   }
   if constexpr (!std::is_same_v<Row, PairedBf16>) {
-    for (; k < n; k += L) {  // -1e30 has exponential 0 and, unlike -inf, product 0 with a teacher's 0
+    for (; k < n; k += L) {  // what is filled in has exponential 0 and, in the dots, difference 0
       const int64_t rest = n - k < L ? n - k : L;
-      const Vec<A> z = row.tail(k, rest, A(-1e30)) - max;
-      total += exp2_negative(z * scale);
+      total += exp2_negative((row.tail(k, rest, A(-__builtin_inff())) - max) * scale);
+      const Vec<A> z = row.tail(k, rest, max) - max;
       for (int i = 0; i < N; ++i) d[i] += load_tail(e[i] + k, rest, A(0)) * z;
     }
   }
@@ -248,17 +252,35 @@ void forward_student(const Distill& d, Block at, int v, Row row, const A* const*
   } while (t < T);
 }
 
+// Memory of one call, aligned to cache lines; std::bad_alloc, which reaches Python as MemoryError.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : at(std::aligned_alloc(64, (bytes / 64 + 1) * 64)) {
+    if (!at) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(at); }
+  Buffer(const Buffer&) = delete;
+  char* get() const { return static_cast<char*>(at); }
+
+ private:
+  void* at;
+};
+
 // Where one thread works: blocks of numbers for the scratch, a State and pointers to teacher rows.
 template <typename A>
 struct Workplace {
   A* scratch;
   double* state;
   const A** rows;
-  explicit Workplace(const Shape& shape)
-      : scratch(static_cast<A*>(std::aligned_alloc(64, (shape.teachers + 2) * BLOCK * sizeof(A)))),
-        state(static_cast<double*>(std::malloc(state_size(shape) * sizeof(double)))),
-        rows(static_cast<const A**>(std::malloc((shape.teachers + 1) * sizeof(A*)))) {}
-  ~Workplace() { std::free(scratch), std::free(state), std::free(rows); }
+  Workplace(char* at, const Shape& shape)
+      : scratch(reinterpret_cast<A*>(at)),
+        state(reinterpret_cast<double*>(scratch + (shape.teachers + 2) * BLOCK)),
+        rows(reinterpret_cast<const A**>(state + state_size(shape))) {}
+  static int64_t bytes(const Shape& shape) {
+    const int64_t size = (shape.teachers + 2) * BLOCK * sizeof(A) + state_size(shape) * sizeof(double) +
+                         shape.teachers * sizeof(A*);
+    return (size / 64 + 1) * 64;
+  }
 };
 
 // Scratch: a block for every teacher row, then one to widen a row in.
@@ -290,32 +312,38 @@ void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
   }
 }
 
-// Calls work(item, place) for every item, with a place of each thread's own; no parallel region for
-// one thread: a forked child would hang in one.
-template <typename MakePlace, typename Work>
-void parallel(int threads, int64_t items, const MakePlace& make_place, const Work& work) {
+// Calls work(item, number of the thread) for every item, neighbours by one thread: it fetches across
+// their border. No parallel region for one thread: a forked child would hang in one.
+template <typename Work>
+void parallel(int threads, int64_t items, const Work& work) {
 #ifdef _OPENMP
   if (threads > 1 && items > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      auto place = make_place();
-#pragma omp for schedule(static)  // neighbours to one thread: it fetches across their border
-      for (int64_t i = 0; i < items; ++i) work(i, place);
-    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < items; ++i) work(i, omp_get_thread_num());
     return;
   }
 #endif
-  auto place = make_place();
-  for (int64_t i = 0; i < items; ++i) work(i, place);
+  for (int64_t i = 0; i < items; ++i) work(i, 0);
+}
+
+// The same with a workplace for each thread.
+template <typename A, typename Work>
+void each_item(const Distill& d, int64_t items, const Work& work) {
+  const int64_t bytes = Workplace<A>::bytes(d.shape);
+  const Buffer memory(bytes * (d.threads > 1 ? d.threads : 1));
+  parallel(d.threads, items, [&](int64_t item, int thread) {
+    Workplace<A> place(memory.get() + thread * bytes, d.shape);
+    work(item, place);
+  });
 }
 
 template <typename A>
 void forward(const Distill& d, const Forward& out) {
   const int T = d.shape.teachers, V = d.shape.views;
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
-  double* states = static_cast<double*>(std::malloc((B * cut * size + d.targets + 1) * sizeof(double)));
-  double* sums = states + B * cut * size;
-  parallel(d.threads, B * cut, [&] { return Workplace<A>(d.shape); }, [&](int64_t item, Workplace<A>& work) {
+  const Buffer memory((B * cut * size + d.targets) * sizeof(double));
+  double *states = reinterpret_cast<double*>(memory.get()), *sums = states + B * cut * size;
+  each_item<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
     forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
   });
 
@@ -349,7 +377,6 @@ void forward(const Distill& d, const Forward& out) {
     loss += d.weights[i] * term;
   }
   *static_cast<A*>(out.loss) = A(loss);
-  std::free(states);
 }
 
 // gradient[v] = f_v 2^(..) - sum_t c_tv q_t: f_v = grad_output n_v / (tau_s B sum_v) and
@@ -498,17 +525,19 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
 
 template <typename A>
 void backward(const Distill& d, const Backward& io) {
-  const int64_t items = d.shape.images * tiles(d.shape, TILE);
-  parallel(d.threads, items, [&] { return Workplace<A>(d.shape); }, [&](int64_t item, Workplace<A>& work) {
+  each_item<A>(d, d.shape.images * tiles(d.shape, TILE), [&](int64_t item, Workplace<A>& work) {
     backward_item<A>(d, io, tile_at(d.shape, TILE, item), work);
   });
 }
 
-// Rows are added in order, a tile of columns at a time: bits do not depend on the threads.
+// Rows are added in order, a tile of columns at a time: bits do not depend on the threads. A chain of
+// fp32 additions is ended after CHAIN rows and goes on in double.
 template <typename A>
 void column_mean_tile(const ColumnMean& m, int64_t begin, int64_t n) {
   constexpr int L = LANES<A>;
+  constexpr int64_t CHAIN = 16;
   alignas(WIDTH) A sum[BLOCK] = {}, wide[BLOCK];
+  double total[BLOCK] = {};
   for (int64_t row = 0; row < m.count; ++row) {
     const A* x = values<A>(m.rows, row, begin, n, wide);
     const Next next = {address(m.rows, row + AHEAD, begin), item_size(m.rows.type) * (m.rows.column == 1)};
@@ -518,14 +547,16 @@ void column_mean_tile(const ColumnMean& m, int64_t begin, int64_t n) {
       store(sum + k, load<Vec<A>>(sum + k) + load<Vec<A>>(x + k));
     }
     for (; k < n; ++k) sum[k] += x[k];
+    if ((row + 1) % CHAIN && row + 1 < m.count) continue;
+    for (k = 0; k < n; ++k) total[k] += sum[k], sum[k] = 0;
   }
   A* mean = static_cast<A*>(m.mean) + begin;
-  for (int64_t k = 0; k < n; ++k) mean[k] = m.count ? sum[k] / A(m.count) : A(0);
+  for (int64_t k = 0; k < n; ++k) mean[k] = m.count ? A(total[k] / double(m.count)) : A(0);
 }
 
 template <typename A>
 void column_mean(const ColumnMean& m) {
-  parallel(m.threads, (m.columns + BLOCK - 1) / BLOCK, [] { return 0; }, [&](int64_t i, int) {
+  parallel(m.threads, (m.columns + BLOCK - 1) / BLOCK, [&](int64_t i, int) {
     const int64_t begin = i * BLOCK, rest = m.columns - begin;
     column_mean_tile<A>(m, begin, rest < BLOCK ? rest : BLOCK);
   });

@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_consta
     each(x, n, [&](A& g, int) { g = any ? power_of_two((g - max) * rate) * normal : A(0); });
     for (int t = 0; t < T; ++t) {
       const A c = A(coefficient<A>(d, t, v, b)) * scale;
-      if (c != 0) q.with(t, x, n, [&](int, A kept, A& g) { g -= c * kept; });
+      if (d.pairs[t * V + v] != 0) q.with(t, x, n, [&](int, A kept, A& g) { g -= c * kept; });
     }
     store(static_cast<S*>(p.backward.gradient) + (v * B + b) * K + at.begin, n, x);
   }

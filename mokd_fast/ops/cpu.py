@@ -70,7 +70,7 @@ def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -
 
 def column_mean(logits: Tensor) -> Tensor:
     """Mean [K] of logits [..., K] over all rows, of the arithmetic's dtype."""
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = logits.resolve_neg().reshape(-1, logits.shape[-1])
     mean = torch.empty(rows.shape[1], dtype=accumulation_dtype(logits))
     row = rows.data_ptr(), TYPES[rows.dtype], *rows.stride()
     threads = torch.get_num_threads()

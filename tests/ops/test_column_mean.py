@@ -26,10 +26,22 @@ def test_the_mean(rows, k, dtype):
     logits = (torch.randn(2, rows, k, generator=g, dtype=torch.float64) * 5 + 100).to(dtype)
     mean = column_mean(logits)
     assert mean.shape == (k,) and mean.dtype == torch.promote_types(dtype, torch.float32)
-    eps = torch.finfo(mean.dtype).eps
-    torch.testing.assert_close(
-        mean.double(), logits.double().flatten(0, 1).mean(0), rtol=rows * eps, atol=0
-    )
+    rtol = 1e-14 if dtype == torch.float64 else 1e-6
+    exact = logits.double().flatten(0, 1).mean(0)
+    torch.testing.assert_close(mean.double(), exact, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3])
+def test_many_equal_rows(value):
+    """One chain of fp32 additions would be off by 1e-4."""
+    logits = torch.full((12544, 70), value)
+    torch.testing.assert_close(column_mean(logits), logits[0], rtol=5e-7, atol=0)
+
+
+def test_the_sign_of_a_negative_view_counts():
+    view = torch.randn(5, 40, dtype=torch.cfloat).conj().imag
+    assert view.is_neg()
+    torch.testing.assert_close(column_mean(view), view.clone().mean(0))
 
 
 def test_any_strides_and_no_gradient():

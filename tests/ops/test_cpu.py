@@ -1,6 +1,8 @@
 """The CPU kernel of distill_cross_entropy: registration, levels, threads, forks, odd sizes."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,3 +164,19 @@ def test_reasons(monkeypatch):
         run(student, target)
     monkeypatch.setitem(os.environ, "MOKD_FAST_BACKEND", "")
     assert distill_cross_entropy(student, [target])[0].isfinite()  # falls through
+
+
+def test_without_memory_it_is_an_error():
+    code = """
+import resource, torch
+from mokd_fast.ops import Target, distill_cross_entropy
+resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+rows = torch.zeros(1, 1, 2).expand(18, 3000000, 2)
+target = Target(((1.0,) * 18,) * 18, rows)
+try:
+    distill_cross_entropy(rows, [target], backend="cpu")
+except MemoryError as error:
+    print("MemoryError")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "MemoryError\n"), done.stderr

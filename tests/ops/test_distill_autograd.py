@@ -247,7 +247,7 @@ def test_torch_func_runs_on_the_reference(monkeypatch):
     gradient = torch.func.grad(loss)(student)
     torch.testing.assert_close(gradient, torch.func.grad(lambda s: loss(s, "reference"))(student))
     torch.testing.assert_close(torch.func.vmap(loss)(student[None])[0], loss(student))
-    with pytest.raises(RuntimeError, match="torch.func transforms"):
+    with pytest.raises(RuntimeError, match=r"under torch\.func transforms"):
         torch.func.grad(lambda s: loss(s, "cpu"))(student)
 
 

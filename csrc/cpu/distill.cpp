@@ -10,12 +10,11 @@
 
 #include <cstdlib>
 #include <new>
-#include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "vector.h"
+#include "loops.h"
 
 #define MOKD_JOIN_(a, b) a##b
 #define MOKD_JOIN(a, b) MOKD_JOIN_(a, b)
@@ -25,121 +24,8 @@
 namespace mokd::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 1024;      // columns worked on at a time: rows of a block stay in L1
 constexpr int64_t TILE = 8 * BLOCK;  // columns of one piece of work
-constexpr int GROUP = 4;             // teacher rows that ride along with a student's exponential
 constexpr int AHEAD = 4;             // rows fetched ahead: 18 % faster than 2 at B = 16
-constexpr double LOG2_E = 1.4426950408889634;
-
-// The row that is worked on next: fetched a vector ahead of need, wherever it ends.
-struct Next {
-  const char* row;
-  int64_t item;  // bytes
-  void fetch(int64_t k) const { __builtin_prefetch(row + k * item, 0, 2); }  // into L2
-};
-
-template <typename A, typename Row>
-A maximum(Row row, int64_t n) {
-  constexpr int L = LANES<A>;
-  const A lowest = sizeof(A) == 4 ? A(-FLT_MAX) : A(-1e290);  // a row of -inf keeps a finite maximum
-  Vec<A> a = Vec<A>{} + lowest, b = a, v;
-  int64_t k = 0;
-  for (; k + 2 * L <= n; k += 2 * L) {
-    v = row.template get<0>(k), a = v > a ? v : a;
-    v = row.template get<1>(k), b = v > b ? v : b;
-  }
-  if constexpr (!std::is_same_v<Row, PairedBf16>) {
-    for (; k < n; k += L) {
-      v = row.tail(k, n - k < L ? n - k : L, lowest);
-      a = v > a ? v : a;
-    }
-  }
-  return reduce_max<A>(a > b ? a : b);
-}
-
-// In double: a chain of fp32 additions is off by 8e-6 after a block of 1/1000.
-template <typename A>
-double sum(const A* x, int64_t n) {
-  double total = 0;
-  for (int64_t k = 0; k < n; ++k) total += x[k];
-  return total;
-}
-
-// e[k] = factor * 2^((x[k] - max) * scale), zeros up to a whole vector; returns the sum.
-template <typename A, typename Row>
-A exponentials(Row row, A max, A scale, A factor, int64_t n, A* e, Next next) {
-  constexpr int L = LANES<A>;
-  Vec<A> total = {};
-  int64_t k = 0;
-  for (; k + L <= n; k += L) {
-    next.fetch(k);
-    const Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
-    total += v;
-    store(e + k, v);
-  }
-  if (k < n) {
-    const Vec<A> v = exp2_negative((row.tail(k, n - k, A(-__builtin_inff())) - max) * scale) * factor;
-    total += v;
-    store(e + k, v);
-  }
-  return reduce_add<A>(total);
-}
-
-// sum 2^((x - max) scale), and dots[i] = sum e_i (x - max) for N teacher rows.
-template <int N, typename A, typename Row>
-A student_block(Row row, A max, A scale, int64_t n, const A* const* e, A* dots, Next next) {
-  constexpr int L = LANES<A>;
-  Vec<A> total = {}, d[GROUP] = {};
-  int64_t k = 0;
-  for (; k + 2 * L <= n; k += 2 * L) {
-    next.fetch(k), next.fetch(k + L);
-    const Vec<A> z = row.template get<0>(k) - max, y = row.template get<1>(k) - max;
-    total += exp2_negative(z * scale);
-    total += exp2_negative(y * scale);
-    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k) * z;
-    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k + L) * y;
-  }
-  if constexpr (!std::is_same_v<Row, PairedBf16>) {
-    for (; k < n; k += L) {  // what is filled in has exponential 0 and, in the dots, difference 0
-      const int64_t rest = n - k < L ? n - k : L;
-      total += exp2_negative((row.tail(k, rest, A(-__builtin_inff())) - max) * scale);
-      const Vec<A> z = row.tail(k, rest, max) - max;
-      for (int i = 0; i < N; ++i) d[i] += load_tail(e[i] + k, rest, A(0)) * z;
-    }
-  }
-  for (int i = 0; i < N; ++i) dots[i] = reduce_add<A>(d[i]);
-  return reduce_add<A>(total);
-}
-
-// g = factor 2^((x - max) scale) - sum_i c_i q_i for N teacher rows, over whole pairs of vectors;
-// returns where they end.
-template <int N, typename Row, typename A>
-int64_t gradient_block(Row row, A max, A scale, A factor, int64_t n, const A* const* q, const A* c,
-                       Next next) {
-  constexpr int L = LANES<A>;
-  int64_t k = 0;
-  for (; k + 2 * L <= n; k += 2 * L) {
-    next.fetch(k), next.fetch(k + L);
-    Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
-    Vec<A> w = exp2_negative((row.template get<1>(k) - max) * scale) * factor;
-    for (int i = 0; i < N; ++i) v -= load<Vec<A>>(q[i] + k) * c[i];
-    for (int i = 0; i < N; ++i) w -= load<Vec<A>>(q[i] + k + L) * c[i];
-    row.put(k, v, w);
-  }
-  return k;
-}
-
-// Calls f with the group's size as a constant.
-template <typename F>
-auto with_count(int count, const F& f) {
-  switch (count) {
-    case 0: return f(std::integral_constant<int, 0>());
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    default: return f(std::integral_constant<int, GROUP>());
-  }
-}
 
 // a takes in b, its right neighbour. Maxima seldom move (running_maximum): then sums are just added.
 void merge(State a, State b, int T, int V) {
@@ -439,10 +325,10 @@ void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>&
   }
 }
 
-// Whether gradients go straight to their place, which is aligned then, for blocks of whole pairs of
+// Whether gradients are streamed to their place, which is aligned then, for blocks of whole pairs of
 // vectors. A view with more than GROUP teacher rows would have to read them back.
 template <typename A>
-bool direct(const Distill& d, const Backward& io) {
+bool streams(const Distill& d, const Backward& io) {
   const Rows& student = d.student[0];
   const int64_t item = item_size(student.type);
   for (int v = 0; v < d.shape.views; ++v) {
@@ -456,7 +342,7 @@ bool direct(const Distill& d, const Backward& io) {
 
 template <typename A>
 void backward_student(const Distill& d, const Backward& io, Block at, int v, Coefficients f, A scale,
-                      const A* const* q, A* wide, A* g, bool straight) {
+                      const A* const* q, A* wide, A* g, bool streamed) {
   const int T = d.shape.teachers, V = d.shape.views;
   const Rows& student = d.student[v];
   Mix<A> m = {static_cast<const A*>(io.stats)[student_stats(d.shape, v, at.image)], scale,
@@ -472,12 +358,12 @@ void backward_student(const Distill& d, const Backward& io, Block at, int v, Coe
     return;
   }
   const char* from = address(student, at.image, at.k0);
-  if (straight && item_size(student.type) == sizeof(A)) {
+  if (streamed && item_size(student.type) == sizeof(A)) {
     gradient(m, at.n, Memory<A>{{reinterpret_cast<const A*>(from), reinterpret_cast<A*>(to)}});
     return;
   }
   if constexpr (sizeof(A) == 4) {
-    if (straight) {
+    if (streamed) {
       const PairedBf16 row = {reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to)};
       gradient(m, at.n, row);
       return;
@@ -508,17 +394,17 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
   const Coefficients f = coefficients<A>(d, io, at.image, work.state);
   const A scale = A(rate_of<A>(d, -1) * LOG2_E);
   A *wide = work.scratch + T * BLOCK, *g = wide + BLOCK;
-  const bool aligned = direct<A>(d, io);
+  const bool whole = streams<A>(d, io);
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
-    const bool straight = aligned && block.n % (2 * LANES<A>) == 0;
+    const bool streamed = whole && block.n % (2 * LANES<A>) == 0;
     for (int t = 0; t < T; ++t) {
       A* own = work.scratch + t * BLOCK;
       const A* q = backward_teacher<A>(d, io, block, t, own);
-      work.rows[t] = in_order(straight && d.student[0].type == BF16, q, block.n, own);
+      work.rows[t] = in_order(streamed && d.student[0].type == BF16, q, block.n, own);
     }
     for (int v = 0; v < V; ++v)
-      backward_student(d, io, block, v, f, scale, work.rows, wide, g, straight);
+      backward_student(d, io, block, v, f, scale, work.rows, wide, g, streamed);
   }
   stream_fence();
 }

@@ -36,7 +36,7 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 
     result, counted, turn = Medians(), 0, 0
     while counted < rounds:
         before, times = _others(), {}
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: 1 if turn % 2 else -1]:  # each after each
             _synchronize()
             begin = time.perf_counter()
             for _ in range(calls):

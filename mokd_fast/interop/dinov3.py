@@ -55,7 +55,9 @@ class DINOLoss(LazyCenterLoss):
         update_centers: False leaves the update pending.
         RuntimeError when the centre was neither initialised nor loaded.
         """
-        if not self._known_finite:
+        if (
+            not self._known_finite and not torch.compiler.is_compiling()
+        ):  # which cannot branch on it
             if self.center.isnan().any():
                 raise RuntimeError(
                     "the centre of this DINOLoss is NaN: call init_weights() or load a state first"

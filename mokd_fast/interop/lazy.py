@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import sinkhorn_center
+from ..ops.distill import _check_temperature
 from .shared import moved_center, rank_mean, reduce_ranks
 
 
@@ -15,8 +16,9 @@ class LazyCenterLoss(nn.Module):
     """Teacher probabilities by centring or by Sinkhorn-Knopp, as DINOv2 and DINOv3 have them.
 
     `update_center` starts the all-reduce and returns; the centre moves when it is needed next: in
-    `softmax_center_teacher`, or, where the originals lose the update, in `state_dict()`, a copy or
-    a pickle. Loading a state drops what was pending: it belongs to the centre that is replaced.
+    `softmax_center_teacher`, or, where the originals lose the update, in `state_dict()`, `.to()`, a
+    copy or a pickle. Loading a state drops what was pending: it belongs to the centre that is
+    replaced. ValueError for teacher logits of another K and for a temperature <= 0.
 
     process_group: the ranks to reduce over, None for all; an attribute, set it before the first
     call. Attributes as in the originals: student_temp, center_momentum, updated, reduce_handle,
@@ -52,6 +54,7 @@ class LazyCenterLoss(nn.Module):
     @torch.no_grad()
     def reduce_center_update(self, teacher_output: Tensor) -> None:
         """What `update_center` calls."""
+        self._check(teacher_output)
         self.updated = False
         self.async_batch_center = rank_mean(teacher_output)
         self.reduce_handle = reduce_ranks(self.async_batch_center, self.process_group, wait=False)
@@ -64,7 +67,17 @@ class LazyCenterLoss(nn.Module):
             self.center = moved_center(self.center, self.async_batch_center, self.center_momentum)
         self._drop_update()
 
+    def _check(self, teacher_output: Tensor, teacher_temp: float = 1.0) -> None:
+        prototypes = self.center.shape[-1]
+        if teacher_output.ndim == 0 or teacher_output.shape[-1] != prototypes:
+            raise ValueError(
+                f"teacher_output must be [..., K] with K = {prototypes} like the centre, "
+                f"got {list(teacher_output.shape)}"
+            )
+        _check_temperature("teacher_temp", teacher_temp)
+
     def _softmax(self, logits: Tensor, teacher_temp: float) -> Tensor:
+        self._check(logits, teacher_temp)
         return F.softmax((logits - self.center) / teacher_temp, dim=-1)
 
     def _sinkhorn(self, logits: Tensor, teacher_temp: float, n_iterations: int) -> Tensor:
@@ -75,6 +88,10 @@ class LazyCenterLoss(nn.Module):
 
     def _drop_update(self) -> None:
         self.updated, self.reduce_handle, self.async_batch_center = True, None, None
+
+    def _apply(self, *args: Any, **options: Any) -> Any:  # what is pending lies on the old device
+        self.apply_center_update()
+        return super()._apply(*args, **options)
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.apply_center_update()

@@ -65,7 +65,7 @@ class DINOLoss(nn.Module):
         """
         if teacher_temp is None:
             warm = epoch is None or epoch >= self.warmup_teacher_temp_epochs
-            teacher_temp = self.teacher_temp if warm else self.teacher_temp_schedule[epoch].item()
+            teacher_temp = self.teacher_temp if warm else self.teacher_temp_schedule[epoch]
         teacher = stack_views("teacher_out", teacher_out)
         student = stack_views("student_out", student_out)
         loss = cross_view_loss(student, teacher, self.center, self.student_temp, teacher_temp)

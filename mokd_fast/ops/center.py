@@ -56,11 +56,16 @@ class Center(nn.Module):
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in 0..1, got {momentum}")
-        heads = {SINGLE: prototypes} if isinstance(prototypes, int) else dict(prototypes)
-        if not heads or min(heads.values()) < 1:
+        heads = dict(prototypes) if isinstance(prototypes, Mapping) else {SINGLE: prototypes}
+        if not heads or not all(isinstance(k, int) and k >= 1 for k in heads.values()):
             raise ValueError(f"prototypes must be a size K >= 1 for each head, got {prototypes}")
         self.momentum = momentum
         self._pending: tuple[list[str], Tensor, dist.Work | None] | None = None
+        for name in heads:
+            if not name or "." in name or hasattr(self, name):
+                raise ValueError(
+                    f"a head cannot be called {name!r}: it names a buffer of this module"
+                )
         for name, size in heads.items():
             self.register_buffer(name, torch.zeros(size))
 

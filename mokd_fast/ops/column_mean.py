@@ -11,8 +11,13 @@ from .dispatch import pick, register
 def column_mean(logits: Tensor) -> Tensor:
     """Mean over every dimension but the last, accumulated in fp32 (fp64 for fp64). [K]
 
-    Without rows it is 0, as the loss is. No gradient flows.
+    Without rows it is 0, as the loss is. No gradient flows. ValueError for anything but floating
+    logits [..., K] with K >= 1.
     """
+    if logits.ndim == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floating [..., K], got {logits.dtype} of shape {list(logits.shape)}"
+        )
     mean: Tensor = pick("column_mean", logits).run(logits)
     return mean
 

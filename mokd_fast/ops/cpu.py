@@ -4,6 +4,7 @@ MOKD_FAST_CPU_LEVEL forces an x86-64 level (baseline, v3, v4); without it the be
 that is none of them, or a level this processor cannot run, is a ValueError.
 """
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +14,21 @@ from torch import Tensor
 
 from .reference import accumulation_dtype
 
+NOT_BUILT = "the native module was not built (`pip install -v .` shows why)"
 
-def _load() -> Any:
-    """mokd_fast._C, or None where it was not built. torch comes first: one OpenMP runtime."""
+
+def _load() -> tuple[Any, str]:
+    """mokd_fast._C, or None and why. torch comes first: one OpenMP runtime."""
+    if importlib.util.find_spec("mokd_fast._C") is None:
+        return None, NOT_BUILT
     try:
         from mokd_fast import _C
-    except ImportError:
-        return None
-    return _C
+    except ImportError as error:
+        return None, f"the native module is built but cannot be loaded: {error}"
+    return _C, NOT_BUILT
 
 
-native = _load()
+native, missing = _load()
 LEVEL, LEVELS = "MOKD_FAST_CPU_LEVEL", ("baseline", "v3", "v4")
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -36,7 +41,7 @@ def why_not(*tensors: Tensor) -> str | None:
         if tensor.dtype not in TYPES:
             return f"it takes fp32, fp64, bf16 and fp16, one tensor is {tensor.dtype}"
     if native is None:
-        return "the native module was not built (`pip install -v .` shows why)"
+        return missing
     return None
 
 

@@ -34,7 +34,7 @@ def _constant(function: Any) -> Any:
 def _native_why_not(views: int, teachers: int, device: int) -> str | None:
     """Whether the module, the driver and the GPU take so many rows."""
     if cpu.native is None:
-        return "the native module was not built (`pip install -v .` shows why)"
+        return cpu.missing
     if not hasattr(cpu.native, "cuda_versions"):
         return "the native module was built without CUDA (no nvcc; MOKD_FAST_BUILD=cuda says why)"
     # The rows and pairs of a call are a kernel parameter of fixed size (csrc/cuda/distill.h).

@@ -30,7 +30,7 @@ def register(
     if name not in PRIORITY:
         raise ValueError(f"backend {name!r} of {op}: the names are {', '.join(PRIORITY)}")
     backends = _BACKENDS.setdefault(op, [])
-    backends.append(Backend(name, run, why_not or (lambda *args: None)))
+    backends.append(Backend(name, run, why_not or (lambda *args, **options: None)))
     backends.sort(key=lambda backend: PRIORITY.index(backend.name))
 
 
@@ -54,23 +54,33 @@ def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
         if candidate.name == forced:
             reason = candidate.why_not(*args)
             if reason is not None:
-                raise RuntimeError(f"{op}: backend {forced!r} was asked for but {reason}")
+                wish = "backend=" if backend else f"{ENVIRONMENT}="
+                raise RuntimeError(f"{op}: {wish}{forced} was asked for but {reason}")
             return candidate
     names = ", ".join(candidate.name for candidate in _backends(op))
     raise ValueError(f"{op}: no backend {forced!r}; it has {names}")
 
 
-def explain(op: str, *args: Any) -> str:
-    """One line a backend of `op`: which one the automatic choice takes, and why not the others."""
+def explain(op: str, *args: Any, **options: Any) -> str:
+    """One line a backend of `op`: which one the automatic choice takes, and why not the others.
+
+    The arguments are the operator's own: explain("distill_cross_entropy", student, targets).
+    """
     lines, chosen = [], False
     for candidate in _backends(op):
-        reason = candidate.why_not(*args)
+        reason = candidate.why_not(*args, **options)
         if reason is None:
             reason = "can run too" if chosen else "chosen"
             chosen = True
         lines.append(f"{candidate.name}: {reason}")
     if forced := os.environ.get(ENVIRONMENT):
-        lines.append(f"{ENVIRONMENT}={forced} is set, so this one runs or raises")
+        if forced in (candidate.name for candidate in _backends(op)):
+            effect = "this one runs or raises"
+        elif forced in PRIORITY:
+            effect = f"which {op} does not have, so the choice is automatic"
+        else:
+            effect = "which is no backend, so every call raises"
+        lines.append(f"{ENVIRONMENT}={forced} is set, {effect}")
     return "\n".join(lines)
 
 

@@ -177,3 +177,36 @@ def test_a_step_without_masked_patches():
     assert value == 0
     assert empty.grad.shape == (0, K)
     assert torch.equal(loss.state_dict()["center"], before)
+
+
+@pytest.mark.parametrize("module", [dinov2, dinov3])
+def test_bad_teacher_input_is_said_at_the_call(module):
+    loss = module.DINOLoss(16)
+    if module is dinov3:
+        loss.init_weights()
+    for temperature in (0.0, -0.1):
+        with pytest.raises(ValueError, match="teacher_temp must be > 0"):
+            loss.softmax_center_teacher(torch.zeros(6, 16), temperature)
+    for rows in (torch.zeros(6, 1), torch.zeros(6, 17)):
+        with pytest.raises(ValueError, match=r"teacher_output must be .* K = 16"):
+            loss.softmax_center_teacher(rows, 0.04)
+        with pytest.raises(ValueError, match=r"teacher_output must be .* K = 16"):
+            loss.update_center(rows)
+
+
+def test_a_pending_update_moves_with_the_module():
+    loss = dinov2.DINOLoss(16)
+    loss.update_center(torch.ones(6, 16))
+    moved = loss.to(torch.float64)
+    torch.testing.assert_close(moved.center, torch.full((1, 16), 0.1, dtype=torch.float64))
+
+
+def test_dinov3_compiles_after_a_state_was_loaded():
+    loss, twin = dinov3.DINOLoss(K), dinov3.DINOLoss(K)
+    twin.init_weights()
+    loss.load_state_dict(twin.state_dict())
+    rows = torch.randn(4, K)
+    step = torch.compile(
+        lambda x: loss.softmax_center_teacher(x, 0.04), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(step(rows), twin.softmax_center_teacher(rows, 0.04))

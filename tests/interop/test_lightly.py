@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from mokd_fast.interop import lightly as mine
 from tests.interop.cases import B, K, T, V, logits
@@ -24,7 +25,9 @@ TEMPERATURES = [
 
 @pytest.fixture
 def lightly():
-    return pytest.importorskip("lightly.loss")
+    import lightly.loss  # of the dev extra: without it these tests prove nothing
+
+    return lightly.loss
 
 
 def same(a, b, tolerance):
@@ -139,3 +142,16 @@ def test_bad_input_is_a_value_error():
     for module in (mine.DINOLoss, mine.IBOTPatchLoss):
         with pytest.raises(ValueError, match="center_mode must be 'mean'"):
             module(K, center_mode="median")
+
+
+def test_a_compiled_step_follows_the_epoch():
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled, eager = (mine.DINOLoss(K, 0.04, 0.07, 4) for _ in range(2))
+    student, teacher = (list(logits(rows).unbind()) for rows in (V, T))
+    step = torch.compile(
+        lambda epoch: compiled(teacher, student, epoch=epoch), backend=counter, fullgraph=True
+    )
+    for epoch in range(8):
+        torch.testing.assert_close(step(epoch), eager(teacher, student, epoch=epoch))
+    assert counter.frame_count <= 4  # not one an epoch

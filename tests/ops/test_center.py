@@ -401,3 +401,11 @@ def test_the_group_decides_who_reduces(ranks):
 
 def test_examples_in_the_documentation_run():
     assert doctest.testmod(center).failed == 0
+
+
+@pytest.mark.parametrize("name", ["momentum", "update", "a.b", ""])
+def test_heads_that_cannot_be_buffers(name):
+    with pytest.raises(ValueError, match="a head cannot be called"):
+        Center({name: 4})
+    with pytest.raises(ValueError, match="a size K >= 1"):
+        Center(3.5)

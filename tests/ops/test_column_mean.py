@@ -77,3 +77,11 @@ def test_compiled_and_threads():
 
 def test_opcheck():
     torch.library.opcheck(column_mean_file._operator, (torch.randn(4, 3, 33),))
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.tensor(1.0), torch.zeros(3, 0), torch.zeros(2, 3, dtype=torch.int64)]
+)
+def test_bad_input(logits):
+    with pytest.raises(ValueError, match=r"logits must be floating \[..., K\], got"):
+        column_mean(logits)

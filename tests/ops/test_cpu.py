@@ -180,3 +180,13 @@ except MemoryError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "MemoryError\n"), done.stderr
+
+
+def test_a_module_that_cannot_be_loaded_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mokd_fast._C", None)
+    monkeypatch.delattr("mokd_fast._C")
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: object())
+    native, reason = cpu._load()
+    assert native is None and "is built but cannot be loaded: " in reason
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    assert cpu._load() == (None, cpu.NOT_BUILT)

@@ -26,19 +26,21 @@ def test_priority_and_fall_through():
 
 def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     assert dispatch.pick("op", 0, backend="reference").name == "reference"
-    with pytest.raises(RuntimeError, match="'cuda' was asked for but x is not on a GPU"):
+    with pytest.raises(RuntimeError, match="backend=cuda was asked for but x is not on a GPU"):
         dispatch.pick("op", 1, backend="cuda")
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
     assert dispatch.pick("op", 0).name == "reference"
     assert dispatch.pick("op", 0, backend="cuda").name == "cuda"  # the argument wins
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
-    with pytest.raises(RuntimeError, match="x is not on a GPU"):
+    with pytest.raises(RuntimeError, match="MOKD_FAST_BACKEND=cuda was asked for but x is not"):
         dispatch.pick("op", 1)
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")  # which this operator does not have
     assert dispatch.pick("op", 0).name == "cuda"
+    assert "which op does not have, so the choice is automatic" in dispatch.explain("op", 0)
     with pytest.raises(ValueError, match="no backend 'triton'; it has cuda, reference"):
         dispatch.pick("op", 0, backend="triton")
     monkeypatch.setenv(dispatch.ENVIRONMENT, "abacus")
+    assert "which is no backend, so every call raises" in dispatch.explain("op", 0)
     with pytest.raises(ValueError, match="no backend 'abacus'; it has cuda, reference"):
         dispatch.pick("op", 0)
     with pytest.raises(ValueError, match="no operator 'other'"):

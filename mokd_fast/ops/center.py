@@ -42,7 +42,8 @@ class Center(nn.Module):
     As in DINO the loss of a step takes the centre from before the step's own update: read it
     first, then update.
 
-    Raises ValueError for no head, a size below 1, and a momentum outside 0..1.
+    Raises ValueError for no head, a size that is no integer >= 1, a name that no buffer can have
+    ("", "a.b", "update"), and a momentum outside 0..1.
 
     Example:
         >>> import torch
@@ -57,15 +58,14 @@ class Center(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in 0..1, got {momentum}")
         heads = dict(prototypes) if isinstance(prototypes, Mapping) else {SINGLE: prototypes}
-        if not heads or not all(isinstance(k, int) and k >= 1 for k in heads.values()):
+        # type() and not isinstance(): True is no size.
+        if not heads or not all(type(k) is int and k >= 1 for k in heads.values()):
             raise ValueError(f"prototypes must be a size K >= 1 for each head, got {prototypes}")
         self.momentum = momentum
         self._pending: tuple[list[str], Tensor, dist.Work | None] | None = None
         for name in heads:
-            if not name or "." in name or hasattr(self, name):
-                raise ValueError(
-                    f"a head cannot be called {name!r}: it names a buffer of this module"
-                )
+            if fault := self._fault(name):
+                raise ValueError(f"a head cannot be called {name!r}: {fault}")
         for name, size in heads.items():
             self.register_buffer(name, torch.zeros(size))
 
@@ -127,6 +127,15 @@ class Center(nn.Module):
                 mean = part[:-1] / ranks.clamp(min=1)
                 moved = center * self.momentum + mean * (1 - self.momentum)
                 setattr(self, name, torch.where(ranks > 0, moved, center))
+
+    def _fault(self, name: str) -> str | None:
+        """Why no buffer can have this name, or None. The properties are not read: there is no
+        head yet."""
+        if not isinstance(name, str) or not name or "." in name:
+            return "the name must be a string, not empty and without a dot"
+        if hasattr(type(self), name) or name in vars(self):
+            return "Center has an attribute of that name"
+        return None
 
     def _only(self) -> str:
         first, *more = self._buffers

@@ -16,7 +16,8 @@ def column_mean(logits: Tensor) -> Tensor:
     """
     if logits.ndim == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
         raise ValueError(
-            f"logits must be floating [..., K], got {logits.dtype} of shape {list(logits.shape)}"
+            "logits must be floating [..., K] with K >= 1, "
+            f"got {logits.dtype} of shape {list(logits.shape)}"
         )
     mean: Tensor = pick("column_mean", logits).run(logits)
     return mean
@@ -38,5 +39,9 @@ def _cpu(logits: Tensor) -> Tensor:
     return cpu.column_mean(logits)
 
 
-register("column_mean", "cpu", _cpu, cpu.why_not)
+def _cpu_why_not(logits: Tensor) -> str | None:
+    return cpu.why_not(logits)
+
+
+register("column_mean", "cpu", _cpu, _cpu_why_not)
 register("column_mean", "reference", reference.column_mean)

@@ -43,6 +43,7 @@ def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
     choice takes the first of PRIORITY that can.
     """
     forced = backend or os.environ.get(ENVIRONMENT)
+    wish = f"{'backend' if backend else ENVIRONMENT}={forced}"
     if not backend and forced in PRIORITY and forced not in (b.name for b in _backends(op)):
         forced = None
     if not forced:
@@ -54,17 +55,17 @@ def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
         if candidate.name == forced:
             reason = candidate.why_not(*args)
             if reason is not None:
-                wish = "backend=" if backend else f"{ENVIRONMENT}="
-                raise RuntimeError(f"{op}: {wish}{forced} was asked for but {reason}")
+                raise RuntimeError(f"{op}: {wish} was asked for but {reason}")
             return candidate
     names = ", ".join(candidate.name for candidate in _backends(op))
-    raise ValueError(f"{op}: no backend {forced!r}; it has {names}")
+    raise ValueError(f"{op}: {wish} was asked for, no backend {forced!r}; it has {names}")
 
 
 def explain(op: str, *args: Any, **options: Any) -> str:
     """One line a backend of `op`: which one the automatic choice takes, and why not the others.
 
-    The arguments are the operator's own: explain("distill_cross_entropy", student, targets).
+    The arguments are the operator's own, by position or by keyword, without `backend`:
+    explain("distill_cross_entropy", student, targets, temperature=0.1).
     """
     lines, chosen = [], False
     for candidate in _backends(op):

@@ -403,9 +403,20 @@ def test_examples_in_the_documentation_run():
     assert doctest.testmod(center).failed == 0
 
 
-@pytest.mark.parametrize("name", ["momentum", "update", "a.b", ""])
-def test_heads_that_cannot_be_buffers(name):
-    with pytest.raises(ValueError, match="a head cannot be called"):
+@pytest.mark.parametrize("name", ["momentum", "update", "value", "training"])
+def test_heads_that_would_hide_an_attribute(name):
+    with pytest.raises(ValueError, match=f"called '{name}': Center has an attribute of that name"):
         Center({name: 4})
-    with pytest.raises(ValueError, match="a size K >= 1"):
-        Center(3.5)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", 3])
+def test_heads_whose_name_is_none(name):
+    with pytest.raises(ValueError, match=f"called {name!r}: the name must be a string, not empty"):
+        Center({name: 4})
+
+
+@pytest.mark.parametrize("size", [3.5, True, "7", -1])
+def test_sizes_that_are_none(size):
+    for prototypes in (size, {"a": size}):
+        with pytest.raises(ValueError, match=r"a size K >= 1 for each head, got"):
+            Center(prototypes)

@@ -72,7 +72,7 @@ def test_compiled_and_threads():
     several = column_mean(logits)
     torch.set_num_threads(1)
     assert torch.equal(one, several)
-    assert "reference" in explain("column_mean", logits)
+    assert "reference" in explain("column_mean", logits=logits)
 
 
 def test_opcheck():
@@ -83,5 +83,5 @@ def test_opcheck():
     "logits", [torch.tensor(1.0), torch.zeros(3, 0), torch.zeros(2, 3, dtype=torch.int64)]
 )
 def test_bad_input(logits):
-    with pytest.raises(ValueError, match=r"logits must be floating \[..., K\], got"):
+    with pytest.raises(ValueError, match=r"logits must be floating .* K >= 1, got torch"):
         column_mean(logits)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .shared import (
+    check_prototypes,
+    check_temperature,
     cross_view_loss,
     split_views,
     temperature_at,
@@ -48,6 +50,7 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
@@ -59,8 +62,11 @@ class DINOLoss(nn.Module):
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
         """student_output [ncrops * B, K] and teacher_output [2 * B, K] -> loss [], fp32.
 
-        ValueError for rows that do not divide; IndexError for an epoch past nepochs.
+        ValueError for rows that do not divide or another K; IndexError for an epoch past nepochs.
         """
+        prototypes = self.center.shape[-1]
+        check_prototypes("student_output", student_output, "out_dim", prototypes)
+        check_prototypes("teacher_output", teacher_output, "out_dim", prototypes)
         loss = cross_view_loss(
             split_views("student_output", student_output, self.ncrops),
             split_views("teacher_output", teacher_output, 2),

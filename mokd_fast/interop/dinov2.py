@@ -78,6 +78,8 @@ class iBOTPatchLoss(LazyCenterLoss):
     centre alone (it became NaN).
     """
 
+    _names = "teacher_patch_tokens", "patch_out_dim"
+
     def __init__(
         self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
     ) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .shared import (
+    check_mask,
+    check_prototypes,
+    check_temperature,
     cross_view_loss,
     masked_weights,
     patch_loss,
@@ -63,6 +66,7 @@ class iBOTLoss(nn.Module):
         mim_start_epoch: int = 0,
     ) -> None:
         super().__init__()
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.center_momentum2 = center_momentum2
@@ -95,13 +99,18 @@ class iBOTLoss(nn.Module):
             student_output, teacher_output: [CLS] logits [ngcrops * B, K] and patch logits
                 [ngcrops * B, N, K'] of the global views.
             student_local_cls: [CLS] logits [nlcrops * B, K] of the local views, or None.
-            student_mask: for each global view a mask [B, H, W], H * W = N.
+            student_mask: for each global view a boolean mask [B, H, W], H * W = N.
             epoch: IndexError past nepochs.
-        ValueError for rows that do not divide, or a mask of another size.
+        ValueError for rows that do not divide, another K, a mask that is not boolean or of another
+        size.
         """
         student_cls, student_patch = student_output
         teacher_cls, teacher_patch = teacher_output
+        self._check("student_output", student_output)
+        self._check("teacher_output", teacher_output)
         if student_local_cls is not None:
+            prototypes = self.center.shape[-1]
+            check_prototypes("student_local_cls", student_local_cls, "out_dim", prototypes)
             student_cls = torch.cat([student_cls, student_local_cls])
         cls = cross_view_loss(
             split_views("[CLS] logits of the student", student_cls, self.ncrops),
@@ -111,7 +120,7 @@ class iBOTLoss(nn.Module):
             temperature_at(self.teacher_temp_schedule, epoch),
             self.lambda1,
         )
-        mask = torch.cat([m.flatten(-2) for m in student_mask[: self.ngcrops]])  # [ngcrops * B, N]
+        mask = self._flat(student_mask)  # [ngcrops * B, N]
         patch = patch_loss(
             student_patch.flatten(0, 1),
             teacher_patch.flatten(0, 1),
@@ -124,6 +133,22 @@ class iBOTLoss(nn.Module):
         )
         self.update_center(teacher_cls, teacher_patch)
         return {"cls": cls, "patch": patch, "loss": cls + patch}
+
+    def _check(self, name: str, output: tuple[Tensor, Tensor]) -> None:
+        """The K of both heads."""
+        check_prototypes(f"{name}[0]", output[0], "out_dim", self.center.shape[-1])
+        check_prototypes(f"{name}[1]", output[1], "patch_out_dim", self.center2.shape[-1])
+
+    def _flat(self, student_mask: Sequence[Tensor]) -> Tensor:
+        """The masks of the global views as one [ngcrops * B, N]."""
+        if student_mask is None:
+            raise ValueError(
+                "student_mask must list a boolean mask [B, H, W] for each global view, got None"
+            )
+        masks = student_mask[: self.ngcrops]
+        for i, mask in enumerate(masks):
+            check_mask(f"student_mask[{i}]", mask)
+        return torch.cat([mask.flatten(-2) for mask in masks])
 
     @torch.no_grad()
     def update_center(self, teacher_cls: Tensor, teacher_patch: Tensor) -> None:

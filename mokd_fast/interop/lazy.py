@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import sinkhorn_center
-from ..ops.distill import _check_temperature
-from .shared import moved_center, rank_mean, reduce_ranks
+from .shared import check_prototypes, check_temperature, moved_center, rank_mean, reduce_ranks
 
 
 class LazyCenterLoss(nn.Module):
@@ -18,7 +17,8 @@ class LazyCenterLoss(nn.Module):
     `update_center` starts the all-reduce and returns; the centre moves when it is needed next: in
     `softmax_center_teacher`, or, where the originals lose the update, in `state_dict()`, `.to()`, a
     copy or a pickle. Loading a state drops what was pending: it belongs to the centre that is
-    replaced. ValueError for teacher logits of another K and for a temperature <= 0.
+    replaced. ValueError for teacher logits of another K and for a temperature <= 0, the student's
+    at construction.
 
     process_group: the ranks to reduce over, None for all; an attribute, set it before the first
     call. Attributes as in the originals: student_temp, center_momentum, updated, reduce_handle,
@@ -26,9 +26,11 @@ class LazyCenterLoss(nn.Module):
     """
 
     center: Tensor
+    _names = "teacher_output", "out_dim"  # of the logits and of K, for the user's errors
 
     def __init__(self, center: Tensor, student_temp: float, center_momentum: float) -> None:
         super().__init__()
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", center)
@@ -68,13 +70,9 @@ class LazyCenterLoss(nn.Module):
         self._drop_update()
 
     def _check(self, teacher_output: Tensor, teacher_temp: float = 1.0) -> None:
-        prototypes = self.center.shape[-1]
-        if teacher_output.ndim == 0 or teacher_output.shape[-1] != prototypes:
-            raise ValueError(
-                f"teacher_output must be [..., K] with K = {prototypes} like the centre, "
-                f"got {list(teacher_output.shape)}"
-            )
-        _check_temperature("teacher_temp", teacher_temp)
+        name, argument = self._names
+        check_prototypes(name, teacher_output, argument, self.center.shape[-1])
+        check_temperature("teacher_temp", teacher_temp)
 
     def _softmax(self, logits: Tensor, teacher_temp: float) -> Tensor:
         self._check(logits, teacher_temp)

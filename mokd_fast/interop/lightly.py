@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .shared import cross_view_loss, masked_weights, patch_loss, stack_views, updated_center
+from .shared import (
+    check_mask,
+    check_prototypes,
+    check_temperature,
+    cross_view_loss,
+    masked_weights,
+    patch_loss,
+    stack_views,
+    updated_center,
+)
 
 
 class DINOLoss(nn.Module):
@@ -24,7 +33,7 @@ class DINOLoss(nn.Module):
             callers that pass an epoch rises linearly over the warm-up epochs, then stays.
         student_temp, center_momentum: as named.
         center_mode: "mean", the only one.
-    State: `center` [1, 1, K]. Raises ValueError for another center_mode.
+    State: `center` [1, 1, K]. Raises ValueError for another center_mode or student_temp <= 0.
     Unlike the original the teacher never gets a gradient and the loss is fp32 under autocast.
     """
 
@@ -43,6 +52,7 @@ class DINOLoss(nn.Module):
         super().__init__()
         _check_mode(center_mode)
         self.teacher_temp = teacher_temp
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self.center_momentum = center_momentum
@@ -61,16 +71,25 @@ class DINOLoss(nn.Module):
         """Lists of logits [B, K] -> loss [], fp32.
 
         The temperature is teacher_temp, else that of the epoch, else the constructor's.
-        ValueError for views of different shapes, and for one view of each: nothing to pair.
+        ValueError for views of different shapes or another K, and for one view of each: nothing to
+        pair.
         """
         if teacher_temp is None:
-            warm = epoch is None or epoch >= self.warmup_teacher_temp_epochs
-            teacher_temp = self.teacher_temp if warm else self.teacher_temp_schedule[epoch]
+            teacher_temp = self.teacher_temp if epoch is None else self._temperature_at(epoch)
         teacher = stack_views("teacher_out", teacher_out)
         student = stack_views("student_out", student_out)
+        check_prototypes("teacher_out", teacher, "output_dim", self.center.shape[-1])
+        check_prototypes("student_out", student, "output_dim", self.center.shape[-1])
         loss = cross_view_loss(student, teacher, self.center, self.student_temp, teacher_temp)
         self.update_center(teacher)
         return loss
+
+    def _temperature_at(self, epoch: int) -> Tensor:
+        """0-d. One table with the value after the warm-up, which a compiled step indexes for every
+        epoch; fp64, that teacher_temp keeps its digits."""
+        warmup = self.teacher_temp_schedule.double()
+        after = torch.full((1,), self.teacher_temp, dtype=warmup.dtype)
+        return torch.cat([warmup, after])[min(epoch, self.warmup_teacher_temp_epochs)]
 
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:
@@ -92,7 +111,7 @@ class IBOTPatchLoss(nn.Module):
         output_dim: prototypes K.
         teacher_temp, student_temp, center_momentum: as named.
         center_mode: "mean", the only one.
-    State: `center.center` [1, K]. Raises ValueError for another center_mode.
+    State: `center.center` [1, K]. Raises ValueError for another center_mode or student_temp <= 0.
     Unlike the original the teacher never gets a gradient, and a step without a masked patch leaves
     the centre alone (it became NaN).
     """
@@ -108,6 +127,7 @@ class IBOTPatchLoss(nn.Module):
         super().__init__()
         _check_mode(center_mode)
         self.teacher_temp = teacher_temp
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center = _Center(output_dim, center_momentum)
 
@@ -120,8 +140,13 @@ class IBOTPatchLoss(nn.Module):
     ) -> Tensor:
         """Logits [M, K] of the M patches that the boolean mask [B, H, W] marks -> loss [], fp32.
 
-        teacher_temp: instead of the constructor's. ValueError when the mask marks another number.
+        teacher_temp: instead of the constructor's. ValueError when the mask marks another number
+        or is not boolean [B, H, W], and for another K.
         """
+        check_mask("mask", mask)
+        prototypes = self.center.value.shape[-1]
+        check_prototypes("teacher_out", teacher_out, "output_dim", prototypes)
+        check_prototypes("student_out", student_out, "output_dim", prototypes)
         loss = patch_loss(
             student_out,
             teacher_out,

@@ -12,7 +12,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy
+from ..ops.distill import _check_temperature as check_temperature
 from ..ops.reference import accumulation_dtype
+
+
+def check_prototypes(name: str, logits: Tensor, argument: str, prototypes: int) -> None:
+    """ValueError for logits [..., K] of another K than the constructor was given as `argument`."""
+    if logits.shape[-1:] != (prototypes,):
+        raise ValueError(
+            f"{name} must have {argument} = {prototypes} prototypes in its last dimension, "
+            f"got shape {list(logits.shape)}"
+        )
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    """ValueError for anything but a boolean mask [B, H, W]."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name} must be a boolean mask [B, H, W], got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.ndim != 3:
+        raise ValueError(
+            f"{name} must be a boolean mask [B, H, W], "
+            f"got {mask.dtype} of shape {list(mask.shape)}"
+        )
 
 
 def split_views(name: str, logits: Tensor, views: int) -> Tensor:

@@ -179,19 +179,21 @@ def test_a_step_without_masked_patches():
     assert torch.equal(loss.state_dict()["center"], before)
 
 
-@pytest.mark.parametrize("module", [dinov2, dinov3])
-def test_bad_teacher_input_is_said_at_the_call(module):
-    loss = module.DINOLoss(16)
-    if module is dinov3:
-        loss.init_weights()
+@pytest.mark.parametrize("build", BUILDS)
+def test_bad_teacher_input_is_said_at_the_call(build):
+    loss = build()
+    patches = isinstance(loss, dinov2.iBOTPatchLoss)
+    names = ("teacher_patch_tokens", "patch_out_dim") if patches else ("teacher_output", "out_dim")
+    message = r"{} must have {} = 13 prototypes .*, got shape \[1, 6, ".format(*names)
     for temperature in (0.0, -0.1):
         with pytest.raises(ValueError, match="teacher_temp must be > 0"):
-            loss.softmax_center_teacher(torch.zeros(6, 16), temperature)
-    for rows in (torch.zeros(6, 1), torch.zeros(6, 17)):
-        with pytest.raises(ValueError, match=r"teacher_output must be .* K = 16"):
+            loss.softmax_center_teacher(torch.zeros(1, 6, K), temperature)
+    for rows in (torch.zeros(1, 6, 1), torch.zeros(1, 6, K + 1)):
+        with pytest.raises(ValueError, match=message):
             loss.softmax_center_teacher(rows, 0.04)
-        with pytest.raises(ValueError, match=r"teacher_output must be .* K = 16"):
+        with pytest.raises(ValueError, match=message):
             loss.update_center(rows)
+    assert loss.updated
 
 
 def test_a_pending_update_moves_with_the_module():

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.distill import _check_temperature
 from .shared import (
     check_prototypes,
-    check_temperature,
     cross_view_loss,
     split_views,
     temperature_at,
@@ -50,7 +50,7 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        check_temperature("student_temp", student_temp)
+        _check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops

@@ -53,11 +53,11 @@ class DINOLoss(LazyCenterLoss):
         """softmax((logits [..., K] - center) / teacher_temp), fp32, after a pending update.
 
         update_centers: False leaves the update pending.
-        RuntimeError when the centre was neither initialised nor loaded.
+        RuntimeError when the centre was neither initialised nor loaded; under torch.compile the
+        result is NaN then, as DINOv3's.
         """
-        if (
-            not self._known_finite and not torch.compiler.is_compiling()
-        ):  # which cannot branch on it
+        # A compiled step cannot branch on a value.
+        if not self._known_finite and not torch.compiler.is_compiling():
             if self.center.isnan().any():
                 raise RuntimeError(
                     "the centre of this DINOLoss is NaN: call init_weights() or load a state first"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..ops.distill import _check_temperature
 from .shared import (
     check_mask,
     check_prototypes,
-    check_temperature,
     cross_view_loss,
     masked_weights,
     patch_loss,
@@ -66,7 +66,7 @@ class iBOTLoss(nn.Module):
         mim_start_epoch: int = 0,
     ) -> None:
         super().__init__()
-        check_temperature("student_temp", student_temp)
+        _check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.center_momentum2 = center_momentum2

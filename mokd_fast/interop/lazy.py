@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import sinkhorn_center
-from .shared import check_prototypes, check_temperature, moved_center, rank_mean, reduce_ranks
+from ..ops.distill import _check_temperature
+from .shared import check_prototypes, moved_center, rank_mean, reduce_ranks
 
 
 class LazyCenterLoss(nn.Module):
@@ -30,7 +31,7 @@ class LazyCenterLoss(nn.Module):
 
     def __init__(self, center: Tensor, student_temp: float, center_momentum: float) -> None:
         super().__init__()
-        check_temperature("student_temp", student_temp)
+        _check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", center)
@@ -72,7 +73,7 @@ class LazyCenterLoss(nn.Module):
     def _check(self, teacher_output: Tensor, teacher_temp: float = 1.0) -> None:
         name, argument = self._names
         check_prototypes(name, teacher_output, argument, self.center.shape[-1])
-        check_temperature("teacher_temp", teacher_temp)
+        _check_temperature("teacher_temp", teacher_temp)
 
     def _softmax(self, logits: Tensor, teacher_temp: float) -> Tensor:
         self._check(logits, teacher_temp)

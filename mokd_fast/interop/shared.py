@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy
-from ..ops.distill import _check_temperature as check_temperature
 from ..ops.reference import accumulation_dtype
 
 
@@ -31,8 +30,7 @@ def check_mask(name: str, mask: Tensor) -> None:
         raise ValueError(f"{name} must be a boolean mask [B, H, W], got {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.ndim != 3:
         raise ValueError(
-            f"{name} must be a boolean mask [B, H, W], "
-            f"got {mask.dtype} of shape {list(mask.shape)}"
+            f"{name} must be a boolean mask [B, H, W], got {mask.dtype} of shape {list(mask.shape)}"
         )
 
 

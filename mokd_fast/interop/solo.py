@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.distill import _check_temperature
 from .shared import (
     check_prototypes,
-    check_temperature,
     cross_view_loss,
     split_views,
     temperature_at,
@@ -49,7 +49,7 @@ class DINOLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.epoch = 0
-        check_temperature("student_temp", student_temp)
+        _check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.num_large_crops = num_large_crops
@@ -61,7 +61,8 @@ class DINOLoss(nn.Module):
     def forward(self, student_output: Tensor, teacher_output: Tensor) -> Tensor:
         """student_output [num_large_crops * B, K], teacher_output [2 * B, K] -> loss [], fp32.
 
-        ValueError for rows that do not divide or another K; IndexError for an `epoch` past num_epochs.
+        ValueError for rows that do not divide or another K; IndexError for an `epoch` past
+        num_epochs.
         """
         prototypes = self.center.shape[-1]
         check_prototypes("student_output", student_output, "num_prototypes", prototypes)

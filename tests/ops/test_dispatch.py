@@ -37,11 +37,11 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")  # which this operator does not have
     assert dispatch.pick("op", 0).name == "cuda"
     assert "which op does not have, so the choice is automatic" in dispatch.explain("op", 0)
-    with pytest.raises(ValueError, match="op: backend=triton .* no backend 'triton'; it has cuda"):
+    with pytest.raises(ValueError, match=r"op: backend=triton .* no backend 'triton'; it has cuda"):
         dispatch.pick("op", 0, backend="triton")
     monkeypatch.setenv(dispatch.ENVIRONMENT, "abacus")
     assert "which is no backend, so every call raises" in dispatch.explain("op", 0)
-    with pytest.raises(ValueError, match="MOKD_FAST_BACKEND=abacus .*; it has cuda, reference"):
+    with pytest.raises(ValueError, match=r"MOKD_FAST_BACKEND=abacus .*; it has cuda, reference"):
         dispatch.pick("op", 0)
     with pytest.raises(ValueError, match="no operator 'other'"):
         dispatch.explain("other")

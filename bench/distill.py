@@ -1,12 +1,13 @@
-"""distill_cross_entropy, forward + backward, against the forms in use elsewhere.
+"""distill_cross_entropy, forward + backward, on the CPU, against the forms in use elsewhere.
 
     python bench/distill.py [--quick] [--default-malloc] [--json FILE]
 
 What is compared is a whole DINO loss with its centre: ours is the drop-in `interop.dino.DINOLoss`,
 the others are the official loop (bench/baseline), lightly's (from PyPI, where installed) and
-torch.compile of both. The operator alone is set against the memory floor, the
-(2 (V + T) + V) B K numbers that two passes must move, at the copy rate of the same rounds. `alive`
-is what is kept between forward and backward, the student's logits included.
+torch.compile of both. The operator alone is set against the official loop alone (`loop_ratio`: no
+centre moves on either side) and against the memory floor, the (2 (V + T) + V) B K numbers that two
+passes must move, at the copy rate of the same rounds. `alive` is what is kept between forward and
+backward, the student's logits included. On a GPU: bench/distill_gpu.py.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,20 +26,20 @@ from bench.baseline.official import DINOLoss as Official
 from bench.timing import calibrate, interleave, keep_memory, machine, peak_bytes, write_json
 from mokd_fast.interop.dino import DINOLoss
 from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
+from mokd_fast.ops import distill as ops_distill
 from mokd_fast.ops.dispatch import pick
 
 V, T, K = 10, 2, 65536
 CALLS = 3  # in a row, see `interleave`
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Form = Callable[[Tensor, Tensor], Tensor]  # student [V, B, K], teacher [T, B, K] -> loss
 
 
 def logits(rows: int, images: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return (torch.randn(rows, images, columns, device=DEVICE) * 3).to(dtype)
+    return (torch.randn(rows, images, columns) * 3).to(dtype)
 
 
 def operator(views: int, columns: int) -> Form:
-    pairs, center = cross_view_pairs(T, views), torch.zeros(columns, device=DEVICE)
+    pairs, center = cross_view_pairs(T, views), torch.zeros(columns)
 
     def run(student: Tensor, teacher: Tensor) -> Tensor:
         target = Target(pairs, teacher, temperature=0.04, center=center)
@@ -46,10 +48,17 @@ def operator(views: int, columns: int) -> Form:
     return run
 
 
+def official_loop() -> Form:
+    """The official loss without the update of its centre."""
+    loss = Official(K, V, [0.04])
+    loss.update_center = lambda teacher: None  # type: ignore[method-assign, assignment]
+    return lambda s, t: loss(s.flatten(0, 1), t.flatten(0, 1), 0)
+
+
 def forms() -> dict[str, Form]:
     """The losses as their users call them: logits of one type, softmax in fp32 by autocast."""
-    ours = DINOLoss(K, V, 0.04, 0.04, 0, 1).to(DEVICE)
-    official = Official(K, V, [0.04]).to(DEVICE)
+    ours = DINOLoss(K, V, 0.04, 0.04, 0, 1)
+    official = Official(K, V, [0.04])
     found: dict[str, Form] = {
         "ours": lambda s, t: ours(s.flatten(0, 1), t.flatten(0, 1), 0),
         "official": lambda s, t: official(s.flatten(0, 1), t.flatten(0, 1), 0),
@@ -59,7 +68,7 @@ def forms() -> dict[str, Form]:
     except ImportError:
         print("lightly is not installed (pip install lightly): its form is left out")
     else:
-        lightly = Lightly(output_dim=K, teacher_temp=0.04, warmup_teacher_temp=0.04).to(DEVICE)
+        lightly = Lightly(output_dim=K, teacher_temp=0.04, warmup_teacher_temp=0.04)
         found["lightly"] = lambda s, t: lightly(list(t.unbind()), list(s.unbind()), 0.04)
     return found
 
@@ -67,7 +76,7 @@ def forms() -> dict[str, Form]:
 def step(form: Form, student: Tensor, teacher: Tensor) -> Callable[[], None]:
     def run() -> None:
         student.grad = None
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=student.dtype == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=student.dtype == torch.bfloat16):
             loss = form(student, teacher)
         loss.backward()
 
@@ -89,8 +98,8 @@ def alive(form: Form, student: Tensor, teacher: Tensor) -> int:
 
 def copy_rate(numbers: int = 1 << 25) -> tuple[Callable[[], Any], int]:
     """A copy beyond any cache, and the bytes it moves."""
-    x = torch.zeros(numbers, device=DEVICE)
-    y = torch.zeros(numbers, device=DEVICE)
+    x = torch.zeros(numbers)
+    y = torch.zeros(numbers)
     return lambda: y.copy_(x), 2 * 4 * numbers
 
 
@@ -108,8 +117,12 @@ def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]
         known[f"{name}, compiled"] = torch.compile(known[name], dynamic=False)
         runs[f"{name}, compiled"] = step(known[f"{name}, compiled"], student, teacher)
     copy, moved = copy_rate()
-    alone = step(operator(V, K), student, teacher)
-    times = interleave({"copy": copy, "operator": alone, **runs}, rounds, CALLS)
+    alone = {
+        "copy": copy,
+        "operator": step(operator(V, K), student, teacher),
+        "loop": step(official_loop(), student, teacher),
+    }
+    times = interleave({**alone, **runs}, rounds, CALLS)
     floor = floor_bytes(V, images, K, dtype) / (moved / times["copy"])
     kept = {name: alive(form, student, teacher) for name, form in known.items()}
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
@@ -117,6 +130,7 @@ def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]
         **about(dtype, images, V, K),
         "median_s": times["operator"],
         "floor_fraction": floor / times["operator"],
+        "loop_ratio": times["loop"] / times["operator"],
         "drop_in_s": times["ours"],
         "alive_bytes": kept["ours"],
         "peak_bytes": peaks["ours"],
@@ -180,7 +194,7 @@ def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
     """MOKD's calls (self + cross, self + search, all three) against DINO's on the same student."""
     student = logits(V, images, K, dtype).requires_grad_()
     own, other, searched = (logits(n, images, K, dtype) for n in (T, T, V - T))
-    center, every = torch.zeros(K, device=DEVICE), cross_view_pairs(T, V)
+    center, every = torch.zeros(K), cross_view_pairs(T, V)
     targets = [
         Target(every, own, temperature=0.04, center=center),
         Target(every, other, temperature=0.04, center=center),
@@ -196,6 +210,7 @@ def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
         {name: step(form, student, own) for name, form in calls.items()}, rounds, CALLS
     )
     ratios = {name: seconds / times["dino"] for name, seconds in times.items()}
+    ratios["a step"] = (ratios["self+cross"] + ratios["self+search"]) / 2  # one call a head
     return {**about(dtype, images, V, K), "seconds": dict(times), "ratio_to_dino": ratios}
 
 
@@ -207,6 +222,19 @@ def compute_bound(dtype: torch.dtype) -> float:
         runs[str(columns)] = step(operator(V, columns), student, logits(T, 2, columns, dtype))
     times = interleave(runs, 100)
     return (times["16384"] - times["16"]) / (V * 2 * (16384 - 16))
+
+
+def library_cost() -> float:
+    """Seconds that torch.library adds to a call; `distill._Eager` avoids it."""
+    run = step(operator(V, 16), logits(V, 4, 16, torch.float32).requires_grad_(),
+               logits(T, 4, 16, torch.float32))  # fmt: skip
+
+    def through_library() -> None:
+        with mock.patch.object(ops_distill, "_plain", lambda arguments: False):
+            run()
+
+    times = interleave({"eager": run, "library": through_library}, 100)
+    return times["library"] - times["eager"]
 
 
 SHAPES = [(V, 16, k) for k in (1024, 8192, 65535, 65536, 65537, 262144)]
@@ -224,7 +252,9 @@ def main() -> None:
     rounds = 5 if options.quick else 11
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
     result["malloc"] = "default" if options.default_malloc else "keeps freed memory"
+    result["library_cost_s"] = library_cost()
     print(result["machine"], result["calibration"], sep="\n")
+    print(f"torch.library would add {result['library_cost_s'] * 1e3:.2f} ms to a call")
     for dtype in (torch.float32, torch.bfloat16):
         bound = compute_bound(dtype)
         for images in (4,) if options.quick else (4, 8, 16, 32):
@@ -250,7 +280,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     print(
         f"{row['dtype']} B={images} {row['backend']}: operator {row['median_s'] * 1e3:.2f} ms, "
         f"{row['floor_fraction']:.0%} of the memory floor, compute bound "
-        f"{row['compute_bound_s'] * 1e3:.2f} ms; {row['discarded_rounds']} rounds discarded"
+        f"{row['compute_bound_s'] * 1e3:.2f} ms, {row['loop_ratio']:.1f}x the official loop alone; "
+        f"{row['discarded_rounds']} rounds discarded"
     )
     print(f"  with centre {row['drop_in_s'] * 1e3:.2f} ms, alive {row['alive_bytes'] / mib:.3f}, "
           f"peak {row['peak_bytes'] / mib:.2f} MiB an image")  # fmt: skip

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 
 from bench.device import captured, medians, rotations, turn
 from bench.timing import machine, write_json
-from mokd_fast.ops import cpu, cross_view_pairs, cuda
+from mokd_fast.ops import cross_view_pairs, cuda
+from mokd_fast.ops.distill import _kernels
 
 V, T = 10, 2
 TRITON = list(product((16, 8, 32, 4), (4, 8, 2), (3, 2, 1, 4)))  # columns a thread, warps, stages
@@ -109,18 +110,10 @@ def sweep(
                                            "K": columns, "config": config or "now"}  # fmt: skip
                     try:
                         with setting(backend, config, case.images, columns):
-                            row |= case.seconds(kernels_of(backend), rounds)
+                            row |= case.seconds(_kernels(backend), rounds)
                     except Exception as error:  # too much shared memory, say: not a choice, then
                         row["error"] = str(error).split("\n")[0]
                     yield row
-
-
-def kernels_of(backend: str) -> Any:
-    if backend == "triton":
-        from mokd_fast.kernels import distill
-
-        return distill
-    return {"cuda": cuda, "cpu": cpu}[backend]
 
 
 def best(rows: Sequence[dict[str, Any]]) -> list[str]:

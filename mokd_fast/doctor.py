@@ -1,7 +1,6 @@
 """What is installed, which backends run here and why the others do not."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -11,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .ops import Target, cross_view_pairs, explain
+from .ops import Target, cpu, cross_view_pairs, explain
 
 PACKAGES = {
     "torch": "needed",
@@ -43,13 +42,9 @@ def environment() -> Table:
 
 def native_module() -> str:
     """How mokd_fast._C was built, or why it is not there."""
-    if importlib.util.find_spec("mokd_fast._C") is None:
-        return "not built, so everything runs in pure Python; `pip install -v .` shows why"
-    try:
-        from . import _C  # after torch, so that both share one OpenMP runtime
-    except ImportError as error:
-        return f"built, but it cannot be loaded: {error}"
-    return ", ".join(f"{key} {value}" for key, value in _C.build_info().items())
+    if cpu.native is None:
+        return f"{cpu.missing}; everything runs in PyTorch"
+    return ", ".join(f"{key} {value}" for key, value in cpu.native.build_info().items())
 
 
 def backends() -> dict[str, str]:

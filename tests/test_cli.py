@@ -1,6 +1,5 @@
 """Every mistake a user can make: one message that names it and the way out, exit code 2."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-import mokd_fast
 from mokd_fast import cli, doctor
+from mokd_fast.ops import cpu
 from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
 from tests.train.recipes import pictures, small
 
@@ -212,13 +211,10 @@ def test_doctor(run, monkeypatch):
 
 
 def test_doctor_says_why_there_is_no_native_module(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not built" in doctor.native_module()
-    assert "`pip install -v .` shows why" in doctor.native_module()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
-    monkeypatch.setitem(sys.modules, "mokd_fast._C", None)  # an import of it fails
-    monkeypatch.delattr(mokd_fast, "_C", raising=False)
-    assert "cannot be loaded" in doctor.native_module()
+    monkeypatch.setattr(cpu, "native", None)
+    for reason in (cpu.NOT_BUILT, "the native module is built but cannot be loaded: x"):
+        monkeypatch.setattr(cpu, "missing", reason)
+        assert reason in doctor.native_module()
 
 
 def test_a_forced_backend_that_does_not_exist(run, recipe, tmp_path, monkeypatch):

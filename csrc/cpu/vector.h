@@ -159,8 +159,8 @@ inline Vec<float> widen_bf16(Half h) {
 }
 
 // To nearest, ties to even, by adding 1.5 * 2^16 times the value's own power of two: three
-// instructions where integer rounding with its NaN case takes seven. Infinity, and numbers from 2^111 on,
-// become infinite or NaN. The lower half of a result is 0 but for numbers below the smallest normal one, which are
+// instructions where integer rounding with its NaN case takes seven. Infinity, and numbers from 2^111
+// on, become infinite or NaN. The lower half of a result is 0, but not of subnormal numbers: these are
 // cut off.
 inline Bits round_bf16(Vec<float> x) {
   Vec<float> magic = reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(x) & 0x7f800000) * 98304.0f;

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops.distill import _check_temperature
+from ..ops.distill import check_temperature
 from .shared import (
     check_prototypes,
     cross_view_loss,
@@ -37,6 +37,7 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
+    _argument = "out_dim"  # what the user calls K
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        _check_temperature("student_temp", student_temp)
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
@@ -65,8 +66,8 @@ class DINOLoss(nn.Module):
         ValueError for rows that do not divide or another K; IndexError for an epoch past nepochs.
         """
         prototypes = self.center.shape[-1]
-        check_prototypes("student_output", student_output, "out_dim", prototypes)
-        check_prototypes("teacher_output", teacher_output, "out_dim", prototypes)
+        check_prototypes("student_output", student_output, self._argument, prototypes)
+        check_prototypes("teacher_output", teacher_output, self._argument, prototypes)
         loss = cross_view_loss(
             split_views("student_output", student_output, self.ncrops),
             split_views("teacher_output", teacher_output, 2),

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.distill import _check_temperature
+from ..ops.distill import check_temperature
 from .shared import (
-    check_mask,
     check_prototypes,
     cross_view_loss,
     masked_weights,
@@ -66,7 +65,7 @@ class iBOTLoss(nn.Module):
         mim_start_epoch: int = 0,
     ) -> None:
         super().__init__()
-        _check_temperature("student_temp", student_temp)
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.center_momentum2 = center_momentum2
@@ -99,10 +98,9 @@ class iBOTLoss(nn.Module):
             student_output, teacher_output: [CLS] logits [ngcrops * B, K] and patch logits
                 [ngcrops * B, N, K'] of the global views.
             student_local_cls: [CLS] logits [nlcrops * B, K] of the local views, or None.
-            student_mask: for each global view a boolean mask [B, H, W], H * W = N.
+            student_mask: for each global view a mask [B, H, W], H * W = N, boolean or 0 and 1.
             epoch: IndexError past nepochs.
-        ValueError for rows that do not divide, another K, a mask that is not boolean or of another
-        size.
+        ValueError for rows that do not divide, another K, no masks or masks of another size.
         """
         student_cls, student_patch = student_output
         teacher_cls, teacher_patch = teacher_output
@@ -143,12 +141,9 @@ class iBOTLoss(nn.Module):
         """The masks of the global views as one [ngcrops * B, N]."""
         if student_mask is None:
             raise ValueError(
-                "student_mask must list a boolean mask [B, H, W] for each global view, got None"
+                "student_mask must list a mask [B, H, W] for each global view, got None"
             )
-        masks = student_mask[: self.ngcrops]
-        for i, mask in enumerate(masks):
-            check_mask(f"student_mask[{i}]", mask)
-        return torch.cat([mask.flatten(-2) for mask in masks])
+        return torch.cat([mask.flatten(-2) for mask in student_mask[: self.ngcrops]])
 
     @torch.no_grad()
     def update_center(self, teacher_cls: Tensor, teacher_patch: Tensor) -> None:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import sinkhorn_center
-from ..ops.distill import _check_temperature
-from .shared import check_prototypes, moved_center, rank_mean, reduce_ranks
+from ..ops.center import moved_center, rank_mean
+from ..ops.distill import check_temperature
+from .shared import check_prototypes, reduce_ranks
 
 
 class LazyCenterLoss(nn.Module):
@@ -31,7 +32,7 @@ class LazyCenterLoss(nn.Module):
 
     def __init__(self, center: Tensor, student_temp: float, center_momentum: float) -> None:
         super().__init__()
-        _check_temperature("student_temp", student_temp)
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", center)
@@ -73,7 +74,7 @@ class LazyCenterLoss(nn.Module):
     def _check(self, teacher_output: Tensor, teacher_temp: float = 1.0) -> None:
         name, argument = self._names
         check_prototypes(name, teacher_output, argument, self.center.shape[-1])
-        _check_temperature("teacher_temp", teacher_temp)
+        check_temperature("teacher_temp", teacher_temp)
 
     def _softmax(self, logits: Tensor, teacher_temp: float) -> Tensor:
         self._check(logits, teacher_temp)

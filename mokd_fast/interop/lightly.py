@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.distill import _check_temperature
+from ..ops.distill import check_temperature
 from .shared import (
     check_mask,
     check_prototypes,
@@ -52,7 +52,7 @@ class DINOLoss(nn.Module):
         super().__init__()
         _check_mode(center_mode)
         self.teacher_temp = teacher_temp
-        _check_temperature("student_temp", student_temp)
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self.center_momentum = center_momentum
@@ -127,7 +127,7 @@ class IBOTPatchLoss(nn.Module):
         super().__init__()
         _check_mode(center_mode)
         self.teacher_temp = teacher_temp
-        _check_temperature("student_temp", student_temp)
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.center = _Center(output_dim, center_momentum)
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..ops import Target, distill_cross_entropy
-from ..ops.distill import _check_temperature
+from ..ops.distill import check_temperature
 from .dino import DINOLoss
 from .shared import temperature_at, temperature_table
 
@@ -34,7 +34,7 @@ class CTSearchLoss(nn.Module):
         student_temp: float = 0.1,
     ) -> None:
         super().__init__()
-        _check_temperature("student_temp", student_temp)
+        check_temperature("student_temp", student_temp)
         self.student_temp = student_temp
         self.teacher_temp_schedule = temperature_table(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs

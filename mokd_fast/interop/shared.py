@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy
+from ..ops.center import moved_center, rank_mean
 from ..ops.reference import accumulation_dtype
 
 
@@ -142,14 +143,6 @@ def masked_weights(mask: Tensor, logits: Tensor) -> Tensor:
     return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-@torch.no_grad()
-def rank_mean(logits: Tensor) -> Tensor:
-    """[K + 1]: the mean of this process's rows, and 1 if it has any. Summed over the ranks, the
-    last entry is the number of means in the sum."""
-    mean = column_mean(logits)
-    return torch.cat([mean, mean.new_full((1,), float(logits.numel() > 0))])
-
-
 def reduce_ranks(
     mean: Tensor, group: dist.ProcessGroup | None = None, wait: bool = True
 ) -> dist.Work | None:
@@ -159,18 +152,9 @@ def reduce_ranks(
     return None
 
 
-def moved_center(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
-    """The EMA as a new tensor of the centre's shape; its old values if no rank had a row."""
-    # A centre made in inference mode could not be saved for the backward of a later step.
-    with torch.inference_mode(False), torch.no_grad():
-        batch, ranks = mean[:-1], mean[-1]
-        moved = center * momentum + batch / ranks.clamp(min=1) * (1 - momentum)
-        return torch.where(ranks > 0, moved, center)
-
-
 def updated_center(center: Tensor, logits: Tensor, momentum: float) -> Tensor:
     """The centre after these teacher logits [..., K], averaged over the ranks."""
-    if not (dist.is_available() and dist.is_initialized()):  # half the time of the general way
+    if not (dist.is_available() and dist.is_initialized()):  # three operations instead of eight
         if logits.numel() == 0:
             return center
         with torch.inference_mode(False), torch.no_grad():

@@ -1,20 +1,11 @@
-"""The DINO loss of solo-learn on the fused operator."""
+"""The DINO loss of solo-learn on the fused operator: DINO's, called in another way."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.distill import _check_temperature
-from .shared import (
-    check_prototypes,
-    cross_view_loss,
-    split_views,
-    temperature_at,
-    temperature_table,
-    updated_center,
-)
+from . import dino
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(dino.DINOLoss):
     """`DINOLoss` of vturrisi/solo-learn `solo/losses/dino.py` (commit 9187ea3).
 
     Change this import:
@@ -34,7 +25,7 @@ class DINOLoss(nn.Module):
     Raises ValueError for a warm-up longer than num_epochs or a temperature <= 0.
     """
 
-    center: Tensor
+    _argument = "num_prototypes"
 
     def __init__(
         self,
@@ -47,37 +38,23 @@ class DINOLoss(nn.Module):
         num_large_crops: int = 2,
         center_momentum: float = 0.9,
     ) -> None:
-        super().__init__()
-        self.epoch = 0
-        _check_temperature("student_temp", student_temp)
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        self.num_large_crops = num_large_crops
-        self.register_buffer("center", torch.zeros(1, num_prototypes))
-        self.teacher_temp_schedule = temperature_table(
-            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, num_epochs
+        super().__init__(
+            num_prototypes,
+            num_large_crops,
+            warmup_teacher_temp,
+            teacher_temp,
+            warmup_teacher_temp_epochs,
+            num_epochs,
+            student_temp,
+            center_momentum,
         )
+        self.epoch = 0
+        self.num_large_crops = num_large_crops
 
-    def forward(self, student_output: Tensor, teacher_output: Tensor) -> Tensor:
+    def forward(self, student_output: Tensor, teacher_output: Tensor) -> Tensor:  # type: ignore
         """student_output [num_large_crops * B, K], teacher_output [2 * B, K] -> loss [], fp32.
 
         ValueError for rows that do not divide or another K; IndexError for an `epoch` past
         num_epochs.
         """
-        prototypes = self.center.shape[-1]
-        check_prototypes("student_output", student_output, "num_prototypes", prototypes)
-        check_prototypes("teacher_output", teacher_output, "num_prototypes", prototypes)
-        loss = cross_view_loss(
-            split_views("student_output", student_output, self.num_large_crops),
-            split_views("teacher_output", teacher_output, 2),
-            self.center,
-            self.student_temp,
-            temperature_at(self.teacher_temp_schedule, self.epoch),
-        )
-        self.update_center(teacher_output)
-        return loss
-
-    @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """Moves the centre towards the mean of teacher_output [rows, K] over all ranks."""
-        self.center = updated_center(self.center, teacher_output, self.center_momentum)
+        return super().forward(student_output, teacher_output, self.epoch)

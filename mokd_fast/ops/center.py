@@ -17,10 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .column_mean import column_mean
-from .distill import _check_temperature
+from .distill import check_temperature
 from .reference import accumulation_dtype
 
 SINGLE = "center"  # the buffer of a Center of one head: the name it has in DINO
+
+
+@torch.no_grad()
+def rank_mean(logits: Tensor) -> Tensor:
+    """[K + 1]: the mean of this process's rows, and 1 if it has any. Summed over the ranks, the
+    last entry is the number of means in the sum."""
+    mean = column_mean(logits)
+    return torch.cat([mean, mean.new_full((1,), float(logits.numel() > 0))])
+
+
+def moved_center(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
+    """The EMA as a new tensor of the centre's shape; its old values if no rank had a row."""
+    # A centre made in inference mode could not be saved for the backward of a later step.
+    with torch.inference_mode(False), torch.no_grad():
+        batch, ranks = mean[:-1], mean[-1]
+        moved = center * momentum + batch / ranks.clamp(min=1) * (1 - momentum)
+        return torch.where(ranks > 0, moved, center)
 
 
 class Center(nn.Module):
@@ -104,10 +121,7 @@ class Center(nn.Module):
         heads = [name for name in self._buffers if name in given]  # one order on every rank
         if not heads:
             return
-        # Beside each mean stands how many ranks have one: the empty ranks do not count.
-        means = [column_mean(given[name]).to(self.get_buffer(name).dtype) for name in heads]
-        counts = [float(given[name].numel() > 0) for name in heads]
-        flat = torch.cat([F.pad(m, (0, 1), value=n) for m, n in zip(means, counts, strict=True)])
+        flat = torch.cat([rank_mean(given[n]).to(self.get_buffer(n).dtype) for n in heads])
         work = dist.all_reduce(flat, group=group, async_op=True) if _is_shared(group) else None
         self._pending = heads, flat, work
 
@@ -119,14 +133,9 @@ class Center(nn.Module):
         self._pending = None
         if work is not None:
             work.wait()
-        # A centre made in inference mode could not be saved for a backward pass later.
-        with torch.inference_mode(False), torch.no_grad():
-            parts = flat.split([len(self.get_buffer(name)) + 1 for name in heads])
-            for name, part in zip(heads, parts, strict=True):
-                center, ranks = self.get_buffer(name), part[-1]
-                mean = part[:-1] / ranks.clamp(min=1)
-                moved = center * self.momentum + mean * (1 - self.momentum)
-                setattr(self, name, torch.where(ranks > 0, moved, center))
+        parts = flat.split([len(self.get_buffer(name)) + 1 for name in heads])
+        for name, part in zip(heads, parts, strict=True):
+            setattr(self, name, moved_center(self.get_buffer(name), part, self.momentum))
 
     def _fault(self, name: str) -> str | None:
         """Why no buffer can have this name, or None. The properties are not read: there is no
@@ -212,7 +221,7 @@ def sinkhorn_center(
         raise ValueError(
             f"logits must be floating [T, B, K], got {logits.dtype} of shape {list(logits.shape)}"
         )
-    _check_temperature("temperature", temperature)
+    check_temperature("temperature", temperature)
     if iterations < 1:
         raise ValueError(f"iterations must be >= 1, got {iterations}")
     rows = logits.flatten(0, 1).to(accumulation_dtype(logits))  # [N, K]

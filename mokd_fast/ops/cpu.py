@@ -46,20 +46,11 @@ def why_not(*tensors: Tensor) -> str | None:
 
 
 def distill_forward(
-    student: Tensor,
-    rows: Sequence[Tensor],
-    centers: Sequence[Tensor],
-    row_weights: Sequence[Tensor],
-    temperatures: Tensor,
-    pairs: Sequence[float],
-    weights: Sequence[float],
-    probabilities: Sequence[bool],
+    student: Tensor, rows: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
     loss, terms, stats = results(student, rows)
-    call, _alive = native_call(
-        student, rows, centers, row_weights, temperatures, pairs, weights, probabilities
-    )
+    call, _alive = native_call(student, rows, *rest)
     call.forward(stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level())
     return loss, terms, stats
 

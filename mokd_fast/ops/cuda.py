@@ -25,7 +25,7 @@ def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
 
 
 def _constant(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which would import Dynamo and Triton: 1.4 s."""
+    """torch.compiler.assume_constant_result, which would import Dynamo and Triton at start-up."""
     function._dynamo_marked_constant = True
     return function
 

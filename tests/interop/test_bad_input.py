@@ -80,17 +80,21 @@ def test_ibot_names_the_head_whose_prototypes_do_not_fit(name):
         (MASK.flatten(1), r"shape \[3, 4\]"),
     ],
 )
-def test_a_mask_is_boolean(mask, got):
+def test_a_mask_that_selects_rows_is_boolean(mask, got):
     message = rf"must be a boolean mask \[B, H, W\], got .*{got}"
-    with pytest.raises(ValueError, match=r"student_mask\[1\] " + message):
-        ibot_call(student_mask=[MASK, mask])
     rows = torch.zeros(MASK.sum(), K)
     with pytest.raises(ValueError, match="^mask " + message):
         BUILDS["lightly patch"]()(rows, rows, mask)
 
 
+def test_ibot_takes_masks_of_0_and_1_as_the_original():
+    loss = ibot_call()["loss"]
+    for mask in (MASK.long(), MASK.float()):
+        assert torch.equal(ibot_call(student_mask=[mask, mask])["loss"], loss)
+
+
 def test_ibot_without_masks():
-    with pytest.raises(ValueError, match=r"student_mask must list a boolean mask .* got None"):
+    with pytest.raises(ValueError, match=r"student_mask must list a mask .* got None"):
         ibot_call(student_mask=None)
 
 

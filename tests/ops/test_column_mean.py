@@ -5,16 +5,21 @@ import importlib
 import pytest
 import torch
 
-from mokd_fast.ops import column_mean, cpu, explain
+from mokd_fast.ops import column_mean, explain
+from tests.ops.conftest import levels
 
 column_mean_file = importlib.import_module("mokd_fast.ops.column_mean")
 
 
-@pytest.fixture(autouse=True, params=["reference", "cpu"])
+@pytest.fixture(autouse=True, params=["reference", "baseline", "v3", "v4"])
 def backend(request, monkeypatch):
-    if request.param == "cpu" and cpu.native is None:
-        pytest.skip("the native module was not built")
-    monkeypatch.setenv("MOKD_FAST_BACKEND", request.param)
+    if request.param == "reference":
+        monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
+        return request.param
+    if request.param not in levels():
+        pytest.skip(f"no native module here with kernels of level {request.param}")
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
+    monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", request.param)
     return request.param
 
 

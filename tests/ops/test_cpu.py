@@ -190,3 +190,10 @@ def test_a_module_that_cannot_be_loaded_says_so(monkeypatch):
     assert native is None and "is built but cannot be loaded: " in reason
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
     assert cpu._load() == (None, cpu.NOT_BUILT)
+
+
+def test_the_flat_operator_refuses_what_would_crash():
+    rows, empty, taus = torch.zeros(2, 2, 40), torch.empty(0), torch.tensor([0.1, 0.05])
+    for student, pairs in ((torch.zeros(0, 2, 40), []), (torch.zeros(3, 2, 40), [1.0])):
+        with pytest.raises(ValueError, match="Distill: at least a student row"):
+            distill._forward(student, [rows], [empty], [empty], taus, pairs, [1.0], [False], "cpu")

@@ -73,7 +73,7 @@ def test_the_operators_import_torch_alone():
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded
-    # torch itself imports Dynamo, and with it Triton, only when something compiles: 1.4 s.
+    # torch itself imports Dynamo, and with it Triton, only when something compiles.
     heavy = {"timm", "torchvision", "pydantic", "PIL", "rich", "triton", "torch._dynamo"}
     assert not heavy & set(loaded)
 

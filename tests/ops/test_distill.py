@@ -263,6 +263,7 @@ GOOD = {"pairs": cross_view_pairs(T, V), "logits": torch.zeros(T, B, K)}
         ({"temperature": torch.ones(1, 1)}, "must be 0-d"),
         ({"temperature": 0.0}, r"targets\[0\].temperature must be > 0"),
         ({"temperature": torch.nan}, "must be > 0"),
+        ({"temperature": torch.inf}, "must be > 0 and finite, got inf"),
         ({"center": torch.zeros(K + 1)}, r"center must be \[17\]"),
         ({"row_weight": torch.zeros(B + 1)}, r"row_weight must be \[3\]"),
     ],
@@ -285,6 +286,8 @@ def test_bad_students():
     with pytest.raises(ValueError, match=r"targets\[1\].temperature"):
         bad = Target(**{**GOOD, "temperature": -1.0})
         distill_cross_entropy(torch.zeros(V, B, K), [Target(**GOOD), bad])
+    with pytest.raises(ValueError, match=r"got a single one: pass \[target\]"):
+        distill_cross_entropy(torch.zeros(V, B, K), Target(**GOOD))
     with pytest.raises(ValueError, match="targets is empty"):
         distill_cross_entropy(torch.zeros(V, B, K), [])
     with pytest.raises(ValueError, match="temperature must be > 0"):

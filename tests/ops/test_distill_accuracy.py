@@ -219,3 +219,23 @@ def test_any_strides(k, dtype):
                 step = torch.finfo(mine.dtype).eps if mine.ndim == 3 else 0
                 error = (mine.double() - theirs.double()).abs()
                 assert (error <= tolerance * top + step * theirs.double().abs()).all()
+
+
+@pytest.mark.parametrize("k", [5, 16, 40, 96])
+@pytest.mark.parametrize("temperature", [1e29, 1e-3, 1.0])
+def test_what_fills_the_last_vector_does_not_count(temperature, k):
+    check(randn(3, 2, k), [Target(dense(2, 3), randn(2, 2, k), None, 0.1)], temperature)
+
+
+@pytest.mark.parametrize("k", [5, 16, 96])
+def test_logits_that_fp32_does_not_hold(k):
+    student = randn(3, 2, k, dtype=torch.float64) - 1e39
+    check(student, [Target(dense(2, 3), randn(2, 2, k, dtype=torch.float64))])
+
+
+def test_a_teachers_nan_counts_with_a_weight_of_zero():
+    """As in 0 * NaN: what is named must be finite."""
+    teacher = randn(2, 2, 96)
+    teacher[1, 1, 3] = torch.nan
+    _, _, gradient = run(randn(3, 2, 96), [Target(dense(2, 3), teacher, None, 0.1, weight=0.0)])
+    assert gradient[:, 1].isnan().all() and (gradient[:, 0] == 0).all()

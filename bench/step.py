@@ -30,7 +30,7 @@ SMALL = ["models.0.name=resnet18", "models.1.name=vit_tiny_patch16_224", "t_head
 CASES = {  # name -> recipe, overrides, rounds
     "mokd_cnn_tiny+mokd_vit_tiny": ("fashion-mnist", [], 21),
     "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 9),
-    "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 9),
+    "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 3),
 }
 
 PEAKS = ("peak_bytes", "baseline_peak_bytes", "reference_peak_bytes")  # ours, official, reference

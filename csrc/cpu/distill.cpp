@@ -28,11 +28,14 @@ constexpr int64_t TILE = 8 * BLOCK;  // columns of one piece of work
 constexpr int AHEAD = 6;             // rows fetched ahead (bench/distill.py, B = 16 and 32)
 
 // a takes in b, its right neighbour. Maxima seldom move (running_maximum): `decay` is then mostly 1.
-void merge(State a, State b, int T, int V) {
+// Without the condition these took 4 % of MOKD's call with search, where most rows have one view only.
+void merge(const Distill& d, State a, State b) {
+  const int T = d.shape.teachers, V = d.shape.views;
   for (int t = 0; t < T; ++t)
     for (int v = 0; v < V; ++v)
-      a.dot[t * V + v] = merge_dots(a.dot[t * V + v], a.teacher[t], a.student[v],
-                                    b.dot[t * V + v], b.teacher[t], b.student[v]);
+      if (d.pairs[t * V + v] != 0)
+        a.dot[t * V + v] = merge_dots(a.dot[t * V + v], a.teacher[t], a.student[v],
+                                      b.dot[t * V + v], b.teacher[t], b.student[v]);
   for (int t = 0; t < T; ++t) a.teacher[t] = merge(a.teacher[t], b.teacher[t]);
   for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
 }
@@ -63,25 +66,60 @@ Next next_row(const Distill& d, Block at, int row) {
   return {address(rows, at.image, k), item_size(rows.type) * (rows.column == 1)};
 }
 
-// Calls f with a teacher row less its centre.
-template <typename A, typename F>
-auto with_centre(const Teacher& teacher, Block at, const A* x, const F& f) {
-  if (!teacher.center) return f(Scratch<A>{x, nullptr});
-  return f(Centred<A>{x, static_cast<const A*>(teacher.center) + at.k0});
+// What a thread keeps of a teacher row: the exponentials of a block of columns and, before them, of the
+// HALO last columns of the block to the left. Or as a tile of a `PairedBf16`, the columns in two planes.
+template <typename A>
+constexpr int64_t HALO = 2 * LANES<A>;
+template <typename A>
+constexpr int64_t ROW = BLOCK + HALO<A>;
+constexpr int64_t PLANE = ROW<float> / 2;
+
+// Where the block's first column stands.
+template <typename A>
+A* first_column(A* kept, bool pairs) {
+  return kept + (pairs ? HALO<A> / 2 : HALO<A>);
 }
 
-// Whether a student's block is read as `PairedBf16`; its teachers' exponentials are paired up then.
+// Before the next block: what was last becomes the halo.
+template <typename A>
+void keep_halo(A* kept, bool pairs) {
+  const int64_t parts = pairs ? 2 : 1, part = ROW<A> / parts, halo = HALO<A> / parts;
+  for (int64_t i = 0; i < parts; ++i)
+    std::memcpy(kept + i * part, kept + (i + 1) * part - halo, halo * sizeof(A));
+}
+
+// Whether a student's block is read as `PairedBf16`, which takes whole pairs of vectors.
 template <typename A>
 bool paired(const Distill& d, Block at) {
   const Rows& student = d.student[0];
-  return sizeof(A) == 4 && student.type == BF16 && student.column == 1 && at.n % (2 * LANES<A>) == 0;
+  return sizeof(A) == 4 && student.type == BF16 && student.column == 1 && at.n % HALO<A> == 0;
 }
 
+// The numbers of a block where a student's loop finds them: where they are, or split into a tile.
 template <typename A>
-const A* in_order(bool pairs, const A* row, int64_t n, A* own) {
+const A* in_order(bool pairs, const A* x, int64_t n, A* own) {
   if constexpr (sizeof(A) == 4)
-    if (pairs) return pair_up(row, n, own);
-  return row;
+    if (pairs) return split(x, n, own, PLANE);
+  return x;
+}
+
+// Calls f with a teacher row less its centre and the place of its exponentials; returns where a student's
+// loop finds these.
+template <typename A, typename F>
+const A* with_teacher(const Teacher& teacher, Block at, bool pairs, A* own, A* wide, const F& f) {
+  const A* center = static_cast<const A*>(teacher.center);
+  if constexpr (sizeof(A) == 4) {
+    if (pairs && teacher.rows.type == BF16 && teacher.rows.column == 1 && at.n % HALO<A> == 0) {
+      const char* x = address(teacher.rows, at.image, at.k0);
+      const PairedBf16 row = {reinterpret_cast<const uint16_t*>(x), nullptr, PLANE};
+      center ? f(CentredBf16{row, center + at.k0}, own) : f(row, own);
+      return own;
+    }
+  }
+  A* to = pairs ? wide : own;
+  const Plain<A> row = {values<A>(teacher.rows, at.image, at.k0, at.n, to), nullptr};
+  center ? f(Centred<A>{row, center + at.k0}, to) : f(row, to);
+  return in_order(pairs, to, at.n, own);
 }
 
 // Maxima never fall from block to block, so that a merge rarely needs an exponential.
@@ -94,22 +132,22 @@ A running_maximum(Row row, int64_t n, const Partial* before, double rate) {
 }
 
 template <typename A>
-Partial forward_teacher(const Distill& d, Block at, int t, A* own, const A** e, const Partial* before) {
+Partial forward_teacher(const Distill& d, Block at, int t, A* own, A* wide, const A** e,
+                        const Partial* before) {
   const Teacher& teacher = d.teacher[t];
-  const A* x = values<A>(teacher.rows, at.image, at.k0, at.n, own);
+  const bool pairs = paired<A>(d, at);
   if (teacher.probabilities) {
-    const double mass = sum(x, at.n);
-    *e = in_order(paired<A>(d, at), x, at.n, own);
-    return {0, mass};
+    const A* x = values<A>(teacher.rows, at.image, at.k0, at.n, pairs ? wide : own);
+    *e = in_order(pairs, x, at.n, own);
+    return {0, sum(x, at.n)};
   }
   const double rate = rate_of<A>(d, t);
   const Next next = next_row(d, at, t + AHEAD);
-  const Partial sum = with_centre<A>(teacher, at, x, [&](auto row) {
+  Partial sum;
+  *e = with_teacher<A>(teacher, at, pairs, own, wide, [&](auto row, A* to) {
     const A max = running_maximum<A>(row, at.n, before, rate);
-    const A total = exponentials(row, max, A(rate * LOG2_E), A(1), at.n, own, next);
-    return Partial{max * rate, total};
+    sum = {max * rate, exponentials(row, max, A(rate * LOG2_E), A(1), at.n, to, next)};
   });
-  *e = in_order<A>(paired<A>(d, at), own, at.n, own);
   return sum;
 }
 
@@ -157,41 +195,42 @@ struct Workplace {
   const A** rows;
   Workplace(char* at, const Shape& shape)
       : scratch(reinterpret_cast<A*>(at)),
-        state(reinterpret_cast<double*>(scratch + (shape.teachers + 2) * BLOCK)),
+        state(reinterpret_cast<double*>(scratch + (shape.teachers + 2) * ROW<A>)),
         rows(reinterpret_cast<const A**>(state + state_size(shape))) {}
   static int64_t bytes(const Shape& shape) {
-    const int64_t size = (shape.teachers + 2) * BLOCK * sizeof(A) + state_size(shape) * sizeof(double) +
+    const int64_t size = (shape.teachers + 2) * ROW<A> * sizeof(A) + state_size(shape) * sizeof(double) +
                          shape.teachers * sizeof(A*);
     return (size / 64 + 1) * 64;
   }
 };
 
-// Scratch: a block for every teacher row, then one to widen a row in.
+// Scratch: what is kept of every teacher row, then a block to widen a row in.
 template <typename A>
 void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
   const int T = d.shape.teachers, V = d.shape.views;
-  A* wide = work.scratch + T * BLOCK;
+  A* wide = work.scratch + T * ROW<A>;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
     const bool first = k == at.begin;
     State out = first ? state : state_at(work.state, d.shape);
     for (int t = 0; t < T; ++t)
-      out.teacher[t] = forward_teacher(d, block, t, work.scratch + t * BLOCK, &work.rows[t],
-                                       first ? nullptr : &state.teacher[t]);
+      out.teacher[t] = forward_teacher(
+          d, block, t, first_column(work.scratch + t * ROW<A>, paired<A>(d, block)), wide, &work.rows[t],
+          first ? nullptr : &state.teacher[t]);
     for (int v = 0; v < V; ++v) {
       const Partial* before = first ? nullptr : &state.student[v];
       if constexpr (sizeof(A) == 4) {
         if (paired<A>(d, block)) {
           const char* x = address(d.student[v], at.image, k);
-          const PairedBf16 row = {reinterpret_cast<const uint16_t*>(x), nullptr};
+          const PairedBf16 row = {reinterpret_cast<const uint16_t*>(x), nullptr, PLANE};
           forward_student<A>(d, block, v, row, work.rows, out, before);
           continue;
         }
       }
       const A* x = values<A>(d.student[v], at.image, k, block.n, wide);
-      forward_student<A>(d, block, v, Scratch<A>{x, nullptr}, work.rows, out, before);
+      forward_student<A>(d, block, v, Plain<A>{x, nullptr}, work.rows, out, before);
     }
-    if (!first) merge(state, out, T, V);
+    if (!first) merge(d, state, out);
   }
 }
 
@@ -234,7 +273,7 @@ void forward(const Distill& d, const Forward& out) {
   for (int i = 0; i < d.targets; ++i) sums[i] = 0;
   for (int64_t b = 0; b < B; ++b) {
     State s = state_at(states + b * cut * size, d.shape);
-    for (int64_t i = 1; i < cut; ++i) merge(s, state_at(states + (b * cut + i) * size, d.shape), T, V);
+    for (int64_t i = 1; i < cut; ++i) merge(d, s, state_at(states + (b * cut + i) * size, d.shape));
     for (int v = 0; v < V; ++v) {
       A* at = stats + student_stats(d.shape, v, b);
       at[0] = A(s.student[v].max / rate_of<A>(d, -1));
@@ -305,15 +344,15 @@ template <typename A>
 void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>& m, const double* pair,
                          const A* const* q, A* wide, A* g) {
   const A* x = values<A>(d.student[v], at.image, at.k0, at.n, wide);
-  const int64_t done = gradient(m, at.n, Scratch<A>{x, g});
+  const int64_t done = gradient(m, at.n, Plain<A>{x, g});
   if (done < at.n) {  // the last values, padded
-    constexpr int64_t PAIR = 2 * LANES<A>;
+    constexpr int64_t PAIR = HALO<A>;
     alignas(WIDTH) A rest[(1 + GROUP) * PAIR] = {};
     Mix<A> padded = m;
     for (int i = 0; i <= m.count; ++i)
       std::memcpy(rest + i * PAIR, (i ? m.q[i - 1] : x) + done, (at.n - done) * sizeof(A));
     for (int i = 0; i < m.count; ++i) padded.q[i] = rest + (i + 1) * PAIR;
-    gradient(padded, PAIR, Scratch<A>{rest, g + done});
+    gradient(padded, PAIR, Plain<A>{rest, g + done});
   }
   for (; t < d.shape.teachers; ++t) {
     const A c = A(pair[t * d.shape.views + v]);
@@ -322,24 +361,52 @@ void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>&
   }
 }
 
-// Whether gradients are streamed to their place, which is aligned then, for blocks of whole pairs of
-// vectors. A view with more than GROUP teacher rows would have to read them back.
+// Whether gradients go from registers to their place, of tiles no narrower than a pair of vectors. A view
+// with more than GROUP teacher rows would have to read them back.
 template <typename A>
-bool streams(const Distill& d, const Backward& io) {
+bool direct(const Distill& d, Tile at) {
   const Rows& student = d.student[0];
-  const int64_t item = item_size(student.type);
   for (int v = 0; v < d.shape.views; ++v) {
     int t = 0, rows[GROUP];
     next_group(d, v, &t, rows);
     if (next_group(d, v, &t, rows)) return false;
   }
-  return (item == sizeof(A) || student.type == BF16) && student.column == 1 &&
-         d.shape.columns * item % WIDTH == 0 && reinterpret_cast<uintptr_t>(io.gradient) % WIDTH == 0;
+  return (item_size(student.type) == sizeof(A) || student.type == BF16) && student.column == 1 &&
+         at.end - at.begin >= HALO<A>;
+}
+
+// The gradient of `n` columns from k on, the columns of the block counting from 0.
+template <typename A, typename X, typename Row>
+void gradient_at(Mix<A> m, int64_t k, int64_t n, const X* x, X* g, Row row) {
+  row.x = x + k, row.g = g + k;
+  for (int i = 0; i < m.count; ++i) m.q[i] += k;
+  if constexpr (Row::paired) {
+    const bool odd = k & 1;
+    row.apart = odd ? 1 - PLANE : PLANE;
+    for (int i = 0; i < m.count; ++i) m.q[i] += (odd ? PLANE : 0) + (k >> 1) - k;
+  }
+  gradient(m, n, row);
+}
+
+// Cache lines are written whole, past the caches: the gradient's lines are cut where its row starts, not
+// where the block does, so that a block begins up to a pair of vectors early and leaves its end to the
+// next one. The first and last columns of a tile are written twice instead, with the same numbers.
+template <typename Row, typename Stream, typename A, typename X>
+void gradient_in_place(const Mix<A>& m, Tile tile, Block at, const X* x, X* g) {
+  constexpr int64_t PAIR = HALO<A>;
+  const auto whole = [&](int64_t k) {  // the last border of two lines up to k
+    return k - int64_t(reinterpret_cast<uintptr_t>(g + k) / sizeof(X) % PAIR);
+  };
+  const bool first = at.k0 == tile.begin, last = at.k0 + at.n == tile.end;
+  const int64_t begin = first ? whole(PAIR - 1) : whole(0), end = whole(at.n);
+  if (first && begin) gradient_at(m, 0, PAIR, x, g, Row());
+  gradient_at(m, begin, end - begin, x, g, Stream());
+  if (last && end < at.n) gradient_at(m, at.n - PAIR, PAIR, x, g, Row());
 }
 
 template <typename A>
-void backward_student(const Distill& d, const Backward& io, Block at, int v, Coefficients f, A scale,
-                      const A* const* q, A* wide, A* g, bool streamed) {
+void backward_student(const Distill& d, const Backward& io, Tile tile, Block at, int v, Coefficients f,
+                      A scale, const A* const* q, A* wide, A* g, bool in_place) {
   const int T = d.shape.teachers, V = d.shape.views;
   const Rows& student = d.student[v];
   Mix<A> m = {static_cast<const A*>(io.stats)[student_stats(d.shape, v, at.image)], scale,
@@ -354,15 +421,16 @@ void backward_student(const Distill& d, const Backward& io, Block at, int v, Coe
     std::memset(to, 0, at.n * item_size(student.type));
     return;
   }
-  const char* from = address(student, at.image, at.k0);
-  if (streamed && item_size(student.type) == sizeof(A)) {
-    gradient(m, at.n, Memory<A>{{reinterpret_cast<const A*>(from), reinterpret_cast<A*>(to)}});
+  const char* x = address(student, at.image, at.k0);
+  if (in_place && item_size(student.type) == sizeof(A)) {
+    gradient_in_place<Plain<A>, Streamed<A>>(m, tile, at, reinterpret_cast<const A*>(x),
+                                             reinterpret_cast<A*>(to));
     return;
   }
   if constexpr (sizeof(A) == 4) {
-    if (streamed) {
-      const PairedBf16 row = {reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to)};
-      gradient(m, at.n, row);
+    if (in_place) {
+      gradient_in_place<PairedBf16, StreamedBf16>(m, tile, at, reinterpret_cast<const uint16_t*>(x),
+                                                  reinterpret_cast<uint16_t*>(to));
       return;
     }
   }
@@ -372,16 +440,16 @@ void backward_student(const Distill& d, const Backward& io, Block at, int v, Coe
 }
 
 template <typename A>
-const A* backward_teacher(const Distill& d, const Backward& io, Block at, int t, A* own) {
+const A* backward_teacher(const Distill& d, const Backward& io, Block at, int t, bool pairs, A* own,
+                          A* wide) {
   const Teacher& teacher = d.teacher[t];
-  const A* x = values<A>(teacher.rows, at.image, at.k0, at.n, own);
-  if (teacher.probabilities) return x;
+  if (teacher.probabilities)
+    return in_order(pairs, values<A>(teacher.rows, at.image, at.k0, at.n, pairs ? wide : own), at.n, own);
   const A* stats = static_cast<const A*>(io.stats) + teacher_stats(d.shape, t, at.image);
-  with_centre<A>(teacher, at, x, [&](auto row) {
-    return exponentials(row, stats[0], A(rate_of<A>(d, t) * LOG2_E), A(1) / stats[1], at.n, own,
-                        next_row(d, at, t + AHEAD));
+  return with_teacher<A>(teacher, at, pairs, own, wide, [&](auto row, A* to) {
+    exponentials(row, stats[0], A(rate_of<A>(d, t) * LOG2_E), A(1) / stats[1], at.n, to,
+                 next_row(d, at, t + AHEAD));
   });
-  return own;
 }
 
 // Scratch as in forward, and a block for the gradient.
@@ -390,18 +458,17 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
   const int T = d.shape.teachers, V = d.shape.views;
   const Coefficients f = coefficients<A>(d, io, at.image, work.state);
   const A scale = A(rate_of<A>(d, -1) * LOG2_E);
-  A *wide = work.scratch + T * BLOCK, *g = wide + BLOCK;
-  const bool whole = streams<A>(d, io);
+  A *wide = work.scratch + T * ROW<A>, *g = wide + ROW<A>;
+  const bool in_place = direct<A>(d, at), pairs = in_place && d.student[0].type == BF16;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
-    const bool streamed = whole && block.n % (2 * LANES<A>) == 0;
     for (int t = 0; t < T; ++t) {
-      A* own = work.scratch + t * BLOCK;
-      const A* q = backward_teacher<A>(d, io, block, t, own);
-      work.rows[t] = in_order(streamed && d.student[0].type == BF16, q, block.n, own);
+      A* kept = work.scratch + t * ROW<A>;
+      if (k != at.begin) keep_halo(kept, pairs);
+      work.rows[t] = backward_teacher(d, io, block, t, pairs, first_column(kept, pairs), wide);
     }
     for (int v = 0; v < V; ++v)
-      backward_student(d, io, block, v, f, scale, work.rows, wide, g, streamed);
+      backward_student(d, io, at, block, v, f, scale, work.rows, wide, g, in_place);
   }
   stream_fence();
 }

@@ -11,7 +11,8 @@ constexpr int64_t BLOCK = 1024;      // columns worked on at a time: rows of a b
 constexpr int GROUP = 4;             // teacher rows that ride along with a student's exponential
 constexpr double LOG2_E = 1.4426950408889634;
 
-// The row that will be worked on some rows later: a vector of it is fetched with each one of this row.
+// The row that will be worked on some rows later: a vector of it is fetched with each one of this row,
+// and first of all its end: a row that starts within a cache line ends one line later.
 struct Next {
   const char* row;
   int64_t item;  // bytes
@@ -28,7 +29,7 @@ A maximum(Row row, int64_t n) {
     v = row.template get<0>(k), a = v > a ? v : a;
     v = row.template get<1>(k), b = v > b ? v : b;
   }
-  if constexpr (!std::is_same_v<Row, PairedBf16>) {
+  if constexpr (!Row::paired) {
     for (; k < n; k += L) {
       v = row.tail(k, n - k < L ? n - k : L, lowest);
       a = v > a ? v : a;
@@ -51,16 +52,22 @@ A exponentials(Row row, A max, A scale, A factor, int64_t n, A* e, Next next) {
   constexpr int L = LANES<A>;
   Vec<A> total = {};
   int64_t k = 0;
-  for (; k + L <= n; k += L) {
-    next.fetch(k);
+  next.fetch(n - 1);
+  for (; k + 2 * L <= n; k += 2 * L) {
+    next.fetch(k), next.fetch(k + L);
     const Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
+    const Vec<A> w = exp2_negative((row.template get<1>(k) - max) * scale) * factor;
     total += v;
-    store(e + k, v);
+    total += w;
+    store(row.template tile<0>(e, k), v), store(row.template tile<1>(e, k), w);
   }
-  if (k < n) {
-    const Vec<A> v = exp2_negative((row.tail(k, n - k, A(-__builtin_inff())) - max) * scale) * factor;
-    total += v;
-    store(e + k, v);
+  if constexpr (!Row::paired) {
+    for (; k < n; k += L) {
+      const Vec<A> x = row.tail(k, n - k < L ? n - k : L, A(-__builtin_inff()));
+      const Vec<A> v = exp2_negative((x - max) * scale) * factor;
+      total += v;
+      store(e + k, v);
+    }
   }
   return reduce_add<A>(total);
 }
@@ -71,15 +78,16 @@ A student_block(Row row, A max, A scale, int64_t n, const A* const* e, A* dots, 
   constexpr int L = LANES<A>;
   Vec<A> total = {}, d[GROUP] = {};
   int64_t k = 0;
+  next.fetch(n - 1);
   for (; k + 2 * L <= n; k += 2 * L) {
     next.fetch(k), next.fetch(k + L);
     const Vec<A> z = row.template get<0>(k) - max, y = row.template get<1>(k) - max;
     total += exp2_negative(z * scale);
     total += exp2_negative(y * scale);
-    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k) * z;
-    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(e[i] + k + L) * y;
+    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(row.template tile<0>(e[i], k)) * z;
+    for (int i = 0; i < N; ++i) d[i] += load<Vec<A>>(row.template tile<1>(e[i], k)) * y;
   }
-  if constexpr (!std::is_same_v<Row, PairedBf16>) {
+  if constexpr (!Row::paired) {
     for (; k < n; k += L) {  // what is filled in has exponential 0 and, in the dots, difference 0
       const int64_t rest = n - k < L ? n - k : L;
       total += exp2_negative((row.tail(k, rest, A(-__builtin_inff())) - max) * scale);
@@ -98,12 +106,13 @@ int64_t gradient_block(Row row, A max, A scale, A factor, int64_t n, const A* co
                        Next next) {
   constexpr int L = LANES<A>;
   int64_t k = 0;
+  next.fetch(n - 1);
   for (; k + 2 * L <= n; k += 2 * L) {
     next.fetch(k), next.fetch(k + L);
     Vec<A> v = exp2_negative((row.template get<0>(k) - max) * scale) * factor;
     Vec<A> w = exp2_negative((row.template get<1>(k) - max) * scale) * factor;
-    for (int i = 0; i < N; ++i) v -= load<Vec<A>>(q[i] + k) * c[i];
-    for (int i = 0; i < N; ++i) w -= load<Vec<A>>(q[i] + k + L) * c[i];
+    for (int i = 0; i < N; ++i) v -= load<Vec<A>>(row.template tile<0>(q[i], k)) * c[i];
+    for (int i = 0; i < N; ++i) w -= load<Vec<A>>(row.template tile<1>(q[i], k)) * c[i];
     row.put(k, v, w);
   }
   return k;

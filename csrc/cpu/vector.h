@@ -238,14 +238,20 @@ inline void stream_vector(A* to, Vec<A> v) {
 #endif
 }
 
-// How a loop reads and writes a row, two vectors at a time from column k: numbers in scratch ...
+// How a loop reads and writes a row, two vectors at a time from column k, and where in a block of
+// teacher exponentials (a tile) the same columns stand: numbers ...
 template <typename A>
-struct Scratch {
+struct Plain {
+  static constexpr bool paired = false;
   const A* x;
   A* g;
   template <int I>
   Vec<A> get(int64_t k) const {
     return load<Vec<A>>(x + k + I * LANES<A>);
+  }
+  template <int I, typename P>
+  static P* tile(P* e, int64_t k) {
+    return e + k + I * LANES<A>;
   }
   Vec<A> tail(int64_t k, int64_t count, A fill) const { return load_tail(x + k, count, fill); }
   void put(int64_t k, Vec<A> first, Vec<A> second) const {
@@ -255,60 +261,87 @@ struct Scratch {
 
 // ... or numbers less a centre ...
 template <typename A>
-struct Centred {
-  const A *x, *center;
+struct Centred : Plain<A> {
+  const A* center;
   template <int I>
   Vec<A> get(int64_t k) const {
-    return load<Vec<A>>(x + k + I * LANES<A>) - load<Vec<A>>(center + k + I * LANES<A>);
+    return Plain<A>::template get<I>(k) - load<Vec<A>>(center + k + I * LANES<A>);
   }
   Vec<A> tail(int64_t k, int64_t count, A fill) const {
-    return load_tail(x + k, count, fill) - load_tail(center + k, count, A(0));
+    return Plain<A>::tail(k, count, fill) - load_tail(center + k, count, A(0));
   }
 };
 
-// ... or a row of memory, aligned and streamed to ...
+// ... or a row whose gradient is aligned and streamed to its place ...
 template <typename A>
-struct Memory : Scratch<A> {
+struct Streamed : Plain<A> {
   void put(int64_t k, Vec<A> first, Vec<A> second) const {
     stream_vector(this->g + k, first), stream_vector(this->g + k + LANES<A>, second);
   }
 };
 
-// ... or such a row in bf16, where the first vector holds the even and the second the odd columns: a
-// shift and a mask take the two out of one register, and put them back. What meets them is in the
-// same order, see `pair_up`.
+// ... or a row in bf16, where the first vector holds the first, third, ... of the columns and the second
+// the others: a shift and a mask take the two out of one register, and put them back. Its tiles are
+// split in the same way, the columns of the second vector `apart` from those of the first.
 struct PairedBf16 {
+  static constexpr bool paired = true;
   const uint16_t* x;
   uint16_t* g;
+  int64_t apart;
   template <int I>
   Vec<float> get(int64_t k) const {
     const Bits both = load<Bits>(x + k);
     return reinterpret_cast<Vec<float>>(I ? both & 0xffff0000 : both << 16);
   }
-  void put(int64_t k, Vec<float> even, Vec<float> odd) const {
-    const Bits both = round_bf16(even) >> 16 | (round_bf16(odd) & 0xffff0000);
-    stream_vector(reinterpret_cast<float*>(g + k), reinterpret_cast<Vec<float>>(both));
+  template <int I, typename P>
+  P* tile(P* e, int64_t k) const {
+    return e + k / 2 + I * apart;
+  }
+  static Bits join(Vec<float> first, Vec<float> second) {
+    return round_bf16(first) >> 16 | (round_bf16(second) & 0xffff0000);
+  }
+  void put(int64_t k, Vec<float> first, Vec<float> second) const { store(g + k, join(first, second)); }
+};
+
+struct StreamedBf16 : PairedBf16 {
+  void put(int64_t k, Vec<float> first, Vec<float> second) const {
+    stream_vector(reinterpret_cast<float*>(g + k), reinterpret_cast<Vec<float>>(join(first, second)));
   }
 };
 
-// Even columns of each two vectors first, then the odd ones. from and to may be one.
-inline const float* pair_up(const float* from, int64_t n, float* to) {
+// The first, third, ... (I = 0) or the other (I = 1) of two vectors' numbers.
+template <int I>
+inline Vec<float> every_other(const float* x) {
   constexpr int L = LANES<float>;
-  Bits even, odd;
-  for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  for (int64_t k = 0; k < n; k += 2 * L) {
-    const Vec<float> a = load<Vec<float>>(from + k), b = load<Vec<float>>(from + k + L);
+  const Vec<float> a = load<Vec<float>>(x), b = load<Vec<float>>(x + L);
 #ifdef __clang__
-    Vec<float> first, second;
-    for (int i = 0; i < L / 2; ++i) {
-      first[i] = a[2 * i], first[i + L / 2] = b[2 * i];
-      second[i] = a[2 * i + 1], second[i + L / 2] = b[2 * i + 1];
-    }
-    store(to + k, first), store(to + k + L, second);
+  Vec<float> half;
+  for (int i = 0; i < L / 2; ++i) half[i] = a[2 * i + I], half[i + L / 2] = b[2 * i + I];
+  return half;
 #else
-    store(to + k, __builtin_shuffle(a, b, even)), store(to + k + L, __builtin_shuffle(a, b, odd));
+  Bits from;
+  for (int i = 0; i < L; ++i) from[i] = 2 * i + I;
+  return __builtin_shuffle(a, b, from);
 #endif
+}
+
+struct CentredBf16 : PairedBf16 {
+  const float* center;
+  template <int I>
+  Vec<float> get(int64_t k) const {
+    return PairedBf16::get<I>(k) - every_other<I>(center + k);
   }
+};
+
+// Splits n numbers into a tile.
+inline const float* split(const float* from, int64_t n, float* to, int64_t apart) {
+  constexpr int L = LANES<float>;
+  int64_t k = 0;
+  for (; k + 2 * L <= n; k += 2 * L) {
+    store(to + k / 2, every_other<0>(from + k));
+    store(to + k / 2 + apart, every_other<1>(from + k));
+  }
+  for (; k < n; ++k) to[k / 2 + k % 2 * apart] = from[k];
   return to;
 }
 

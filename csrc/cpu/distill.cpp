@@ -4,12 +4,15 @@
 // Forward reads every student and teacher row once (4 (V + T) B K bytes in fp32) and keeps
 // 2 (V + T) B numbers; backward reads them once more and writes the gradient once. Work is cut into
 // (image, tile of columns); tiles are merged in index order, so the thread count changes no bit.
-// Within a tile, blocks of columns stay in L1, and while one row is worked on the next is fetched.
+// Within a tile, blocks of columns stay in L1, and while one row is worked on the next is fetched. The
+// exponentials of a teacher row are kept there for all its views; of one that has a single view, as in
+// MOKD's search, both rows are read side by side and nothing is kept.
 // The maximum is subtracted before the temperature divides: a large common offset costs no digit.
 #include "distill.h"
 
 #include <cstdlib>
 #include <new>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -40,29 +43,64 @@ void merge(const Distill& d, State a, State b) {
   for (int v = 0; v < V; ++v) a.student[v] = merge(a.student[v], b.student[v]);
 }
 
+// A call, and what follows from its pairs and types.
+struct Call : Distill {
+  explicit Call(const Distill& d);
+  std::vector<int> lone;           // [V]: the teacher row that is read beside this view, or -1
+  std::vector<bool> kept;          // [T]: the others, whose exponentials are kept for all their views
+  std::vector<const Rows*> order;  // the rows as they are visited: teachers that are kept, then each
+  std::vector<int> turn;           // view after its lone row; [T + V]: where each stands in `order`
+};
+
+Call::Call(const Distill& d) : Distill(d), lone(shape.views, -1), kept(shape.teachers, true) {
+  const int T = shape.teachers, V = shape.views;
+  turn.resize(T + V);
+  for (int t = 0; t < T; ++t) {
+    int views = 0, view = 0;
+    for (int v = 0; v < V; ++v)
+      if (pairs[t * V + v] != 0) ++views, view = v;
+    const Rows& rows = teacher[t].rows;
+    const bool alike = rows.type == student[0].type && rows.column == 1 && student[0].column == 1;
+    if (views == 1 && lone[view] < 0 && alike && !teacher[t].center && !teacher[t].probabilities)
+      lone[view] = t, kept[t] = false;
+  }
+  const auto visit = [&](int row, const Rows& rows) {
+    turn[row] = int(order.size());
+    order.push_back(&rows);
+  };
+  for (int t = 0; t < T; ++t)
+    if (kept[t]) visit(t, teacher[t].rows);
+  for (int v = 0; v < V; ++v) {
+    if (lone[v] >= 0) visit(lone[v], teacher[lone[v]].rows);
+    visit(T + v, student[v]);
+  }
+}
+
 template <typename A>
 double rate_of(const Distill& d, int t) {  // 1 / tau in double: a maximum comes back exactly
   return 1 / double(temperature<A>(d, t));
 }
 
-// Up to GROUP teacher rows from t on that are paired with view v; t moves behind the last one.
-int next_group(const Distill& d, int v, int* t, int* found) {
+// Up to GROUP teacher rows from t on that are paired with view v, but `lone`; t moves behind the last one.
+int next_group(const Distill& d, int v, int lone, int* t, int* found) {
   int count = 0;
   for (; *t < d.shape.teachers && count < GROUP; ++*t)
-    if (d.pairs[*t * d.shape.views + v] != 0) found[count++] = *t;
+    if (d.pairs[*t * d.shape.views + v] != 0 && *t != lone) found[count++] = *t;
   return count;
 }
 
-// A block of columns of one image, and the order its rows are visited in: teachers, then students.
+// A block of columns of one image.
 struct Block {
   int64_t image, k0, n;
 };
 
-Next next_row(const Distill& d, Block at, int row) {
-  const int T = d.shape.teachers, all = T + d.shape.views;
-  const int64_t k = at.k0 + row / all * BLOCK;  // beyond the last row: of the blocks that follow
-  row %= all;
-  const Rows& rows = row < T ? d.teacher[row].rows : d.student[row - T];
+// What to fetch while teacher row t, or view t - T, is worked on.
+Next next_row(const Call& d, Block at, int t) {
+  const int all = d.shape.teachers + d.shape.views;
+  int row = d.turn[t] + AHEAD;
+  int64_t k = at.k0;
+  for (; row >= all; row -= all) k += at.n;  // beyond the last row: of the blocks that follow
+  const Rows& rows = *d.order[row];
   return {address(rows, at.image, k), item_size(rows.type) * (rows.column == 1)};
 }
 
@@ -83,9 +121,14 @@ A* first_column(A* kept, bool pairs) {
 // Before the next block: what was last becomes the halo.
 template <typename A>
 void keep_halo(A* kept, bool pairs) {
-  const int64_t parts = pairs ? 2 : 1, part = ROW<A> / parts, halo = HALO<A> / parts;
-  for (int64_t i = 0; i < parts; ++i)
-    std::memcpy(kept + i * part, kept + (i + 1) * part - halo, halo * sizeof(A));
+  constexpr int64_t HALF = HALO<A> / 2;
+  if (!pairs) std::memcpy(kept, kept + BLOCK, HALO<A> * sizeof(A));
+  for (int64_t plane = 0; pairs && plane < ROW<A>; plane += PLANE)
+    std::memcpy(kept + plane, kept + plane + BLOCK / 2, HALF * sizeof(A));
+}
+
+inline PairedBf16 paired_row(const Rows& rows, Block at) {
+  return {reinterpret_cast<const uint16_t*>(address(rows, at.image, at.k0)), nullptr, 0, PLANE};
 }
 
 // Whether a student's block is read as `PairedBf16`, which takes whole pairs of vectors.
@@ -110,14 +153,13 @@ const A* with_teacher(const Teacher& teacher, Block at, bool pairs, A* own, A* w
   const A* center = static_cast<const A*>(teacher.center);
   if constexpr (sizeof(A) == 4) {
     if (pairs && teacher.rows.type == BF16 && teacher.rows.column == 1 && at.n % HALO<A> == 0) {
-      const char* x = address(teacher.rows, at.image, at.k0);
-      const PairedBf16 row = {reinterpret_cast<const uint16_t*>(x), nullptr, PLANE};
+      const PairedBf16 row = paired_row(teacher.rows, at);
       center ? f(CentredBf16{row, center + at.k0}, own) : f(row, own);
       return own;
     }
   }
   A* to = pairs ? wide : own;
-  const Plain<A> row = {values<A>(teacher.rows, at.image, at.k0, at.n, to), nullptr};
+  const Plain<A> row = {values<A>(teacher.rows, at.image, at.k0, at.n, to), nullptr, 0};
   center ? f(Centred<A>{row, center + at.k0}, to) : f(row, to);
   return in_order(pairs, to, at.n, own);
 }
@@ -132,7 +174,7 @@ A running_maximum(Row row, int64_t n, const Partial* before, double rate) {
 }
 
 template <typename A>
-Partial forward_teacher(const Distill& d, Block at, int t, A* own, A* wide, const A** e,
+Partial forward_teacher(const Call& d, Block at, int t, A* own, A* wide, const A** e,
                         const Partial* before) {
   const Teacher& teacher = d.teacher[t];
   const bool pairs = paired<A>(d, at);
@@ -142,35 +184,41 @@ Partial forward_teacher(const Distill& d, Block at, int t, A* own, A* wide, cons
     return {0, sum(x, at.n)};
   }
   const double rate = rate_of<A>(d, t);
-  const Next next = next_row(d, at, t + AHEAD);
+  const Next next = next_row(d, at, t);
   Partial sum;
   *e = with_teacher<A>(teacher, at, pairs, own, wide, [&](auto row, A* to) {
     const A max = running_maximum<A>(row, at.n, before, rate);
-    sum = {max * rate, exponentials(row, max, A(rate * LOG2_E), A(1), at.n, to, next)};
+    sum = {max * rate, exponentials(row, max, A(rate * LOG2_E), at.n, to, next)};
   });
   return sum;
 }
 
-template <typename A, typename Row>
-void forward_student(const Distill& d, Block at, int v, Row row, const A* const* e, State out,
-                     const Partial* before) {
+// One view with all its teacher rows; returns the sum of its lone one, if any.
+template <typename A, typename Row, typename Own>
+A forward_student(const Call& d, Block at, int v, Row row, Own own, const A* const* e, State out,
+                  const Partial* before) {
   const int V = d.shape.views, T = d.shape.teachers;
   const double rate = rate_of<A>(d, -1);
   const A max = running_maximum<A>(row, at.n, before, rate), scale = A(rate * LOG2_E);
-  const Next next = next_row(d, at, T + v + AHEAD);
+  const Next next = next_row(d, at, T + v);
   for (int t = 0; t < T; ++t) out.dot[t * V + v] = 0;
-  int t = 0, rows[GROUP];
-  do {
-    const int count = next_group(d, v, &t, rows);
+  int t = 0, rows[GROUP + 1];
+  A total, mass = 0;
+  const auto group = [&](int count, auto beside) {
     const A* near[GROUP];
-    A dots[GROUP];
+    A dots[GROUP + 1];
     for (int i = 0; i < count; ++i) near[i] = e[rows[i]];
-    const A total = with_count(count, [&](auto N) {
-      return student_block<N>(row, max, scale, at.n, near, dots, next);
+    total = with_count(count, [&](auto N) {
+      return student_block<N>(row, max, scale, at.n, near, dots, next, beside, &mass);
     });
-    for (int i = 0; i < count; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
-    out.student[v] = {max * rate, total};
-  } while (t < T);
+    rows[count] = d.lone[v];
+    for (int i = 0; i < count + beside.exists; ++i) out.dot[rows[i] * V + v] = dots[i] * rate;
+  };
+  group(next_group(d, v, d.lone[v], &t, rows), own);
+  const A sum = mass;
+  while (const int count = next_group(d, v, d.lone[v], &t, rows)) group(count, NoLone());
+  out.student[v] = {max * rate, total};
+  return sum;
 }
 
 // Memory of one call, aligned to cache lines; std::bad_alloc, which reaches Python as MemoryError.
@@ -204,31 +252,45 @@ struct Workplace {
   }
 };
 
-// Scratch: what is kept of every teacher row, then a block to widen a row in.
+// Scratch: what is kept of every teacher row, then blocks to widen a student and its lone row in.
 template <typename A>
-void forward_item(const Distill& d, Tile at, Workplace<A>& work, State state) {
+void forward_item(const Call& d, Tile at, Workplace<A>& work, State state) {
   const int T = d.shape.teachers, V = d.shape.views;
   A* wide = work.scratch + T * ROW<A>;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
     const bool first = k == at.begin;
     State out = first ? state : state_at(work.state, d.shape);
+    const bool pairs = paired<A>(d, block);
     for (int t = 0; t < T; ++t)
-      out.teacher[t] = forward_teacher(
-          d, block, t, first_column(work.scratch + t * ROW<A>, paired<A>(d, block)), wide, &work.rows[t],
-          first ? nullptr : &state.teacher[t]);
+      if (d.kept[t])
+        out.teacher[t] = forward_teacher(d, block, t, first_column(work.scratch + t * ROW<A>, pairs), wide,
+                                         &work.rows[t], first ? nullptr : &state.teacher[t]);
     for (int v = 0; v < V; ++v) {
+      const Rows& student = d.student[v];
+      const bool alone = d.lone[v] >= 0;
+      const Rows& own = alone ? d.teacher[d.lone[v]].rows : student;
       const Partial* before = first ? nullptr : &state.student[v];
+      const auto run = [&](auto x, auto u) {
+        if (!alone) {
+          forward_student<A>(d, block, v, x, NoLone(), work.rows, out, before);
+          return;
+        }
+        const int t = d.lone[v];
+        const double rate = rate_of<A>(d, t);
+        const A max = running_maximum<A>(u, block.n, first ? nullptr : &state.teacher[t], rate);
+        const Lone<A, decltype(u)> lone = {u, max, A(rate * LOG2_E), next_row(d, block, t)};
+        out.teacher[t] = {max * rate, forward_student<A>(d, block, v, x, lone, work.rows, out, before)};
+      };
       if constexpr (sizeof(A) == 4) {
-        if (paired<A>(d, block)) {
-          const char* x = address(d.student[v], at.image, k);
-          const PairedBf16 row = {reinterpret_cast<const uint16_t*>(x), nullptr, PLANE};
-          forward_student<A>(d, block, v, row, work.rows, out, before);
+        if (pairs) {
+          run(paired_row(student, block), paired_row(own, block));
           continue;
         }
       }
-      const A* x = values<A>(d.student[v], at.image, k, block.n, wide);
-      forward_student<A>(d, block, v, Plain<A>{x, nullptr}, work.rows, out, before);
+      const A* x = values<A>(student, at.image, k, block.n, wide);
+      const A* u = alone ? values<A>(own, at.image, k, block.n, wide + ROW<A>) : x;
+      run(Plain<A>{x, nullptr, 0}, Plain<A>{u, nullptr, 0});
     }
     if (!first) merge(d, state, out);
   }
@@ -260,7 +322,7 @@ void each_item(const Distill& d, int64_t items, const Work& work) {
 }
 
 template <typename A>
-void forward(const Distill& d, const Forward& out) {
+void forward(const Call& d, const Forward& out) {
   const int T = d.shape.teachers, V = d.shape.views;
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
   const Buffer memory((B * cut * size + d.targets) * sizeof(double));
@@ -301,8 +363,9 @@ void forward(const Distill& d, const Forward& out) {
   *static_cast<A*>(out.loss) = A(loss);
 }
 
-// gradient[v] = f_v 2^(..) - sum_t c_tv q_t: f_v = grad_output n_v / (tau_s B sum_v) and
-// c_tv = grad_output pairs[t,v] weight row_weight / (tau_s B), n_v the sum of a column of pairs.
+// gradient[v] = f_v 2^(..) - sum_t c_tv e_t: f_v = grad_output n_v / (tau_s B sum_v) and
+// c_tv = grad_output pairs[t,v] weight row_weight / (tau_s B sum_t), n_v the sum of a column of pairs and
+// e_t the exponentials of a teacher row, or given probabilities; sum_t is 1 then.
 struct Coefficients {
   double *pair, *student;  // c [T, V], f [V]
 };
@@ -315,7 +378,9 @@ Coefficients coefficients(const Distill& d, const Backward& io, int64_t b, doubl
   const double scale =
       double(*static_cast<const A*>(io.grad_output)) * rate_of<A>(d, -1) / double(d.shape.images);
   for (int v = 0; v < V; ++v) {
-    for (int t = 0; t < T; ++t) out.pair[t * V + v] = scale * coefficient<A>(d, t, v, b);
+    for (int t = 0; t < T; ++t)
+      out.pair[t * V + v] = scale * coefficient<A>(d, t, v, b) /
+                            (d.teacher[t].probabilities ? 1 : stats[teacher_stats(d.shape, t, b) + 1]);
     const double log_sum = stats[student_stats(d.shape, v, b) + 1];
     out.student[v] = scale * mass<A>(d, stats, v, b) * __builtin_exp(-log_sum);
   }
@@ -327,15 +392,15 @@ template <typename A>
 struct Mix {
   A max, scale, factor;
   const A* q[GROUP];
-  A c[GROUP];
+  A c[GROUP + 1];
   int count;
   Next next;
 };
 
-template <typename A, typename Row>
-int64_t gradient(const Mix<A>& m, int64_t n, Row row) {
+template <typename A, typename Row, typename Own>
+int64_t gradient(const Mix<A>& m, int64_t n, Row row, Own own) {
   return with_count(m.count, [&](auto N) {
-    return gradient_block<N>(row, m.max, m.scale, m.factor, n, m.q, m.c, m.next);
+    return gradient_block<N>(row, m.max, m.scale, m.factor, n, m.q, m.c, m.next, own);
   });
 }
 
@@ -344,7 +409,7 @@ template <typename A>
 void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>& m, const double* pair,
                          const A* const* q, A* wide, A* g) {
   const A* x = values<A>(d.student[v], at.image, at.k0, at.n, wide);
-  const int64_t done = gradient(m, at.n, Plain<A>{x, g});
+  const int64_t done = gradient(m, at.n, Plain<A>{x, g, 0}, NoLone());
   if (done < at.n) {  // the last values, padded
     constexpr int64_t PAIR = HALO<A>;
     alignas(WIDTH) A rest[(1 + GROUP) * PAIR] = {};
@@ -352,7 +417,7 @@ void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>&
     for (int i = 0; i <= m.count; ++i)
       std::memcpy(rest + i * PAIR, (i ? m.q[i - 1] : x) + done, (at.n - done) * sizeof(A));
     for (int i = 0; i < m.count; ++i) padded.q[i] = rest + (i + 1) * PAIR;
-    gradient(padded, PAIR, Plain<A>{rest, g + done});
+    gradient(padded, PAIR, Plain<A>{rest, g + done, 0}, NoLone());
   }
   for (; t < d.shape.teachers; ++t) {
     const A c = A(pair[t * d.shape.views + v]);
@@ -364,55 +429,48 @@ void gradient_in_scratch(const Distill& d, Block at, int v, int t, const Mix<A>&
 // Whether gradients go from registers to their place, of tiles no narrower than a pair of vectors. A view
 // with more than GROUP teacher rows would have to read them back.
 template <typename A>
-bool direct(const Distill& d, Tile at) {
+bool direct(const Call& d, Tile at) {
   const Rows& student = d.student[0];
   for (int v = 0; v < d.shape.views; ++v) {
     int t = 0, rows[GROUP];
-    next_group(d, v, &t, rows);
-    if (next_group(d, v, &t, rows)) return false;
+    next_group(d, v, d.lone[v], &t, rows);
+    if (next_group(d, v, d.lone[v], &t, rows)) return false;
   }
   return (item_size(student.type) == sizeof(A) || student.type == BF16) && student.column == 1 &&
          at.end - at.begin >= HALO<A>;
 }
 
-// The gradient of `n` columns from k on, the columns of the block counting from 0.
-template <typename A, typename X, typename Row>
-void gradient_at(Mix<A> m, int64_t k, int64_t n, const X* x, X* g, Row row) {
-  row.x = x + k, row.g = g + k;
-  for (int i = 0; i < m.count; ++i) m.q[i] += k;
-  if constexpr (Row::paired) {
-    const bool odd = k & 1;
-    row.apart = odd ? 1 - PLANE : PLANE;
-    for (int i = 0; i < m.count; ++i) m.q[i] += (odd ? PLANE : 0) + (k >> 1) - k;
-  }
-  gradient(m, n, row);
-}
-
-// Cache lines are written whole, past the caches: the gradient's lines are cut where its row starts, not
-// where the block does, so that a block begins up to a pair of vectors early and leaves its end to the
-// next one. The first and last columns of a tile are written twice instead, with the same numbers.
-template <typename Row, typename Stream, typename A, typename X>
-void gradient_in_place(const Mix<A>& m, Tile tile, Block at, const X* x, X* g) {
+// Cache lines are written whole, past the caches: the gradient is cut where its lines end, not where the
+// block does, so that a block begins up to a pair of vectors early and leaves its end to the next one.
+// The first and last columns of a tile are written by themselves, and some of them twice.
+template <typename Stream, typename A, typename Row, typename Own>
+void gradient_in_place(const Mix<A>& m, Tile tile, Block at, Row row, Own own) {
   constexpr int64_t PAIR = HALO<A>;
-  const auto whole = [&](int64_t k) {  // the last border of two lines up to k
-    return k - int64_t(reinterpret_cast<uintptr_t>(g + k) / sizeof(X) % PAIR);
+  const auto line = [&](int64_t k) {  // where the line of column k begins
+    return k - int64_t(reinterpret_cast<uintptr_t>(row.g + k) % WIDTH / sizeof(*row.g));
   };
-  const bool first = at.k0 == tile.begin, last = at.k0 + at.n == tile.end;
-  const int64_t begin = first ? whole(PAIR - 1) : whole(0), end = whole(at.n);
-  if (first && begin) gradient_at(m, 0, PAIR, x, g, Row());
-  gradient_at(m, begin, end - begin, x, g, Stream());
-  if (last && end < at.n) gradient_at(m, at.n - PAIR, PAIR, x, g, Row());
+  const auto part = [&](int64_t k, int64_t n, auto r, auto u) {
+    r.skip(k);
+    if constexpr (Own::exists) u.row.skip(k);
+    return k + gradient(m, n, r, u);
+  };
+  const bool last = at.k0 + at.n == tile.end;
+  int64_t begin = line(0);
+  if (begin < 0 && at.k0 == tile.begin) part(0, PAIR, row, own), begin += PAIR;
+  const int64_t done = part(begin, line(at.n) - begin, Stream{row}, own);
+  if (last && done < at.n) part(at.n - PAIR, PAIR, row, own);
 }
 
 template <typename A>
-void backward_student(const Distill& d, const Backward& io, Tile tile, Block at, int v, Coefficients f,
+void backward_student(const Call& d, const Backward& io, Tile tile, Block at, int v, Coefficients f,
                       A scale, const A* const* q, A* wide, A* g, bool in_place) {
-  const int T = d.shape.teachers, V = d.shape.views;
+  const int T = d.shape.teachers, V = d.shape.views, lone = in_place ? d.lone[v] : -1;
   const Rows& student = d.student[v];
-  Mix<A> m = {static_cast<const A*>(io.stats)[student_stats(d.shape, v, at.image)], scale,
-              A(f.student[v]), {}, {}, 0, next_row(d, at, T + v + AHEAD)};
+  const A* stats = static_cast<const A*>(io.stats);
+  Mix<A> m = {stats[student_stats(d.shape, v, at.image)], scale, A(f.student[v]), {}, {}, 0,
+              next_row(d, at, T + v)};
   int t = 0, rows[GROUP];
-  m.count = next_group(d, v, &t, rows);
+  m.count = next_group(d, v, lone, &t, rows);
   for (int i = 0; i < m.count; ++i) m.q[i] = q[rows[i]], m.c[i] = A(f.pair[rows[i] * V + v]);
 
   const int64_t place = (v * d.shape.images + at.image) * d.shape.columns + at.k0;
@@ -421,40 +479,51 @@ void backward_student(const Distill& d, const Backward& io, Tile tile, Block at,
     std::memset(to, 0, at.n * item_size(student.type));
     return;
   }
-  const char* x = address(student, at.image, at.k0);
-  if (in_place && item_size(student.type) == sizeof(A)) {
-    gradient_in_place<Plain<A>, Streamed<A>>(m, tile, at, reinterpret_cast<const A*>(x),
-                                             reinterpret_cast<A*>(to));
+  if (!in_place) {
+    gradient_in_scratch(d, at, v, t, m, f.pair, q, wide, g);
+    narrow(student.type, at.n, g);
+    stream(to, g, at.n * item_size(student.type));
     return;
   }
+  const auto run = [&](auto row, auto u, auto streamed) {
+    if (lone < 0) return gradient_in_place<decltype(streamed)>(m, tile, at, row, NoLone());
+    m.c[m.count] = A(f.pair[lone * V + v]);
+    const A* own = stats + teacher_stats(d.shape, lone, at.image);
+    gradient_in_place<decltype(streamed)>(
+        m, tile, at, row,
+        Lone<A, decltype(u)>{u, own[0], A(rate_of<A>(d, lone) * LOG2_E), next_row(d, at, lone)});
+  };
+  const Rows& own = lone < 0 ? student : d.teacher[lone].rows;
   if constexpr (sizeof(A) == 4) {
-    if (in_place) {
-      gradient_in_place<PairedBf16, StreamedBf16>(m, tile, at, reinterpret_cast<const uint16_t*>(x),
-                                                  reinterpret_cast<uint16_t*>(to));
+    if (student.type == BF16) {
+      PairedBf16 row = paired_row(student, at);
+      row.g = reinterpret_cast<uint16_t*>(to);
+      run(row, paired_row(own, at), StreamedBf16());
       return;
     }
   }
-  gradient_in_scratch(d, at, v, t, m, f.pair, q, wide, g);
-  narrow(student.type, at.n, g);
-  stream(to, g, at.n * item_size(student.type));
+  const auto in_memory = [&](const Rows& rows) {
+    return reinterpret_cast<const A*>(address(rows, at.image, at.k0));
+  };
+  run(Plain<A>{in_memory(student), reinterpret_cast<A*>(to), 0}, Plain<A>{in_memory(own), nullptr, 0},
+      Streamed<A>());
 }
 
 template <typename A>
-const A* backward_teacher(const Distill& d, const Backward& io, Block at, int t, bool pairs, A* own,
+const A* backward_teacher(const Call& d, const Backward& io, Block at, int t, bool pairs, A* own,
                           A* wide) {
   const Teacher& teacher = d.teacher[t];
   if (teacher.probabilities)
     return in_order(pairs, values<A>(teacher.rows, at.image, at.k0, at.n, pairs ? wide : own), at.n, own);
   const A* stats = static_cast<const A*>(io.stats) + teacher_stats(d.shape, t, at.image);
   return with_teacher<A>(teacher, at, pairs, own, wide, [&](auto row, A* to) {
-    exponentials(row, stats[0], A(rate_of<A>(d, t) * LOG2_E), A(1) / stats[1], at.n, to,
-                 next_row(d, at, t + AHEAD));
+    exponentials(row, stats[0], A(rate_of<A>(d, t) * LOG2_E), at.n, to, next_row(d, at, t));
   });
 }
 
 // Scratch as in forward, and a block for the gradient.
 template <typename A>
-void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& work) {
+void backward_item(const Call& d, const Backward& io, Tile at, Workplace<A>& work) {
   const int T = d.shape.teachers, V = d.shape.views;
   const Coefficients f = coefficients<A>(d, io, at.image, work.state);
   const A scale = A(rate_of<A>(d, -1) * LOG2_E);
@@ -463,6 +532,7 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
     for (int t = 0; t < T; ++t) {
+      if (in_place && !d.kept[t]) continue;
       A* kept = work.scratch + t * ROW<A>;
       if (k != at.begin) keep_halo(kept, pairs);
       work.rows[t] = backward_teacher(d, io, block, t, pairs, first_column(kept, pairs), wide);
@@ -474,7 +544,7 @@ void backward_item(const Distill& d, const Backward& io, Tile at, Workplace<A>& 
 }
 
 template <typename A>
-void backward(const Distill& d, const Backward& io) {
+void backward(const Call& d, const Backward& io) {
   each_item<A>(d, d.shape.images * tiles(d.shape, TILE), [&](int64_t item, Workplace<A>& work) {
     backward_item<A>(d, io, tile_at(d.shape, TILE, item), work);
   });
@@ -517,11 +587,11 @@ void run_column_mean(const ColumnMean& m) {
 }
 
 void run_forward(const Distill& d, const Forward& io) {
-  d.student[0].type == F64 ? forward<double>(d, io) : forward<float>(d, io);
+  d.student[0].type == F64 ? forward<double>(Call(d), io) : forward<float>(Call(d), io);
 }
 
 void run_backward(const Distill& d, const Backward& io) {
-  d.student[0].type == F64 ? backward<double>(d, io) : backward<float>(d, io);
+  d.student[0].type == F64 ? backward<double>(Call(d), io) : backward<float>(Call(d), io);
 }
 
 }  // namespace

@@ -245,6 +245,8 @@ struct Plain {
   static constexpr bool paired = false;
   const A* x;
   A* g;
+  int64_t first;  // a loop's first column in the tiles
+  void skip(int64_t k) { x += k, g += k, first += k; }
   template <int I>
   Vec<A> get(int64_t k) const {
     return load<Vec<A>>(x + k + I * LANES<A>);
@@ -281,13 +283,17 @@ struct Streamed : Plain<A> {
 };
 
 // ... or a row in bf16, where the first vector holds the first, third, ... of the columns and the second
-// the others: a shift and a mask take the two out of one register, and put them back. Its tiles are
-// split in the same way, the columns of the second vector `apart` from those of the first.
+// the others: a shift and a mask take the two out of one register, and put them back. Its tiles are split
+// into two planes, of even columns and of odd ones: those of the second vector are `apart` from the first's.
 struct PairedBf16 {
   static constexpr bool paired = true;
   const uint16_t* x;
   uint16_t* g;
-  int64_t apart;
+  int64_t first, apart;
+  void skip(int64_t k) {  // of a row that begins in an even column
+    x += k, g += k, first += k >> 1;
+    if (k & 1) first += apart, apart = 1 - apart;
+  }
   template <int I>
   Vec<float> get(int64_t k) const {
     const Bits both = load<Bits>(x + k);

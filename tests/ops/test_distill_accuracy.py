@@ -41,7 +41,9 @@ def test_columns(scale, k, dtype):
 
 # Two registers hold 8, 16 and 32 bf16 columns in baseline, v3 and v4; a block 1024, a tile 8192.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [8, 16, 32, 48, 1016, 1024, 1032, 1056, 2047, 8192, 8200, 8224])
+@pytest.mark.parametrize(
+    "k", [8, 16, 32, 33, 48, 1016, 1024, 1032, 1055, 1056, 2047, 8192, 8200, 8223, 8224]
+)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_around_every_border_and_alignment(k, dtype, offset):
     student = displaced(randn(5, 2, k), dtype, offset)
@@ -57,6 +59,19 @@ def test_rows_and_views(t, v, dtype):
     for k in (97, 96):
         target = Target(dense(t, v), randn(t, 2, k, dtype=dtype), temperature=0.07)
         check(randn(v, 2, k, dtype=dtype), [target])
+
+
+@pytest.mark.parametrize("common", [0, 1, 4, 5])  # a group is 4 rows
+@pytest.mark.parametrize("k", [31, 97, 1056, 8223])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_one_view_only(dtype, k, common):
+    """Two rows for one view, none for another, beside rows for all views."""
+    lone = ((1.0, 0.0, 0.0, 0.0), (0.5, 0.0, 0.0, 0.0), (0.0, 0.0, 0.3, 0.0), (0.0, 0.0, 0.0, 0.2))
+    targets = [Target(lone, randn(4, 2, k, dtype=dtype), temperature=0.07, weight=0.7)]
+    if common:
+        teacher = randn(common, 2, k, dtype=dtype)
+        targets.append(Target(dense(common, 4), teacher, None, 0.05, randn(k)))
+    check(randn(4, 2, k, dtype=dtype), targets)
 
 
 @pytest.mark.parametrize("b", [0, 1, 3])

@@ -30,6 +30,7 @@ from mokd_fast.ops import distill as ops_distill
 from mokd_fast.ops.dispatch import pick
 
 V, T, K = 10, 2, 65536
+ODD = (65535, 65537, 65541)  # no row but the first starts on a cache line
 CALLS = 3  # in a row, see `interleave`
 Form = Callable[[Tensor, Tensor], Tensor]  # student [V, B, K], teacher [T, B, K] -> loss
 
@@ -190,6 +191,17 @@ def scaling(dtype: torch.dtype, shapes: list[tuple[int, int, int]], rounds: int)
     return rows
 
 
+def odd_columns(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
+    """The operator at odd K against K = 65536 in the same rounds: time a logit."""
+    runs = {}
+    for columns in (K, *ODD):
+        student = logits(V, images, columns, dtype).requires_grad_()
+        runs[str(columns)] = step(operator(V, columns), student, logits(T, images, columns, dtype))
+    times = interleave(runs, rounds, CALLS)
+    ratios = {k: times[k] / times[str(K)] * K / int(k) for k in map(str, ODD)}
+    return {**about(dtype, images, V, K), "seconds": dict(times), "ratio_to_65536": ratios}
+
+
 def combined(dtype: torch.dtype, images: int, rounds: int) -> dict[str, Any]:
     """MOKD's calls (self + cross, self + search, all three) against DINO's on the same student."""
     student = logits(V, images, K, dtype).requires_grad_()
@@ -237,7 +249,7 @@ def library_cost() -> float:
     return times["library"] - times["eager"]
 
 
-SHAPES = [(V, 16, k) for k in (1024, 8192, 65535, 65536, 65537, 262144)]
+SHAPES = [(V, 16, k) for k in (1024, 8192, 65535, 65536, 65537, 65541, 262144)]
 SHAPES += [(v, 16, K) for v in (2, 4, 18)] + [(V, b, K) for b in (1, 4, 64)]
 
 
@@ -266,7 +278,9 @@ def main() -> None:
         if not options.quick:
             result.setdefault("combined", []).append(combined(dtype, 16, rounds))
             result.setdefault("scaling", []).extend(scaling(dtype, SHAPES, rounds))
+            result.setdefault("odd_columns", []).append(odd_columns(dtype, 16, 2 * rounds))
             print(result["combined"][-1]["ratio_to_dino"])
+            print("odd K against 65536:", result["odd_columns"][-1]["ratio_to_65536"])
             for row in result["scaling"]:
                 print(row["dtype"], row["shape"], f"{row['ns_per_logit']:.3f} ns a logit, "
                       f"{row['floor_fraction']:.0%} of the floor")  # fmt: skip

@@ -44,3 +44,12 @@ def test_tables():
     assert ratios["dino"] == 1
     assert ratios["a step"] == (ratios["self+cross"] + ratios["self+search"]) / 2
     assert distill.library_cost() > 0
+
+
+def test_odd_columns_are_compared_a_logit(monkeypatch):
+    monkeypatch.setattr(distill, "K", 4096)
+    monkeypatch.setattr(distill, "ODD", (2049,))
+    found = distill.odd_columns(torch.float32, 2, 1)
+    seconds = found["seconds"]
+    expected = seconds["2049"] / 2049 / (seconds["4096"] / 4096)
+    assert found["ratio_to_65536"]["2049"] == pytest.approx(expected)

@@ -441,24 +441,33 @@ bool direct(const Call& d, Tile at) {
 }
 
 // Cache lines are written whole, past the caches: the gradient is cut where its lines end, not where the
-// block does, so that a block begins up to a pair of vectors early and leaves its end to the next one.
-// The first and last columns of a tile are written by themselves, and some of them twice.
+// block does, so that a block begins up to a line early and leaves its end to the next one. Of the lines
+// at the edges of a tile, which the neighbours write too, the tile's columns are written by themselves.
+// They come last: until then the lines are there, and no store waits for one.
 template <typename Stream, typename A, typename Row, typename Own>
 void gradient_in_place(const Mix<A>& m, Tile tile, Block at, Row row, Own own) {
-  constexpr int64_t PAIR = HALO<A>;
+  constexpr int64_t PAIR = HALO<A>, ITEM = sizeof(*row.g);
   const auto line = [&](int64_t k) {  // where the line of column k begins
-    return k - int64_t(reinterpret_cast<uintptr_t>(row.g + k) % WIDTH / sizeof(*row.g));
+    return k - int64_t(reinterpret_cast<uintptr_t>(row.g + k) % WIDTH) / ITEM;
   };
-  const auto part = [&](int64_t k, int64_t n, auto r, auto u) {
-    r.skip(k);
+  const auto part = [&](int64_t k, int64_t n, auto r, auto* g) {
+    Own u = own;
+    r.skip(k), r.g = g;
     if constexpr (Own::exists) u.row.skip(k);
     return k + gradient(m, n, r, u);
   };
-  const bool last = at.k0 + at.n == tile.end;
-  int64_t begin = line(0);
-  if (begin < 0 && at.k0 == tile.begin) part(0, PAIR, row, own), begin += PAIR;
-  const int64_t done = part(begin, line(at.n) - begin, Stream{row}, own);
-  if (last && done < at.n) part(at.n - PAIR, PAIR, row, own);
+  const auto edge = [&](int64_t k, int64_t begin, int64_t end) {  // of the pair of vectors from k on
+    alignas(WIDTH) char g[PAIR * ITEM];
+    part(k, PAIR, row, reinterpret_cast<decltype(row.g)>(g));
+    std::memcpy(row.g + begin, g + (begin - k) * ITEM, (end - begin) * ITEM);
+  };
+  const bool last = at.k0 + at.n == tile.end, first = at.k0 == tile.begin && line(0) < 0;
+  const int64_t begin = line(0) + (first ? PAIR : 0);
+  if (first) __builtin_prefetch(row.g, 1);
+  if (last) __builtin_prefetch(row.g + at.n - 1, 1);
+  const int64_t done = part(begin, line(at.n) - begin, Stream{row}, row.g + begin);
+  if (first) edge(0, 0, begin);
+  if (last && done < at.n) edge(at.n - PAIR, done, at.n);
 }
 
 template <typename A>

@@ -73,10 +73,10 @@ class Case:
             for _ in range(rotations(size, device))
         ]
         empty = torch.empty(0, device=device)
-        taus = torch.tensor([0.1, 0.04], device=device)
+        scalars = torch.tensor([0.1, 0.04, 1.0], device=device)
         pairs = [weight for row in cross_view_pairs(T, V) for weight in row]
         center = torch.zeros(columns, device=device)
-        self.rest = [center], [empty], taus, pairs, [1.0], [False]
+        self.rest = [center], [empty], scalars, pairs, [False]
         self.grad = torch.ones((), device=device)
 
     def seconds(self, kernels: Any, rounds: int) -> dict[str, float]:

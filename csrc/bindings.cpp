@@ -72,30 +72,28 @@ struct Distill {
   Distill(const Distill&) = delete;  // `call` points into the vectors
   std::vector<Rows> student;
   std::vector<Teacher> teacher;
-  std::vector<double> pairs, weights;
+  std::vector<double> pairs;
   mokd::cpu::Distill call;
 
   Distill(const std::vector<Strided>& student_rows, const std::vector<Strided>& teacher_rows,
           const std::vector<uintptr_t>& centers, const std::vector<uintptr_t>& row_weights,
           const std::vector<int>& targets, const std::vector<bool>& probabilities,
-          std::vector<double> pairs_, std::vector<double> weights_, uintptr_t temperatures,
-          int64_t images, int64_t columns, int threads)
-      : pairs(std::move(pairs_)), weights(std::move(weights_)) {
+          std::vector<double> pairs_, int count, uintptr_t scalars, int64_t images, int64_t columns,
+          int threads)
+      : pairs(std::move(pairs_)) {
     const size_t T = teacher_rows.size();
     if (student_rows.empty() || !T || columns < 1 || centers.size() != T || row_weights.size() != T ||
         targets.size() != T || probabilities.size() != T || pairs.size() != T * student_rows.size())
       throw std::invalid_argument("Distill: at least a student row, a teacher row and a column, and "
                                   "lists of one length");
     for (int target : targets)
-      if (target < 0 || size_t(target) >= weights.size())
-        throw std::invalid_argument("Distill: a target has no weight");
+      if (target < 0 || target >= count) throw std::invalid_argument("Distill: a row of no target");
     for (const Strided& r : student_rows) student.push_back(rows(r));
     for (size_t t = 0; t < teacher_rows.size(); ++t)
       teacher.push_back({rows(teacher_rows[t]), pointer<const void>(centers[t]),
                          pointer<const void>(row_weights[t]), targets[t], bool(probabilities[t])});
     call = {{images, columns, int(student.size()), int(teacher.size())},
-            student.data(), teacher.data(), pointer<const void>(temperatures), pairs.data(),
-            weights.data(), int(weights.size()), threads};
+            student.data(), teacher.data(), pointer<const void>(scalars), pairs.data(), count, threads};
   }
 };
 
@@ -109,11 +107,10 @@ cuda::Plan plan(const Distill& d, int multiprocessors) {
 cuda::Call cuda_call(const Distill& d) {
   if (d.student.size() > cuda::VIEWS || d.teacher.size() > cuda::TEACHERS || d.pairs.size() > cuda::PAIRS)
     throw std::invalid_argument("more rows or pairs than a CUDA kernel takes");
-  cuda::Call call = {d.call.shape, d.call.temperatures, d.call.targets, {}, {}, {}, {}};
+  cuda::Call call = {d.call.shape, d.call.scalars, d.call.targets, {}, {}, {}};
   std::copy(d.student.begin(), d.student.end(), call.student);
   std::copy(d.teacher.begin(), d.teacher.end(), call.teacher);
   std::copy(d.pairs.begin(), d.pairs.end(), call.pairs);
-  std::copy(d.weights.begin(), d.weights.end(), call.weights);
   return call;
 }
 
@@ -170,7 +167,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,
                     const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
                     const std::vector<int>&, const std::vector<bool>&, std::vector<double>,
-                    std::vector<double>, uintptr_t, int64_t, int64_t, int>())
+                    int, uintptr_t, int64_t, int64_t, int>())
       .def("forward",
            [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name) {
              const auto& kernels = level(name);

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, 2) total(const __grid_constant_
       for (int i = 0; i < MERGE_THREADS / WARP; ++i) term += sums[i];
       term = B ? term / double(B) : 0;  // no images: 0, not NaN
       static_cast<A*>(p.forward.terms)[target] = A(term);
-      loss += d.weights[target] * term;
+      loss += weight<A>(d, target) * term;
     }
     __syncthreads();
   }

@@ -11,11 +11,11 @@ constexpr int VIEWS = 24, TEACHERS = 24, PAIRS = 192;
 
 struct Call {
   Shape shape;
-  const void* temperatures;  // on the device, as are the centers and row weights of the teachers
+  const void* scalars;  // on the device, as are the centers and row weights of the teachers
   int targets;
   Rows student[VIEWS];
   Teacher teacher[TEACHERS];
-  double pairs[PAIRS], weights[TEACHERS];
+  double pairs[PAIRS];
 };
 
 // How the columns are cut: a warp works on `tile` columns of one image, `warps` of them in a block.

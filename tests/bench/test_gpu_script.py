@@ -111,7 +111,7 @@ def test_a_backend_that_cannot_run_is_named():
 @pytest.mark.parametrize(("images", "columns"), [(64, 65536), (4, 65536), (1, 8192)])
 def test_the_sweep_reaches_every_tile_of_the_cuda_kernels(images, columns):
     rows, none = [[(0, 2, columns, 1)] * n for n in (10, 2)], [0, 0]
-    rest = (none, none, none, [False] * 2, [1.0] * 20, [1.0], 0, images, columns, 1)
+    rest = (none, none, none, [False] * 2, [1.0] * 20, 1, 0, images, columns, 1)
     call = cpu.native.Distill(*rows, *rest)
     for tile in distill_sweep.CUDA:
         count = distill_sweep.multiprocessors_for(tile, images, columns)

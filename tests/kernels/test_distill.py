@@ -40,9 +40,8 @@ def compiled(capability, dtype, counts, shape=(10, 2, 65536), weight=1.0, varian
         [torch.empty(t, images, columns, dtype=dtype) for t in counts],
         [empty if variant else torch.empty(columns) for _ in counts],
         [torch.empty(images) if variant else empty for _ in counts],
-        torch.empty(1 + len(counts)),
+        torch.empty(1 + 2 * len(counts)),
         [weight] * views * sum(counts),
-        [weight] * len(counts),
         [False] * len(counts),
     )
     with compile_only(capability) as found:

@@ -167,9 +167,9 @@ def test_the_same_bits_in_any_order_of_threads(backend, monkeypatch):
 def test_operators(backend):
     student, target = case(k=33)
     empty, pairs = torch.empty(0), [w for row in target.pairs for w in row]
-    taus = torch.tensor([0.1, 0.05])
+    scalars = torch.tensor([0.1, 0.05, 1.0])
     lists = [target.logits], [target.center], [empty]
-    arguments = (student, *lists, taus, pairs, [1.0], [False], "cuda")
+    arguments = (student, *lists, scalars, pairs, [False], "cuda")
     torch.library.opcheck(distill._forward, arguments)
     _, _, stats = distill._forward(*arguments)
     backward = (torch.ones(()), stats, student.detach(), *arguments[1:])
@@ -192,7 +192,7 @@ def test_compiles_whole_with_its_reasons(backend, monkeypatch):
 def shape(emulated, v=10, t=2, b=64, k=65536, type=0):
     student, teacher = [(0, type, k, 1)] * v, [(0, type, k, 1)] * t
     none = [0] * t
-    rest = (none, none, none, [False] * t, [1.0] * t * v, [1.0], 0, b, k, 1)
+    rest = (none, none, none, [False] * t, [1.0] * t * v, 1, 0, b, k, 1)
     return emulated.Distill(student, teacher, *rest)
 
 

@@ -100,9 +100,7 @@ struct Distill {
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
-cuda::Plan plan(const Distill& d, int multiprocessors) {
-  return cuda::plan(d.call.shape, d.student.front().type == mokd::F64 ? 8 : 4, multiprocessors);
-}
+cuda::Plan plan(const Distill& d, int tile) { return cuda::plan(d.call.shape, d.student.front().type, tile); }
 
 cuda::Call cuda_call(const Distill& d) {
   if (d.student.size() > cuda::VIEWS || d.teacher.size() > cuda::TEACHERS || d.pairs.size() > cuda::PAIRS)
@@ -115,17 +113,17 @@ cuda::Call cuda_call(const Distill& d) {
 }
 
 void cuda_forward(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, uintptr_t workspace,
-                  int multiprocessors, int device, uintptr_t stream) {
+                  int tile, int device, uintptr_t stream) {
   py::gil_scoped_release unlocked;
   cuda::forward(cuda_call(d), {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
-                pointer<double>(workspace), plan(d, multiprocessors), {device, pointer<void>(stream)});
+                pointer<double>(workspace), plan(d, tile), {device, pointer<void>(stream)});
 }
 
-void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int multiprocessors,
-                   int device, uintptr_t stream) {
+void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int tile, int device,
+                   uintptr_t stream) {
   py::gil_scoped_release unlocked;
   cuda::backward(cuda_call(d), {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)},
-                 plan(d, multiprocessors), {device, pointer<void>(stream)});
+                 plan(d, tile), {device, pointer<void>(stream)});
 }
 
 void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
@@ -134,10 +132,10 @@ void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
         "CUDA that the driver takes (0 without one) and CUDA built with: 1000 * major + 10 * minor.");
   distill.def("cuda_forward", &cuda_forward)
       .def("cuda_backward", &cuda_backward)
-      .def("cuda_plan", [](const Distill& d, int multiprocessors) {
-        const cuda::Plan p = plan(d, multiprocessors);
-        return py::make_tuple(p.tile, p.warps, cuda::workspace(d.call.shape, d.call.targets, p));
-      }, "Columns of a tile, warps of a block, and fp64 numbers of workspace for a forward pass.");
+      .def("cuda_plan", [](const Distill& d, int tile) {
+        const cuda::Plan p = plan(d, tile);
+        return py::make_tuple(p.warps, cuda::workspace(d.call.shape, d.call.targets, p));
+      }, "Warps of a block, and fp64 numbers of workspace for a forward pass.");
 }
 #endif
 

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import Config, choose
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest GPU that is compiled for in the tests
 ROWS = 24  # of all targets, each padded to a power of two: their tiles stay in registers
@@ -54,7 +56,7 @@ def _load(rows, stride, center, b, k, K, COUNT: tl.constexpr, PAD: tl.constexpr,
 
 @triton.jit
 def _exponentials(x, temperature, PAD: tl.constexpr, PROBS: tl.constexpr):
-    """max [PAD] and exp((x - max) / tau) [PAD, BLOCK] of logits; 0 and x itself of probabilities."""
+    """max [PAD] and exp((x - max) / tau) [PAD, BLOCK] of logits; 0 and x of probabilities."""
     top = tl.zeros([PAD], tl.float32)
     if not PROBS:
         top = tl.maximum(tl.max(x, 1), LOWEST)
@@ -144,7 +146,7 @@ def _merge(scalars, partials, dots, table, stats, entropies, V: tl.int64, T: tl.
     high = tl.max(teacher_max, 0)
     line = table + t * (V + 3) + V
     given = tl.load(line + 1) != 0  # probabilities need not sum to 1
-    target = tl.load(line + 2).to(tl.int32)
+    target = tl.load(line + 2).to(tl.int64)
     scale = tl.exp((teacher_max - high) * _inverse(scalars + 1 + target))
     scale = tl.where(given, 1.0, scale)  # their temperature says nothing
     inverse = _inverse(scalars)
@@ -237,25 +239,6 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
         tl.store(to, (scale * (p - mix)).to(out.dtype.element_ty), mask=k < K)
 
 
-# Columns a thread holds, by padded teacher rows at most. Set without a GPU, by what the compiler
-# shows (tests/kernels/test_distill.py): no spill for sm_80, sm_90 and sm_100 with Triton 3.6 and
-# 3.8, 16-byte loads (8-byte ones of 16-bit logits above 16 rows). That gave no reason to tell apart
-# capabilities, item sizes or K; a measurement may.
-COLUMNS = {4: 16, 16: 8, ROWS: 4}
-STAGES = 3  # views in flight: their loads are prefetched to shared memory
-
-
-def _config(student: Tensor, padded: int) -> tuple[int, int]:
-    """(BLOCK, warps): smaller tiles where few images or columns would leave the GPU idle."""
-    columns, warps = next(c for most, c in COLUMNS.items() if padded <= most), 4
-    processors = 1
-    if student.is_cuda:
-        processors = torch.cuda.get_device_properties(student.device).multi_processor_count
-    while warps > 1 and student[0].numel() < 4 * processors * 32 * columns * warps:
-        warps //= 2
-    return 32 * columns * warps, warps
-
-
 @functools.lru_cache(maxsize=64)
 def _table(
     pairs: tuple[float, ...],
@@ -300,10 +283,9 @@ def _arguments(
     centers: Sequence[Tensor],
     scalars: Tensor,
     probabilities: Sequence[bool],
+    config: Config,
 ) -> dict[str, Any]:
     """What both passes take, by name."""
-    pads = tuple(_pad(len(r)) for r in rows)
-    block, warps = _config(student, sum(pads))
     views, images, columns = student.shape
     stride_v, stride_b, stride_k = student.stride()
     return {
@@ -318,15 +300,15 @@ def _arguments(
         "V": views,
         "B": images,
         "K": columns,
-        "tiles": triton.cdiv(columns, block),
+        "tiles": triton.cdiv(columns, config.columns),
         "N": len(rows),
         "COUNTS": tuple(len(r) for r in rows),
-        "PADS": pads,
+        "PADS": tuple(_pad(len(r)) for r in rows),
         "CENTERED": tuple(c.numel() > 0 for c in centers),
         "PROBS": tuple(probabilities),
-        "BLOCK": block,
-        "STAGES": STAGES,
-        "num_warps": warps,
+        "BLOCK": config.columns,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
     }
 
 
@@ -343,6 +325,7 @@ def distill_forward(
     scalars: Tensor,
     pairs: Sequence[float],
     probabilities: Sequence[bool],
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
     make = torch.empty if student.numel() else torch.zeros
@@ -353,7 +336,11 @@ def distill_forward(
     loss, terms = new(()), new(len(rows))
     if not student.numel():
         return loss, terms, stats
-    common = _arguments(student, rows, centers, scalars, probabilities)
+    if config is None:
+        rest = centers, row_weights, scalars, pairs, probabilities
+        run = partial(_both_passes, student, rows, *rest)
+        config = choose("triton", student, sum(_pad(len(r)) for r in rows), run)
+    common = _arguments(student, rows, centers, scalars, probabilities, config)
     tiles = common["tiles"]
     partials = new(views + teachers, images, 2, tiles)
     dots, entropies = new(teachers, views, images, tiles), new(teachers, images)
@@ -383,12 +370,14 @@ def distill_backward(
     scalars: Tensor,
     pairs: Sequence[float],
     probabilities: Sequence[bool],
+    config: Config | None = None,
 ) -> Tensor:
     """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if not student.numel():
         return out
-    common = _arguments(student, rows, centers, scalars, probabilities)
+    config = config or choose("triton", student, sum(_pad(len(r)) for r in rows))
+    common = _arguments(student, rows, centers, scalars, probabilities, config)
     row_weights = tuple(w.contiguous() for w in row_weights)
     with torch.cuda.device_of(student):
         _backward[(student.shape[1] * common["tiles"],)](
@@ -401,3 +390,10 @@ def distill_backward(
             **common,
         )
     return out
+
+
+def _both_passes(*arguments: Any) -> None:
+    """The arguments of `distill_forward`, its configuration last: what is timed to choose one."""
+    *call, config = arguments
+    stats = distill_forward(*call, config=config)[2]
+    distill_backward(torch.ones_like(stats[0, 0, 0]), stats, *call, config=config)

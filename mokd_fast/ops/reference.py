@@ -20,7 +20,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def scalar(number: float | Tensor, like: Tensor) -> Tensor:
-    """A temperature or weight as a 0-d tensor of the arithmetic's dtype, detached, beside `like`."""
+    """A temperature or weight beside `like`, 0-d, detached, of the arithmetic's dtype."""
     dtype, device = accumulation_dtype(like), like.device
     if isinstance(number, Tensor):
         return number.detach().to(device, dtype)

@@ -53,7 +53,7 @@ class Line(NamedTuple):
     measured: str = ""  # GPU, date and seconds; empty where no GPU has measured the line
 
 
-ANY = 1 << 62
+ANY = 1 << 62  # columns
 # The first line that covers a case is taken. No GPU chose them, but what the compiler shows and the
 # tests see again (tests/kernels/test_distill.py, tests/ops/test_cuda.py): no spill; 16-byte loads
 # (8-byte ones of 16-bit logits above 16 rows); and `in_flight`. To hide a latency of 0.7 us at the

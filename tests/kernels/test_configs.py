@@ -16,7 +16,7 @@ def case(capability=90, processors=132, shape=SHAPE, rows=2, bytes=2):
     return Case(capability, processors, *shape, rows, bytes)
 
 
-@pytest.mark.parametrize("line", TABLE, ids=lambda line: "-".join(map(str, line[:5])))
+@pytest.mark.parametrize("line", TABLE, ids=lambda line: f"line{TABLE.index(line)}")
 def test_every_line_is_reached_at_its_limits(line):
     at = case(line.capability, 132, (10, 64, line.columns), line.rows, line.bytes)
     assert lookup(line.backend, at) is line

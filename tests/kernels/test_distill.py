@@ -69,7 +69,7 @@ LINES = [line for line in configs.TABLE if line.backend == "triton"]
 COUNTS = {4: (2, 2), 16: (8, 8), 24: (8, 16)}  # of the targets' rows, for the most of a line
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: "-".join(map(str, line[1:5])))
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"line{configs.TABLE.index(line)}")
 def test_no_spill_wide_loads_and_64_bit_offsets(line, tmp_path):
     """Of every line, for all types that it takes; and the bytes in flight that it promises."""
     shape = (10, 2, min(line.columns, 65536))

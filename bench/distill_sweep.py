@@ -1,65 +1,40 @@
-"""Tiles, warps and stages of distill_cross_entropy on this GPU: what the tables should hold.
+"""Tiles, warps and stages of distill_cross_entropy on this GPU: what the table should hold.
 
     python bench/distill_sweep.py [--seconds 45] [--json FILE]
 
-Triton: columns a thread, warps, stages (`COLUMNS`, `STAGES` and `_config` of kernels/distill.py).
-CUDA: columns of a tile (`plan` in csrc/cuda/distill.cu), reached through the number of
-multiprocessors that it is told. Forward and backward apart, captured, inputs rotating; the first
-row of each backend, "now", is what the tables choose today.
+Configurations of kernels/configs.py, forward and backward apart, captured, inputs rotating; the
+first row of each backend, "now", is what the table chooses today. "lines" of the JSON are what its
+lines for this GPU, V = 10, T = 2 and K would be, but for the bytes in flight, which no clock tells.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
+from mokd_fast.kernels.configs import Config, gpu
+
 from bench.device import captured, medians, rotations, turn
 from bench.timing import machine, write_json
-from mokd_fast.ops import cross_view_pairs, cuda
+from mokd_fast.ops import cross_view_pairs
 from mokd_fast.ops.distill import _kernels
 
 V, T = 10, 2
-TRITON = list(product((16, 8, 32, 4), (4, 8, 2), (3, 2, 1, 4)))  # columns a thread, warps, stages
-CUDA = (1024, 512, 256)  # columns of a tile
-NOW: dict[str, int] = {}
-
-
-def multiprocessors_for(tile: int, images: int, columns: int) -> int:
-    """A number of multiprocessors for which `plan` takes this tile, from 256, 512 or 1024: it
-    halves 1024 while images * ceil(columns / tile) < 8 multiprocessors."""
-    tiles = images * -(-columns // tile)
-    return max(1, tiles // 8) if tile > 256 else 1 << 20
-
-
-def setting(backend: str, config: dict[str, int], images: int, columns: int) -> Any:
-    """A context in which the kernels of `backend` use `config`."""
-    if backend == "cuda":
-        place = cuda._place
-        count = multiprocessors_for(config["tile"], images, columns) if config else None
-        return mock.patch.object(cuda, "_place", lambda x: (count or place(x)[0], *place(x)[1:]))
-    from mokd_fast.kernels import distill
-
-    if not config:
-        return mock.patch.object(distill, "STAGES", distill.STAGES)
-    block, warps = 32 * config["columns"] * config["warps"], config["warps"]
-    return mock.patch.multiple(
-        distill, STAGES=config["stages"], _config=lambda student, padded: (block, warps)
-    )
-
-
-def configs(backend: str) -> list[dict[str, int]]:
-    if backend == "cuda":
-        return [NOW, *({"tile": tile} for tile in CUDA)]
-    names = ("columns", "warps", "stages")
-    return [NOW, *(dict(zip(names, values, strict=True)) for values in TRITON)]
+# Triton: columns a thread, warps, stages.
+TRITON = [
+    Config(32 * columns * warps, warps, stages)
+    for columns, warps, stages in product((16, 8, 32, 4), (4, 8, 2), (3, 2, 1, 4, 6))
+]
+CUDA = [Config(1024), Config(512), Config(256)]
+CONFIGS: dict[str, list[Config]] = {"triton": TRITON, "cuda": CUDA}
 
 
 class Case:
@@ -73,19 +48,20 @@ class Case:
             for _ in range(rotations(size, device))
         ]
         empty = torch.empty(0, device=device)
-        taus = torch.tensor([0.1, 0.04], device=device)
+        scalars = torch.tensor([0.1, 0.04, 1.0], device=device)
         pairs = [weight for row in cross_view_pairs(T, V) for weight in row]
         center = torch.zeros(columns, device=device)
-        self.rest = [center], [empty], taus, pairs, [1.0], [False]
+        self.rest = [center], [empty], scalars, pairs, [False]
         self.grad = torch.ones((), device=device)
 
-    def seconds(self, kernels: Any, rounds: int) -> dict[str, float]:
-        """Of a forward and of a backward pass."""
+    def seconds(self, kernels: Any, config: Config | None, rounds: int) -> dict[str, float]:
+        """Of a forward and of a backward pass; without a configuration, of the table's."""
         calls = [(s, [t], *self.rest) for s, t in self.sets]
-        stats = [kernels.distill_forward(*call)[2] for call in calls]
-        forward = turn([lambda c=call: kernels.distill_forward(*c) for call in calls])
+        forward_pass = partial(kernels.distill_forward, config=config)
+        stats = [forward_pass(*call)[2] for call in calls]
+        forward = turn([partial(forward_pass, *call) for call in calls])
         backward = turn([
-            lambda c=call, x=x: kernels.distill_backward(self.grad, x, *c)
+            partial(kernels.distill_backward, self.grad, x, *call, config=config)
             for call, x in zip(calls, stats, strict=True)
         ])  # fmt: skip
         runs = {"forward_s": forward, "backward_s": backward}
@@ -104,13 +80,13 @@ def sweep(
         name = str(dtype).removeprefix("torch.")
         cases = [Case(n, columns, dtype, device) for n in images]
         for backend in backends:
-            for config in configs(backend):
+            for config in (None, *CONFIGS[backend]):
                 for case in cases:
                     row: dict[str, Any] = {"backend": backend, "dtype": name, "B": case.images,
-                                           "K": columns, "config": config or "now"}  # fmt: skip
+                                           "K": columns, "bytes": dtype.itemsize,
+                                           "config": config or "now"}  # fmt: skip
                     try:
-                        with setting(backend, config, case.images, columns):
-                            row |= case.seconds(_kernels(backend), rounds)
+                        row |= case.seconds(_kernels(backend), config, rounds)
                     except Exception as error:  # too much shared memory, say: not a choice, then
                         row["error"] = str(error).split("\n")[0]
                     yield row
@@ -128,6 +104,30 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
                 lines.append(f"{' '.join(map(str, key))} {part}: {first[part] * 1e6:.1f} us with "
                              f"{first['config']}, now {now[0] * 1e6:.1f} us")  # fmt: skip
     return lines
+
+
+def lines(rows: Sequence[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """For each backend and type the fastest configuration at the most images, as the table's line;
+    smaller tiles for fewer images are a rule beside the table."""
+    found, about = [], machine()
+    for backend, size in dict.fromkeys((r["backend"], r["bytes"]) for r in rows):
+        mine = [r for r in rows if (r["backend"], r["bytes"]) == (backend, size)]
+        mine = [r for r in mine if r["B"] == max(r["B"] for r in mine)]
+        mine = [r for r in mine if "error" not in r and r["config"] != "now"]
+        if not mine:
+            continue
+        first = min(mine, key=lambda r: r["forward_s"] + r["backward_s"])
+        micros = (first["forward_s"] + first["backward_s"]) * 1e6
+        found.append({
+            "backend": backend,
+            "capability": gpu(0 if device == "cuda" else -1)[0],
+            "columns": first["K"],
+            "rows": T,
+            "bytes": size,
+            "config": first["config"],
+            "measured": f"{about['gpu']}, {about['date']}: {micros:.0f} us, B = {first['B']}",
+        })  # fmt: skip
+    return found
 
 
 def main() -> None:
@@ -153,7 +153,8 @@ def main() -> None:
             complete = False
             break
     if options.json:
-        write_json(options.json, {"machine": machine(), "complete": complete, "rows": rows})
+        result = {"machine": machine(), "complete": complete, "rows": rows}
+        write_json(options.json, result | {"lines": lines(rows, options.device)})
     print(*best(rows), sep="\n")
     errors = [row for row in rows if "error" in row]
     print(f"{len(rows)} rows, {len(errors)} could not run{'' if complete else '; time ran out'}")

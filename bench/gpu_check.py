@@ -177,12 +177,12 @@ def drop_in(at: Where) -> None:
 
 
 def compiled(at: Where) -> None:
-    """Whole, and once for temperatures that change; by inductor on a GPU."""
+    """Whole, and once for temperatures and weights that change; by inductor on a GPU."""
     student, target = at.dino(3, 2, 2, 97)
     leaf = student.requires_grad_()
 
     def loss(leaf: Tensor, tau: Tensor) -> Tensor:
-        changed = replace(target, temperature=tau)
+        changed = replace(target, temperature=tau, weight=3 * tau)
         return distill_cross_entropy(leaf, [changed], temperature=2 * tau, backend=at.backend)[0]
 
     name = "aot_eager" if at.device == "cpu" else "inductor"

@@ -47,13 +47,13 @@ def own_stream(at: "Where") -> None:
 
 
 def graph(at: "Where") -> None:
-    """A captured step follows temperatures and logits that change between its replays."""
+    """A captured step follows temperatures, weights and logits that change between its replays."""
     student, target = at.dino(4, 2, 2, 4097, torch.bfloat16)
-    taus = torch.tensor([0.1, 0.05], device=at.device)
-    moving = replace(target, temperature=taus[1])
+    scalars = torch.tensor([0.1, 0.05, 1.0], device=at.device)
+    moving = replace(target, temperature=scalars[1], weight=scalars[2])
 
     def step() -> list[Tensor]:
-        return at.run(student, moving, temperature=taus[0])
+        return at.run(student, moving, temperature=scalars[0])
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -65,13 +65,13 @@ def graph(at: "Where") -> None:
     with torch.cuda.graph(recorded):
         captured = step()
     seen = []
-    for s, t in ((0.1, 0.05), (0.2, 0.05), (0.1, 0.07)):
-        taus.copy_(torch.tensor([s, t]))
+    for numbers in ((0.1, 0.05, 1.0), (0.2, 0.05, 1.0), (0.1, 0.07, 1.0), (0.1, 0.05, 0.5)):
+        scalars.copy_(torch.tensor(numbers))
         student.copy_(at.randn(*student.shape))
         recorded.replay()
         assert all(map(torch.equal, captured, step()))
         seen.append(captured[0].item())
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 4
 
 
 def far(at: "Where") -> None:

@@ -72,63 +72,58 @@ struct Distill {
   Distill(const Distill&) = delete;  // `call` points into the vectors
   std::vector<Rows> student;
   std::vector<Teacher> teacher;
-  std::vector<double> pairs, weights;
+  std::vector<double> pairs;
   mokd::cpu::Distill call;
 
   Distill(const std::vector<Strided>& student_rows, const std::vector<Strided>& teacher_rows,
           const std::vector<uintptr_t>& centers, const std::vector<uintptr_t>& row_weights,
           const std::vector<int>& targets, const std::vector<bool>& probabilities,
-          std::vector<double> pairs_, std::vector<double> weights_, uintptr_t temperatures,
-          int64_t images, int64_t columns, int threads)
-      : pairs(std::move(pairs_)), weights(std::move(weights_)) {
+          std::vector<double> pairs_, int count, uintptr_t scalars, int64_t images, int64_t columns,
+          int threads)
+      : pairs(std::move(pairs_)) {
     const size_t T = teacher_rows.size();
     if (student_rows.empty() || !T || columns < 1 || centers.size() != T || row_weights.size() != T ||
         targets.size() != T || probabilities.size() != T || pairs.size() != T * student_rows.size())
       throw std::invalid_argument("Distill: at least a student row, a teacher row and a column, and "
                                   "lists of one length");
     for (int target : targets)
-      if (target < 0 || size_t(target) >= weights.size())
-        throw std::invalid_argument("Distill: a target has no weight");
+      if (target < 0 || target >= count) throw std::invalid_argument("Distill: a row of no target");
     for (const Strided& r : student_rows) student.push_back(rows(r));
     for (size_t t = 0; t < teacher_rows.size(); ++t)
       teacher.push_back({rows(teacher_rows[t]), pointer<const void>(centers[t]),
                          pointer<const void>(row_weights[t]), targets[t], bool(probabilities[t])});
     call = {{images, columns, int(student.size()), int(teacher.size())},
-            student.data(), teacher.data(), pointer<const void>(temperatures), pairs.data(),
-            weights.data(), int(weights.size()), threads};
+            student.data(), teacher.data(), pointer<const void>(scalars), pairs.data(), count, threads};
   }
 };
 
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
-cuda::Plan plan(const Distill& d, int multiprocessors) {
-  return cuda::plan(d.call.shape, d.student.front().type == mokd::F64 ? 8 : 4, multiprocessors);
-}
+cuda::Plan plan(const Distill& d, int tile) { return cuda::plan(d.call.shape, d.student.front().type, tile); }
 
 cuda::Call cuda_call(const Distill& d) {
   if (d.student.size() > cuda::VIEWS || d.teacher.size() > cuda::TEACHERS || d.pairs.size() > cuda::PAIRS)
     throw std::invalid_argument("more rows or pairs than a CUDA kernel takes");
-  cuda::Call call = {d.call.shape, d.call.temperatures, d.call.targets, {}, {}, {}, {}};
+  cuda::Call call = {d.call.shape, d.call.scalars, d.call.targets, {}, {}, {}};
   std::copy(d.student.begin(), d.student.end(), call.student);
   std::copy(d.teacher.begin(), d.teacher.end(), call.teacher);
   std::copy(d.pairs.begin(), d.pairs.end(), call.pairs);
-  std::copy(d.weights.begin(), d.weights.end(), call.weights);
   return call;
 }
 
 void cuda_forward(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, uintptr_t workspace,
-                  int multiprocessors, int device, uintptr_t stream) {
+                  int tile, int device, uintptr_t stream) {
   py::gil_scoped_release unlocked;
   cuda::forward(cuda_call(d), {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
-                pointer<double>(workspace), plan(d, multiprocessors), {device, pointer<void>(stream)});
+                pointer<double>(workspace), plan(d, tile), {device, pointer<void>(stream)});
 }
 
-void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int multiprocessors,
-                   int device, uintptr_t stream) {
+void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int tile, int device,
+                   uintptr_t stream) {
   py::gil_scoped_release unlocked;
   cuda::backward(cuda_call(d), {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)},
-                 plan(d, multiprocessors), {device, pointer<void>(stream)});
+                 plan(d, tile), {device, pointer<void>(stream)});
 }
 
 void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
@@ -137,10 +132,10 @@ void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
         "CUDA that the driver takes (0 without one) and CUDA built with: 1000 * major + 10 * minor.");
   distill.def("cuda_forward", &cuda_forward)
       .def("cuda_backward", &cuda_backward)
-      .def("cuda_plan", [](const Distill& d, int multiprocessors) {
-        const cuda::Plan p = plan(d, multiprocessors);
-        return py::make_tuple(p.tile, p.warps, cuda::workspace(d.call.shape, d.call.targets, p));
-      }, "Columns of a tile, warps of a block, and fp64 numbers of workspace for a forward pass.");
+      .def("cuda_plan", [](const Distill& d, int tile) {
+        const cuda::Plan p = plan(d, tile);
+        return py::make_tuple(p.warps, cuda::workspace(d.call.shape, d.call.targets, p));
+      }, "Warps of a block, and fp64 numbers of workspace for a forward pass.");
 }
 #endif
 
@@ -170,7 +165,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,
                     const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
                     const std::vector<int>&, const std::vector<bool>&, std::vector<double>,
-                    std::vector<double>, uintptr_t, int64_t, int64_t, int>())
+                    int, uintptr_t, int64_t, int64_t, int>())
       .def("forward",
            [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name) {
              const auto& kernels = level(name);

@@ -10,8 +10,8 @@ V student views, T teacher rows, B images, K prototypes (columns). Two streaming
 V B K. A program loads the teacher tiles once and loops over the views. What the tiles of an image
 say is merged exactly by a second, small kernel in a fixed order: no lock, no atomic, same bits.
 
-Exponents are one fma(x, 1 / tau, -max) in both passes: where the compiler contracts one pass and
-not the other, gradient rows no longer sum to 0 for logits with a large offset.
+Maxima are those of the logits, before the temperature: s - max is exact where s / tau is not, and
+(s - max) / tau leaves the compiler nothing to contract in one pass and not in the other.
 Not here: fp64 students; more than 24 teacher rows.
 """
 
@@ -25,24 +25,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import Config, choose
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest GPU that is compiled for in the tests
 ROWS = 24  # of all targets, each padded to a power of two: their tiles stay in registers
-# TRITON_INTERPRET=1 before the import: on the CPU, for tests.
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 before the import: on the CPU
 # These are 64-bit, and so are the offsets they make; no value of theirs compiles a kernel again.
 SIZES = ("V", "T", "B", "tiles")
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # a tile of -inf has a finite maximum
 
 
 @triton.jit
-def _exponent(x, inverse, top):
-    """x * inverse - top, rounded once; through fp64 where the interpreter has no fma."""
-    if INTERPRETED:
-        wide = tl.float64
-        return (x.to(wide) * inverse.to(wide) - top.to(wide)).to(tl.float32)
-    else:
-        return tl.fma(x, inverse, -top)
+def _inverse(temperature):
+    return tl.div_rn(1.0, tl.load(temperature))
 
 
 @triton.jit
@@ -60,12 +56,11 @@ def _load(rows, stride, center, b, k, K, COUNT: tl.constexpr, PAD: tl.constexpr,
 
 @triton.jit
 def _exponentials(x, temperature, PAD: tl.constexpr, PROBS: tl.constexpr):
-    """max [PAD] and exp(u - max) [PAD, BLOCK] of logits; 0 and themselves of probabilities."""
+    """max [PAD] and exp((x - max) / tau) [PAD, BLOCK] of logits; 0 and x of probabilities."""
     top = tl.zeros([PAD], tl.float32)
     if not PROBS:
-        inverse = tl.div_rn(1.0, tl.load(temperature))
-        top = tl.maximum(tl.max(x, 1) * inverse, LOWEST)
-        x = tl.exp(_exponent(x, inverse, top[:, None]))
+        top = tl.maximum(tl.max(x, 1), LOWEST)
+        x = tl.exp((x - top[:, None]) * _inverse(temperature))
     return top, x
 
 
@@ -75,11 +70,10 @@ def _probabilities(x, temperature, stats, table, B, V, COUNT: tl.constexpr, PAD:
     """q [PAD, BLOCK] from the rows' stats; 0 for a row without a pair, which may hold NaN."""
     t = tl.arange(0, PAD)
     if not PROBS:
-        inverse = tl.div_rn(1.0, tl.load(temperature))
         top = tl.load(stats + t * B * 2, mask=t < COUNT, other=0.0)
         mass = tl.load(stats + t * B * 2 + 1, mask=t < COUNT, other=1.0)
-        x = tl.exp(_exponent(x, inverse, top[:, None])) * (1.0 / mass)[:, None]
-    paired = tl.load(table + t * (V + 2) + V, mask=t < COUNT, other=0.0) != 0
+        x = tl.exp((x - top[:, None]) * _inverse(temperature)) * (1.0 / mass)[:, None]
+    paired = tl.load(table + t * (V + 3) + V, mask=t < COUNT, other=0.0) != 0
     return tl.where(paired[:, None], x, 0.0)
 
 
@@ -88,7 +82,7 @@ def _coefficients(table, mass, weight, row_weight, B, V, COUNT: tl.constexpr, PA
                   WEIGHTED: tl.constexpr, PROBS: tl.constexpr):  # fmt: skip
     """c [PAD] of one target for one view, and c * mass summed: its part of n_v."""
     t = tl.arange(0, PAD)
-    c = tl.load(table + t * (V + 2), mask=t < COUNT, other=0.0) * weight
+    c = tl.load(table + t * (V + 3), mask=t < COUNT, other=0.0) * weight
     if WEIGHTED:
         c *= tl.load(row_weight).to(tl.float32)
     if PROBS:  # given probabilities need not sum to 1; a row without this pair may hold NaN
@@ -100,10 +94,11 @@ def _coefficients(table, mass, weight, row_weight, B, V, COUNT: tl.constexpr, PA
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(student, stride_v: tl.int64, stride_b: tl.int64, stride_k, rows, strides, centers,
-             temperatures, partials, dots, V: tl.int64, B: tl.int64, K, tiles: tl.int64,
-             N: tl.constexpr, COUNTS: tl.constexpr, PADS: tl.constexpr, CENTERED: tl.constexpr,
+             scalars, partials, dots, V: tl.int64, B: tl.int64, K, tiles: tl.int64, N: tl.constexpr,
+             COUNTS: tl.constexpr, PADS: tl.constexpr, CENTERED: tl.constexpr,
              PROBS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One tile: (max, sum) of every row to partials [V+T, B, 2, tiles], dots [T, V, B, tiles]."""
+    """One tile: (max, sum) of every row to partials [V+T, B, 2, tiles], and of every pair
+    sum e_t (s - max) to dots [T, V, B, tiles]."""
     b = tl.program_id(0).to(tl.int64) // tiles
     tile = tl.program_id(0).to(tl.int64) % tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -112,33 +107,33 @@ def _forward(student, stride_v: tl.int64, stride_b: tl.int64, stride_k, rows, st
     for i in tl.static_range(N):
         x = _load(rows[i], strides[i], centers[i], b, k, K, COUNTS[i], PADS[i], CENTERED[i],
                   PROBS[i])  # fmt: skip
-        high, x = _exponentials(x, temperatures + 1 + i, PADS[i], PROBS[i])
+        high, x = _exponentials(x, scalars + 1 + i, PADS[i], PROBS[i])
         t = tl.arange(0, PADS[i])
         to = partials + ((row + t) * B + b) * 2 * tiles + tile
         tl.store(to, high, mask=t < COUNTS[i])
         tl.store(to + tiles, tl.sum(x, 1), mask=t < COUNTS[i])
         e = e + (x,)  # noqa: RUF005
         row += COUNTS[i]
-    inverse = tl.div_rn(1.0, tl.load(temperatures))
+    inverse = _inverse(scalars)
     source = student + b * stride_b + k * stride_k
     for v in tl.range(V, num_stages=STAGES):
         s = tl.load(source + v * stride_v, mask=k < K, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(tl.max(s, 0) * inverse, LOWEST)
-        z = _exponent(s, inverse, top)
+        top = tl.maximum(tl.max(s, 0), LOWEST)
+        s -= top
         at = partials + (v * B + b) * 2 * tiles + tile
         tl.store(at, top)
-        tl.store(at + tiles, tl.sum(tl.exp(z), 0))
-        z = tl.where(k < K, z, 0.0)  # 0 * -inf beyond the last column
+        tl.store(at + tiles, tl.sum(tl.exp(s * inverse), 0))
+        s = tl.where(k < K, s, 0.0)  # 0 * -inf beyond the last column
         first = V - V  # 0 in 64 bits
         for i in tl.static_range(N):
             j = tl.arange(0, PADS[i])
             at = dots + (((first + j) * V + v) * B + b) * tiles + tile
-            tl.store(at, tl.sum(e[i] * z[None, :], 1), mask=j < COUNTS[i])
+            tl.store(at, tl.sum(e[i] * s[None, :], 1), mask=j < COUNTS[i])
             first += COUNTS[i]
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _merge(partials, dots, table, stats, entropies, V: tl.int64, T: tl.int64, B: tl.int64,
+def _merge(scalars, partials, dots, table, stats, entropies, V: tl.int64, T: tl.int64, B: tl.int64,
            tiles: tl.int64, TILES: tl.constexpr):  # fmt: skip
     """One image and teacher row: its stats and entropies[t, b] = sum_v pairs[t,v] CE[t,v]."""
     b = tl.program_id(0).to(tl.int64) // T
@@ -149,32 +144,37 @@ def _merge(partials, dots, table, stats, entropies, V: tl.int64, T: tl.int64, B:
     teacher_max = tl.load(at, mask=mask, other=LOWEST)
     teacher_sum = tl.load(at + tiles, mask=mask, other=0.0)
     high = tl.max(teacher_max, 0)
-    scale = tl.exp(teacher_max - high)
+    line = table + t * (V + 3) + V
+    given = tl.load(line + 1) != 0  # probabilities need not sum to 1
+    target = tl.load(line + 2).to(tl.int64)
+    scale = tl.exp((teacher_max - high) * _inverse(scalars + 1 + target))
+    scale = tl.where(given, 1.0, scale)  # their temperature says nothing
+    inverse = _inverse(scalars)
     mass = tl.sum(teacher_sum * scale, 0)
     tl.store(stats + ((V + t) * B + b) * 2, high)
     tl.store(stats + ((V + t) * B + b) * 2 + 1, mass)
-    given = tl.load(table + t * (V + 2) + V + 1) != 0  # probabilities need not sum to 1
     entropy = tl.zeros([], tl.float32)
     for v in range(V):
         at = partials + (v * B + b) * 2 * tiles + i
         student_max = tl.load(at, mask=mask, other=LOWEST)
         top = tl.max(student_max, 0)
-        total = tl.sum(tl.load(at + tiles, mask=mask, other=0.0) * tl.exp(student_max - top), 0)
+        decay = tl.exp((student_max - top) * inverse)
+        total = tl.sum(tl.load(at + tiles, mask=mask, other=0.0) * decay, 0)
         # The approximate logarithm of fp32 keeps no relative digit near 1: a sharp, matched row.
         log_sum = tl.log(total.to(tl.float64)).to(tl.float32)
         tl.store(stats + (v * B + b) * 2, top, mask=t == 0)
         tl.store(stats + (v * B + b) * 2 + 1, log_sum, mask=t == 0)
         dot = tl.load(dots + ((t * V + v) * B + b) * tiles + i, mask=mask, other=0.0)
         dot = tl.where(mask, scale * (dot + teacher_sum * (student_max - top)), 0.0)
-        dot = tl.sum(dot, 0)
+        dot = tl.sum(dot, 0) * inverse
         ce = tl.where(given, mass * log_sum - dot, log_sum - dot / mass)
-        pair = tl.load(table + t * (V + 2) + v)
+        pair = tl.load(table + t * (V + 3) + v)
         entropy += tl.where(pair != 0, pair * ce, 0.0)  # an unpaired row may hold NaN
     tl.store(entropies + t * B + b, entropy)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _total(entropies, row_weights, weights, loss, terms, B: tl.int64, N: tl.constexpr,
+def _total(entropies, row_weights, scalars, loss, terms, B: tl.int64, N: tl.constexpr,
            COUNTS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """terms[i] = mean_b row_weight[b] sum_t entropies[t, b]; loss = sum_i weight_i terms[i]."""
     total = tl.zeros([], tl.float32)
@@ -191,14 +191,14 @@ def _total(entropies, row_weights, weights, loss, terms, B: tl.int64, N: tl.cons
             sums += x
         term = tl.sum(sums, 0) / B
         tl.store(terms + i, term)
-        total += weights[i] * term
+        total += tl.load(scalars + 1 + N + i) * term
         at += COUNTS[i] * B
     tl.store(loss, total)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stride_k, rows, strides,
-              centers, row_weights, temperatures, table, weights, out, V: tl.int64, B: tl.int64, K,
+              centers, row_weights, scalars, table, out, V: tl.int64, B: tl.int64, K,
               tiles: tl.int64, N: tl.constexpr, COUNTS: tl.constexpr, PADS: tl.constexpr,
               CENTERED: tl.constexpr, WEIGHTED: tl.constexpr, PROBS: tl.constexpr,
               BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -207,15 +207,17 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
     tile = tl.program_id(0).to(tl.int64) % tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     q = ()  # of each target [PAD, BLOCK]
+    weights = ()
     row = V - V  # 0 in 64 bits
     for i in tl.static_range(N):
         x = _load(rows[i], strides[i], centers[i], b, k, K, COUNTS[i], PADS[i], CENTERED[i],
                   PROBS[i])  # fmt: skip
-        x = _probabilities(x, temperatures + 1 + i, stats + ((V + row) * B + b) * 2,
-                           table + row * (V + 2), B, V, COUNTS[i], PADS[i], PROBS[i])  # fmt: skip
+        x = _probabilities(x, scalars + 1 + i, stats + ((V + row) * B + b) * 2,
+                           table + row * (V + 3), B, V, COUNTS[i], PADS[i], PROBS[i])  # fmt: skip
         q = q + (x,)  # noqa: RUF005
+        weights = weights + (tl.load(scalars + 1 + N + i),)  # noqa: RUF005
         row += COUNTS[i]
-    inverse = tl.div_rn(1.0, tl.load(temperatures))
+    inverse = _inverse(scalars)
     scale = tl.load(grad).to(tl.float32) * inverse / B
     source = student + b * stride_b + k * stride_k
     for v in tl.range(V, num_stages=STAGES):
@@ -225,51 +227,37 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
         first = V - V  # 0 in 64 bits
         for i in tl.static_range(N):
             c, part = _coefficients(
-                table + first * (V + 2) + v, stats + ((V + first) * B + b) * 2 + 1, weights[i],
+                table + first * (V + 3) + v, stats + ((V + first) * B + b) * 2 + 1, weights[i],
                 row_weights[i] + b, B, V, COUNTS[i], PADS[i], WEIGHTED[i], PROBS[i])  # fmt: skip
             mix += tl.sum(tl.where(c[:, None] != 0, c[:, None] * q[i], 0.0), 0)
             n += part
             first += COUNTS[i]
         at = stats + (v * B + b) * 2
-        p = tl.exp(_exponent(s, inverse, tl.load(at))) * (n * tl.exp(-tl.load(at + 1)))
+        p = tl.exp((s - tl.load(at)) * inverse) * (n * tl.exp(-tl.load(at + 1)))
         p = tl.where(n != 0, p, 0.0)  # a view without a pair may hold NaN
         to = out + (v * B + b) * K + k
         tl.store(to, (scale * (p - mix)).to(out.dtype.element_ty), mask=k < K)
 
 
-# Columns a thread holds, by padded teacher rows at most. Set without a GPU, by what the compiler
-# shows (tests/kernels/test_distill.py): no spill for sm_80, sm_90 and sm_100 with Triton 3.6 and
-# 3.8, 16-byte loads (8-byte ones of 16-bit logits above 16 rows). That gave no reason to tell apart
-# capabilities, item sizes or K; a measurement may.
-COLUMNS = {4: 16, 16: 8, ROWS: 4}
-STAGES = 3  # views in flight: their loads are prefetched to shared memory
-
-
-def _config(student: Tensor, padded: int) -> tuple[int, int]:
-    """(BLOCK, warps): smaller tiles where few images or columns would leave the GPU idle."""
-    columns, warps = next(c for most, c in COLUMNS.items() if padded <= most), 4
-    processors = 1
-    if student.is_cuda:
-        processors = torch.cuda.get_device_properties(student.device).multi_processor_count
-    while warps > 1 and student[0].numel() < 4 * processors * 32 * columns * warps:
-        warps //= 2
-    return 32 * columns * warps, warps
-
-
 @functools.lru_cache(maxsize=64)
-def _table(pairs: tuple[float, ...], given: tuple[bool, ...], device: torch.device) -> Tensor:
-    """[T, V + 2]: of each teacher row its pairs, whether there are any, and whether its values are
-    probabilities. Copied to the device once for these values, never again."""
-    views = len(pairs) // len(given)
-    rows = [pairs[t * views : (t + 1) * views] for t in range(len(given))]
-    lines = [[*row, any(row), p] for row, p in zip(rows, given, strict=True)]
+def _table(
+    pairs: tuple[float, ...],
+    targets: tuple[int, ...],
+    given: tuple[bool, ...],
+    device: torch.device,
+) -> Tensor:
+    """[T, V + 3]: of each teacher row its pairs, whether there are any, whether its values are
+    probabilities, its target. Copied to the device once for these values, never again."""
+    views = len(pairs) // len(targets)
+    rows = [pairs[t * views : (t + 1) * views] for t in range(len(targets))]
+    lines = [[*row, any(row), given[i], i] for row, i in zip(rows, targets, strict=True)]
     return torch.tensor(lines, dtype=torch.float32, device=device)
 
 
 def why_not(student: Tensor, *rows: Tensor) -> str | None:
     """Why these kernels cannot take the student and its targets' logits or probs, or None."""
     device = student.device
-    if device.type != "cuda" and not (INTERPRETED.value and device.type == "cpu"):
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"it takes tensors on a GPU, the student is on {device}"
     if student.dtype not in TYPES:
         return f"it takes fp32, bf16 and fp16, the student is {student.dtype}"
@@ -293,12 +281,11 @@ def _arguments(
     student: Tensor,
     rows: Sequence[Tensor],
     centers: Sequence[Tensor],
-    temperatures: Tensor,
+    scalars: Tensor,
     probabilities: Sequence[bool],
+    config: Config,
 ) -> dict[str, Any]:
     """What both passes take, by name."""
-    pads = tuple(_pad(len(r)) for r in rows)
-    block, warps = _config(student, sum(pads))
     views, images, columns = student.shape
     stride_v, stride_b, stride_k = student.stride()
     return {
@@ -309,25 +296,25 @@ def _arguments(
         "rows": tuple(rows),
         "strides": tuple(r.stride() for r in rows),
         "centers": tuple(c.contiguous() for c in centers),
-        "temperatures": temperatures,
+        "scalars": scalars,
         "V": views,
         "B": images,
         "K": columns,
-        "tiles": triton.cdiv(columns, block),
+        "tiles": triton.cdiv(columns, config.columns),
         "N": len(rows),
         "COUNTS": tuple(len(r) for r in rows),
-        "PADS": pads,
+        "PADS": tuple(_pad(len(r)) for r in rows),
         "CENTERED": tuple(c.numel() > 0 for c in centers),
         "PROBS": tuple(probabilities),
-        "BLOCK": block,
-        "STAGES": STAGES,
-        "num_warps": warps,
+        "BLOCK": config.columns,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
     }
 
 
 def _pairs(rows: Sequence[Tensor], pairs: Sequence[float], probabilities: Sequence[bool]) -> Tensor:
-    given = tuple(p for r, p in zip(rows, probabilities, strict=True) for _ in r)
-    return _table(tuple(pairs), given, rows[0].device)
+    targets = tuple(i for i, r in enumerate(rows) for _ in r)
+    return _table(tuple(pairs), targets, tuple(probabilities), rows[0].device)
 
 
 def distill_forward(
@@ -335,10 +322,10 @@ def distill_forward(
     rows: Sequence[Tensor],
     centers: Sequence[Tensor],
     row_weights: Sequence[Tensor],
-    temperatures: Tensor,
+    scalars: Tensor,
     pairs: Sequence[float],
-    weights: Sequence[float],
     probabilities: Sequence[bool],
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
     make = torch.empty if student.numel() else torch.zeros
@@ -349,7 +336,11 @@ def distill_forward(
     loss, terms = new(()), new(len(rows))
     if not student.numel():
         return loss, terms, stats
-    common = _arguments(student, rows, centers, temperatures, probabilities)
+    if config is None:
+        rest = centers, row_weights, scalars, pairs, probabilities
+        run = partial(_both_passes, student, rows, *rest)
+        config = choose("triton", student, sum(_pad(len(r)) for r in rows), run)
+    common = _arguments(student, rows, centers, scalars, probabilities, config)
     tiles = common["tiles"]
     partials = new(views + teachers, images, 2, tiles)
     dots, entropies = new(teachers, views, images, tiles), new(teachers, images)
@@ -359,11 +350,12 @@ def distill_forward(
     with torch.cuda.device_of(student):
         _forward[(images * tiles,)](partials=partials, dots=dots, **common)
         _merge[(images * teachers,)](
-            partials, dots, table, stats, entropies, views, teachers, images, tiles, _pad(tiles)
-        )
+            scalars, partials, dots, table, stats, entropies, views, teachers, images, tiles,
+            _pad(tiles),
+        )  # fmt: skip
         _total[(1,)](
-            entropies, row_weights, tuple(weights), loss, terms, images, len(rows),
-            common["COUNTS"], weighted, 256,
+            entropies, row_weights, scalars, loss, terms, images, len(rows), common["COUNTS"],
+            weighted, 256,
         )  # fmt: skip
     return loss, terms, stats
 
@@ -375,16 +367,17 @@ def distill_backward(
     rows: Sequence[Tensor],
     centers: Sequence[Tensor],
     row_weights: Sequence[Tensor],
-    temperatures: Tensor,
+    scalars: Tensor,
     pairs: Sequence[float],
-    weights: Sequence[float],
     probabilities: Sequence[bool],
+    config: Config | None = None,
 ) -> Tensor:
     """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if not student.numel():
         return out
-    common = _arguments(student, rows, centers, temperatures, probabilities)
+    config = config or choose("triton", student, sum(_pad(len(r)) for r in rows))
+    common = _arguments(student, rows, centers, scalars, probabilities, config)
     row_weights = tuple(w.contiguous() for w in row_weights)
     with torch.cuda.device_of(student):
         _backward[(student.shape[1] * common["tiles"],)](
@@ -392,9 +385,15 @@ def distill_backward(
             stats=stats,
             row_weights=row_weights,
             table=_pairs(rows, pairs, probabilities),
-            weights=tuple(weights),
             out=out,
             WEIGHTED=tuple(w.numel() > 0 for w in row_weights),
             **common,
         )
     return out
+
+
+def _both_passes(*arguments: Any) -> None:
+    """The arguments of `distill_forward`, its configuration last: what is timed to choose one."""
+    *call, config = arguments
+    stats = distill_forward(*call, config=config)[2]
+    distill_backward(torch.ones_like(stats[0, 0, 0]), stats, *call, config=config)

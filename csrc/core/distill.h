@@ -118,14 +118,19 @@ static MOKD_HOST_DEVICE inline double cross_entropy(double dot, Partial teacher,
   return probabilities ? teacher.sum * log_sum - dot : log_sum - dot / teacher.sum;
 }
 
-// Below, D is the call of one side, with shape, teacher, temperatures, pairs [T, V] and weights
-// [targets]; A is the type of the arithmetic.
+// Below, D is the call of one side, with shape, teacher, pairs [T, V], targets (their number) and
+// scalars [1 + 2 targets]: temperatures, the student's first, then weights. A is the arithmetic's type.
 
 // tau of teacher row t, or of the student for t < 0.
 template <typename A, typename D>
 static MOKD_HOST_DEVICE inline A temperature(const D& d, int t) {
   if (t >= 0 && d.teacher[t].probabilities) return A(1);
-  return static_cast<const A*>(d.temperatures)[t < 0 ? 0 : 1 + d.teacher[t].target];
+  return static_cast<const A*>(d.scalars)[t < 0 ? 0 : 1 + d.teacher[t].target];
+}
+
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline double weight(const D& d, int target) {
+  return static_cast<const A*>(d.scalars)[1 + d.targets + target];
 }
 
 template <typename A, typename D>
@@ -159,7 +164,7 @@ static MOKD_HOST_DEVICE inline bool has_pair(const D& d, int v) {
 template <typename A, typename D>
 static MOKD_HOST_DEVICE inline double coefficient(const D& d, int t, int v, int64_t b) {  // c_tv
   const double pair = d.pairs[t * d.shape.views + v];
-  return pair == 0 ? 0 : pair * d.weights[d.teacher[t].target] * row_weight<A>(d.teacher[t], b);
+  return pair == 0 ? 0 : pair * weight<A>(d, d.teacher[t].target) * row_weight<A>(d.teacher[t], b);
 }
 
 // n_v: the coefficients times the mass of their rows, which is 1 but for given probabilities.

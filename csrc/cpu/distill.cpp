@@ -358,7 +358,7 @@ void forward(const Call& d, const Forward& out) {
   for (int i = 0; i < d.targets; ++i) {
     double term = B ? sums[i] / B : 0;
     static_cast<A*>(out.terms)[i] = A(term);
-    loss += d.weights[i] * term;
+    loss += weight<A>(d, i) * term;
   }
   *static_cast<A*>(out.loss) = A(loss);
 }

@@ -8,9 +8,8 @@ struct Distill {
   Shape shape;
   const Rows* student;         // [V]
   const Teacher* teacher;      // [T]
-  const void* temperatures;    // [1 + targets] of the arithmetic's type: student, each target
+  const void* scalars;         // [1 + 2 targets] of the arithmetic's type: temperatures, weights
   const double* pairs;         // [T, V]
-  const double* weights;       // [targets]
   int targets;
   int threads;
 };

@@ -16,6 +16,9 @@
 #endif
 #include "tile.h"
 
+#include <stdexcept>
+#include <string>
+
 namespace mokd::cuda {
 
 extern __shared__ uint4 shared[];
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, 2) total(const __grid_constant_
       for (int i = 0; i < MERGE_THREADS / WARP; ++i) term += sums[i];
       term = B ? term / double(B) : 0;  // no images: 0, not NaN
       static_cast<A*>(p.forward.terms)[target] = A(term);
-      loss += d.weights[target] * term;
+      loss += weight<A>(d, target) * term;
     }
     __syncthreads();
   }
@@ -274,17 +277,14 @@ F by_type(Type type, F f32, F f64, F bf16, F f16) {
 
 }  // namespace
 
-Plan plan(const Shape& shape, int bytes, int multiprocessors) {
-  // What a warp keeps: more would leave too few warps on a multiprocessor to hide its loads.
-  constexpr int64_t KEPT = 20 << 10;
-  // Below 8 warps a multiprocessor smaller tiles are better, though each costs a State.
-  const int64_t enough = 8 * int64_t(multiprocessors);
-  int64_t tile = CHUNK * (bytes == 8 ? CHUNKS<double> : CHUNKS<float>);
-  while (tile > CHUNK && (shape.teachers * tile * bytes > KEPT || shape.images * tiles(shape, tile) < enough))
-    tile /= 2;
+Plan plan(const Shape& shape, Type student, int tile) {
+  const int64_t bytes = student == F64 ? 8 : 4, most = CHUNK * (bytes == 8 ? CHUNKS<double> : CHUNKS<float>);
   // 48 KB a block need no attribute; TEACHERS rows of one fp64 chunk are just that.
-  const int64_t warps = (48 << 10) / (shape.teachers * tile * bytes);
-  return {int(tile), int(warps < THREADS / WARP ? warps : THREADS / WARP)};
+  const int64_t warps = tile > 0 ? (48 << 10) / (shape.teachers * tile * bytes) : 0;
+  if ((tile != CHUNK && tile != 2 * CHUNK && tile != 4 * CHUNK) || tile > most || warps < 1)
+    throw std::invalid_argument("no CUDA kernel has tiles of " + std::to_string(tile) + " columns for " +
+                                std::to_string(shape.teachers) + " teacher rows of this type");
+  return {tile, int(warps < THREADS / WARP ? warps : THREADS / WARP)};
 }
 static_assert(TEACHERS * CHUNK * sizeof(double) <= 48 << 10, "no warp would fit");
 

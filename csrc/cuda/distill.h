@@ -11,11 +11,11 @@ constexpr int VIEWS = 24, TEACHERS = 24, PAIRS = 192;
 
 struct Call {
   Shape shape;
-  const void* temperatures;  // on the device, as are the centers and row weights of the teachers
+  const void* scalars;  // on the device, as are the centers and row weights of the teachers
   int targets;
   Rows student[VIEWS];
   Teacher teacher[TEACHERS];
-  double pairs[PAIRS], weights[TEACHERS];
+  double pairs[PAIRS];
 };
 
 // How the columns are cut: a warp works on `tile` columns of one image, `warps` of them in a block.
@@ -23,8 +23,9 @@ struct Plan {
   int tile, warps;
 };
 
-// `bytes` of the arithmetic's type: 4, or 8 for fp64.
-Plan plan(const Shape& shape, int bytes, int multiprocessors);
+// A tile of 256, 512 or, but for fp64, 1024 columns (kernels/configs.py chooses);
+// std::invalid_argument for another one, or too many teacher rows for it.
+Plan plan(const Shape& shape, Type student, int tile);
 
 // Numbers (fp64) of workspace that `forward` needs.
 int64_t workspace(const Shape& shape, int targets, const Plan& plan);

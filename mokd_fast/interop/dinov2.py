@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import Target, distill_cross_entropy
 from .lazy import LazyCenterLoss
-from .shared import masked_weights, patch_loss, stack_views
+from .shared import check_mask, masked_weights, patch_loss, stack_views
 
 
 class DINOLoss(LazyCenterLoss):
@@ -139,9 +139,11 @@ class iBOTPatchLoss(LazyCenterLoss):
             student_masks_flat: boolean [B, N]; B divides the sum.
             n_masked_patches: how many of the M rows are patches; those after them are padding.
             masks_weight: [n_masked_patches], by default 1 / (masked patches of the image).
-        ValueError when the weights are not as many as the rows.
+        ValueError when the weights are not as many as the rows, and for a mask that is not boolean
+        where the weights are made of it (as an index, 0 and 1 would be two images).
         """
         if masks_weight is None:
+            check_mask("student_masks_flat", student_masks_flat, "BN")
             weights = masked_weights(student_masks_flat, student_patch_tokens_masked)
             masks_weight = weights[student_masks_flat]
         return patch_loss(

@@ -25,14 +25,13 @@ def check_prototypes(name: str, logits: Tensor, argument: str, prototypes: int) 
         )
 
 
-def check_mask(name: str, mask: Tensor) -> None:
-    """ValueError for anything but a boolean mask [B, H, W]."""
+def check_mask(name: str, mask: Tensor, letters: str = "BHW") -> None:
+    """ValueError for anything but a boolean mask, [B, H, W] or what the letters say."""
+    wanted = f"{name} must be a boolean mask [{', '.join(letters)}]"
     if not isinstance(mask, Tensor):
-        raise ValueError(f"{name} must be a boolean mask [B, H, W], got {type(mask).__name__}")
-    if mask.dtype != torch.bool or mask.ndim != 3:
-        raise ValueError(
-            f"{name} must be a boolean mask [B, H, W], got {mask.dtype} of shape {list(mask.shape)}"
-        )
+        raise ValueError(f"{wanted}, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.ndim != len(letters):
+        raise ValueError(f"{wanted}, got {mask.dtype} of shape {list(mask.shape)}")
 
 
 def split_views(name: str, logits: Tensor, views: int) -> Tensor:

@@ -90,16 +90,17 @@ def native_call(
     rows: Sequence[Tensor],
     centers: Sequence[Tensor],
     row_weights: Sequence[Tensor],
-    temperatures: Tensor,
+    scalars: Tensor,
     pairs: Sequence[float],
-    weights: Sequence[float],
     probabilities: Sequence[bool],
 ) -> tuple[Any, list[Tensor]]:
     """The native call and the tensors that must live as long as it."""
     dtype = accumulation_dtype(student)
+    if scalars.shape != (1 + 2 * len(rows),):
+        raise ValueError(f"scalars must be [{1 + 2 * len(rows)}], got {list(scalars.shape)}")
     alive = [t.to(dtype).contiguous() for t in (*centers, *row_weights)]
     centers_, weights_ = alive[: len(rows)], alive[len(rows) :]
-    alive.append(temperatures.to(dtype).contiguous())
+    alive.append(scalars.to(dtype).contiguous())
     target = [i for i, r in enumerate(rows) for _ in r]
     call = native.Distill(
         _strided(student),
@@ -109,7 +110,7 @@ def native_call(
         target,
         [probabilities[i] for i in target],
         list(pairs),
-        list(weights),
+        len(rows),
         alive[-1].data_ptr(),
         student.shape[1],
         student.shape[2],

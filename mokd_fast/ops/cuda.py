@@ -5,11 +5,13 @@ Importing this, or asking about tensors on the CPU, does not initialise CUDA.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.configs import Config, choose
 from . import cpu
 from .reference import accumulation_dtype
 
@@ -75,34 +77,47 @@ def _runs(arch: str, major: int, minor: int) -> bool:
 
 
 def distill_forward(
-    student: Tensor, rows: Sequence[Tensor], *rest: Any
+    student: Tensor, rows: Sequence[Tensor], *rest: Any, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`.
 
     The maxima in stats are those of the logits, before the temperature (csrc/cuda/distill.cu).
     """
+    run = partial(_both_passes, student, rows, *rest)
+    tile = (config or choose("cuda", student, sum(len(r) for r in rows), run)).columns
     loss, terms, stats = cpu.results(student, rows)
     call, _alive = cpu.native_call(student, rows, *rest)
-    multiprocessors, *place = _place(student)
-    size = call.cuda_plan(multiprocessors)[2]
-    workspace = student.new_empty(size, dtype=torch.float64)
+    workspace = student.new_empty(call.cuda_plan(tile)[1], dtype=torch.float64)
     outputs = (t.data_ptr() for t in (stats, terms, loss, workspace))
-    call.cuda_forward(*outputs, multiprocessors, *place)
+    call.cuda_forward(*outputs, tile, *_place(student))
     return loss, terms, stats
 
 
-def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -> Tensor:
+def distill_backward(
+    grad: Tensor,
+    stats: Tensor,
+    student: Tensor,
+    rows: Sequence[Tensor],
+    *rest: Any,
+    config: Config | None = None,
+) -> Tensor:
     """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
     out = student.new_empty(student.shape)
     grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
-    call, _alive = cpu.native_call(student, *rest)
-    call.cuda_backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), *_place(student))
+    tile = (config or choose("cuda", student, sum(len(r) for r in rows))).columns
+    call, _alive = cpu.native_call(student, rows, *rest)
+    call.cuda_backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), tile, *_place(student))
     return out
 
 
-def _place(tensor: Tensor) -> tuple[int, int, int]:
-    """Multiprocessors, index and current stream of the tensor's device."""
+def _both_passes(*arguments: Any) -> None:
+    """The arguments of `distill_forward`, its configuration last: what is timed to choose one."""
+    *call, config = arguments
+    stats = distill_forward(*call, config=config)[2]
+    distill_backward(torch.ones_like(stats[0, 0, 0]), stats, *call, config=config)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Index and current stream of the tensor's device."""
     index = tensor.get_device()
-    properties = torch.cuda.get_device_properties(index)
-    stream = torch.cuda.current_stream(index).cuda_stream
-    return properties.multi_processor_count, index, stream
+    return index, torch.cuda.current_stream(index).cuda_stream

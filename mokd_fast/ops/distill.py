@@ -36,6 +36,7 @@ class Target:
         temperature: teacher temperature, > 0; a 0-d tensor when it changes in a compiled step.
         center: [K], subtracted from the logits before the temperature; None for no centring.
         weight: factor of this target in the total (MOKD's lambda); its logged term is unscaled.
+            A 0-d tensor when it changes in a compiled or captured step.
         row_weight: [B], the weight of each image (iBOT's 1/count); None for 1.
     No gradient flows into any of them.
     """
@@ -45,7 +46,7 @@ class Target:
     probs: Tensor | None = None
     temperature: float | Tensor = 1.0
     center: Tensor | None = None
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
     row_weight: Tensor | None = None
 
     @property
@@ -126,25 +127,25 @@ def _forward(
     rows: list[Tensor],
     centers: list[Tensor],
     row_weights: list[Tensor],
-    temperatures: Tensor,
+    scalars: Tensor,
     pairs: list[float],
-    weights: list[float],
     probabilities: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets] and stats of each row, all of the arithmetic's dtype.
 
-    One entry a target in rows [T_i, B, K], centers and row_weights (empty tensors when absent),
-    weights and probabilities; pairs [sum T_i, V] flat; temperatures [1 + targets], the student's
-    first. Absent ones are empty tensors: Optional inside a list breaks register_autograd.
+    One entry a target in rows [T_i, B, K], centers and row_weights (empty tensors when absent) and
+    probabilities; pairs [sum T_i, V] flat; scalars [1 + 2 targets]: temperatures, the student's
+    first, then weights. Absent ones are empty tensors: Optional inside a list breaks
+    register_autograd.
     """
     return _kernels(backend).distill_forward(
-        student, rows, centers, row_weights, temperatures, pairs, weights, probabilities
+        student, rows, centers, row_weights, scalars, pairs, probabilities
     )
 
 
 @_forward.register_fake
-def _(student, rows, centers, row_weights, temperatures, pairs, weights, probabilities, backend):
+def _(student, rows, centers, row_weights, scalars, pairs, probabilities, backend):
     dtype = reference.accumulation_dtype(student)
     count = student.shape[0] + sum(r.shape[0] for r in rows)
     return (
@@ -162,24 +163,14 @@ def _backward(
     rows: list[Tensor],
     centers: list[Tensor],
     row_weights: list[Tensor],
-    temperatures: Tensor,
+    scalars: Tensor,
     pairs: list[float],
-    weights: list[float],
     probabilities: list[bool],
     backend: str,
 ) -> Tensor:
     """Gradient of the loss for the student's logits [V, B, K], contiguous, of their dtype."""
     return _kernels(backend).distill_backward(
-        grad,
-        stats,
-        student,
-        rows,
-        centers,
-        row_weights,
-        temperatures,
-        pairs,
-        weights,
-        probabilities,
+        grad, stats, student, rows, centers, row_weights, scalars, pairs, probabilities
     )
 
 
@@ -189,28 +180,22 @@ def _(grad, stats, student, *rest):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, rows, centers, row_weights, temperatures, *ctx.numbers = inputs
-    ctx.save_for_backward(output[2], student, temperatures, *rows, *centers, *row_weights)
+    student, rows, centers, row_weights, scalars, *ctx.numbers = inputs
+    ctx.save_for_backward(output[2], student, scalars, *rows, *centers, *row_weights)
     ctx.targets = len(rows)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """The arguments of `_backward` after the gradient."""
-    stats, student, temperatures, *lists = ctx.saved_tensors
+    stats, student, scalars, *lists = ctx.saved_tensors
     n = ctx.targets
-    return (
-        stats,
-        student,
-        *(lists[i * n : (i + 1) * n] for i in range(3)),
-        temperatures,
-        *ctx.numbers,
-    )
+    return stats, student, *(lists[i * n : (i + 1) * n] for i in range(3)), scalars, *ctx.numbers
 
 
 def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     none = [None] * ctx.targets
-    return _backward(grad, *_saved(ctx)), none, none, none, None, None, None, None, None
+    return _backward(grad, *_saved(ctx)), none, none, none, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -248,9 +233,9 @@ class _Eager(torch.autograd.Function):
         # With create_graph the gradient must carry the refusal of `_backward`. (once_differentiable
         # looks at `grad` alone, and a gradient penalty would silently be a constant.)
         if torch.is_grad_enabled():
-            return _backward(grad, *_saved(ctx)), *[None] * 8
+            return _backward(grad, *_saved(ctx)), *[None] * 7
         *arguments, backend = _saved(ctx)
-        return _kernels(backend).distill_backward(grad, *arguments), *[None] * 8
+        return _kernels(backend).distill_backward(grad, *arguments), *[None] * 7
 
 
 def _run(
@@ -259,24 +244,15 @@ def _run(
     """The custom operator with its flat arguments, gathered from `targets`."""
     dtype = reference.accumulation_dtype(student)
     empty = student.new_empty(0, dtype=dtype)
-    taus = [temperature, *(target.temperature for target in targets)]
-    # full() and not as_tensor() for a number: copying one to a GPU would synchronise.
-    temperatures = torch.stack(
-        [
-            tau.to(student.device, dtype)
-            if isinstance(tau, Tensor)
-            else torch.full((), tau, dtype=dtype, device=student.device)
-            for tau in taus
-        ]
-    )
+    numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
+    scalars = torch.stack([reference.scalar(number, student) for number in numbers])
     arguments = (
         student.resolve_neg(),  # kernels read memory, where the sign of such a view is another
         [t.rows.detach().resolve_neg() for t in targets],
         [empty if t.center is None else t.center.detach() for t in targets],
         [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
-        temperatures.detach(),
+        scalars,
         [weight for t in targets for row in t.pairs for weight in row],
-        [t.weight for t in targets],
         [t.probs is not None for t in targets],
         backend,
     )
@@ -290,8 +266,8 @@ def _run(
 def _plain(arguments: tuple[Any, ...]) -> bool:
     """Whether the kernels may take the tensors' addresses: no subclass (a FakeTensor has none), no
     dispatch mode that must see the operators (FakeTensorMode, make_fx)."""
-    student, rows, centers, row_weights, temperatures, *_ = arguments
-    tensors = (student, *rows, *centers, *row_weights, temperatures)
+    student, rows, centers, row_weights, scalars, *_ = arguments
+    tensors = (student, *rows, *centers, *row_weights, scalars)
     known = (Tensor, torch.nn.Parameter)
     return _get_current_dispatch_mode() is None and all(type(t) in known for t in tensors)
 
@@ -386,14 +362,19 @@ def _check_target(name: str, target: Target, student: Tensor) -> None:
                 f"{name}.{label} is on {tensor.device}, the student on {student.device}"
             )
     check_temperature(f"{name}.temperature", target.temperature)
+    _check_scalar(f"{name}.weight", target.weight)
 
 
 def check_temperature(name: str, value: float | Tensor) -> None:
-    if isinstance(value, Tensor):  # its value stays on the device: reading it would synchronise
-        if value.ndim:
-            raise ValueError(f"{name} must be 0-d, one number, got shape {list(value.shape)}")
-    elif not 0 < value < float("inf"):
+    _check_scalar(name, value)
+    if not isinstance(value, Tensor) and not 0 < value < float("inf"):
         raise ValueError(f"{name} must be > 0 and finite, got {value}")
+
+
+def _check_scalar(name: str, value: float | Tensor) -> None:
+    # The value of a tensor stays on the device: reading it would synchronise.
+    if isinstance(value, Tensor) and value.ndim:
+        raise ValueError(f"{name} must be 0-d, one number, got shape {list(value.shape)}")
 
 
 __all__ = ["Target", "cross_view_pairs", "distill_cross_entropy", "matched_pairs"]

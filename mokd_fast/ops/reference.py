@@ -19,6 +19,15 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def scalar(number: float | Tensor, like: Tensor) -> Tensor:
+    """A temperature or weight beside `like`, 0-d, detached, of the arithmetic's dtype."""
+    dtype, device = accumulation_dtype(like), like.device
+    if isinstance(number, Tensor):
+        return number.detach().to(device, dtype)
+    # full() and not as_tensor() for a number: copying one to a GPU would synchronise.
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 @torch.no_grad()
 def target_probs(target: "Target", dtype: torch.dtype) -> Tensor:
     """q = softmax((logits - center) / temperature), or the given probabilities. [T, B, K]"""
@@ -57,8 +66,8 @@ def distill_cross_entropy(
                     rows = rows * target.row_weight.detach().to(dtype)
                 # Not mean(): without images the loss is 0, not NaN.
                 terms[i] = terms[i] + rows.sum() / max(images, 1)
-        weighted = [term * target.weight for term, target in zip(terms, targets, strict=True)]
-        loss = torch.stack(weighted).sum()
+        weights = [scalar(target.weight, student) for target in targets]
+        loss = (torch.stack(terms) * torch.stack(weights)).sum()
     return loss, torch.stack(terms).detach()
 
 

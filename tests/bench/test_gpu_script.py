@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mokd_fast.kernels import configs
 
 from bench import distill_gpu, distill_sweep, gpu_check
 from mokd_fast.ops import cpu, distill
@@ -107,43 +108,52 @@ def test_a_backend_that_cannot_run_is_named():
     assert able == ["reference"] and "on a CUDA device" in failed[0]
 
 
-@pytest.mark.skipif(not hasattr(cpu.native, "cuda_versions"), reason="built without CUDA")
-@pytest.mark.parametrize(("images", "columns"), [(64, 65536), (4, 65536), (1, 8192)])
-def test_the_sweep_reaches_every_tile_of_the_cuda_kernels(images, columns):
-    rows, none = [[(0, 2, columns, 1)] * n for n in (10, 2)], [0, 0]
-    rest = (none, none, none, [False] * 2, [1.0] * 20, [1.0], 0, images, columns, 1)
-    call = cpu.native.Distill(*rows, *rest)
-    for tile in distill_sweep.CUDA:
-        count = distill_sweep.multiprocessors_for(tile, images, columns)
-        assert call.cuda_plan(count)[0] == tile
+@needs_native
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_sweep_reaches_the_kernels_with_each_configuration(backend, monkeypatch):
+    seen = []
+
+    class Kernels:
+        def distill_forward(self, *call, config):
+            seen.append(config)
+            return cpu.distill_forward(*call)
+
+        def distill_backward(self, *call, config):
+            seen.append(config)
+            return cpu.distill_backward(*call)
+
+    monkeypatch.setattr(distill_sweep, "_kernels", lambda backend: Kernels())
+    rows = list(distill_sweep.sweep([backend], [torch.float32], [1], 64, "cpu", 1))
+    assert not [row for row in rows if "error" in row]
+    assert list(dict.fromkeys(seen)) == [None, *distill_sweep.CONFIGS[backend]]
 
 
-def test_the_sweep_sets_the_tables_of_triton_and_puts_them_back():
-    pytest.importorskip("triton")
-    from mokd_fast.kernels import distill as kernels
-
-    before = kernels._config, kernels.STAGES
-    with distill_sweep.setting("triton", {"columns": 4, "warps": 2, "stages": 7}, 1, 64):
-        assert kernels._config(torch.empty(3, 1, 64), 2) == (256, 2) and kernels.STAGES == 7
-    assert (kernels._config, kernels.STAGES) == before
+def test_the_sweep_writes_lines_of_the_table():
+    times = {"now": 1.0, configs.Config(512): 2.0, configs.Config(256): 3.0}
+    rows = [
+        {"backend": "cuda", "dtype": "float32", "B": b, "K": 64, "bytes": 4, "config": config,
+         "forward_s": seconds * (1 if b == 8 else -1) * 1e-6, "backward_s": 0.0}
+        for config, seconds in times.items() for b in (4, 8)
+    ]  # fmt: skip
+    rows.append(rows[1] | {"config": configs.Config(1024), "error": "out of shared memory"})
+    (line,) = distill_sweep.lines(json.loads(json.dumps(rows)), "cpu")
+    line["config"] = configs.Config(*line["config"])
+    made = configs.Line(**line, in_flight=0)
+    assert (
+        made[:6] == ("cuda", 80, 64, 2, 4, configs.Config(512)) and "2 us, B = 8" in made.measured
+    )
 
 
 def test_the_sweep_names_the_fastest_and_what_cannot_run(monkeypatch):
     taken = {"now": 3e-6, "a": 2e-6}
 
-    def seconds(case, kernels, rounds):
-        if case.config == "b":
+    def seconds(case, kernels, config, rounds):
+        if config == "b":
             raise RuntimeError("out of shared memory\nat length")
-        return dict.fromkeys(("forward_s", "backward_s"), taken[case.config])
+        return dict.fromkeys(("forward_s", "backward_s"), taken[config or "now"])
 
-    def setting(backend, config, images, columns):
-        distill_sweep.Case.config = config or "now"
-        return open(os.devnull)  # any context
-
-    monkeypatch.setattr(distill_sweep.Case, "config", "", raising=False)
     monkeypatch.setattr(distill_sweep.Case, "seconds", seconds)
-    monkeypatch.setattr(distill_sweep, "setting", setting)
-    monkeypatch.setattr(distill_sweep, "configs", lambda backend: [distill_sweep.NOW, "a", "b"])
+    monkeypatch.setattr(distill_sweep, "CONFIGS", {"cpu": ["a", "b"]})
     rows = list(distill_sweep.sweep(["cpu"], [torch.float32], [1], 64, "cpu"))
     assert rows[2]["error"] == "out of shared memory"
     first = "cpu float32 1 forward_s: 2.0 us with a, now 3.0 us"

@@ -163,6 +163,11 @@ def test_patches_masked_and_unmasked_agree():
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
     with pytest.raises(ValueError, match="5 patch rows need as many weights, got \\[4\\]"):
         loss.forward_masked(student[:1, :5].flatten(0, 1), probs[0, :5], MASK)
+    for mask in (MASK.long(), MASK.float(), MASK[None], MASK.tolist()):
+        with pytest.raises(ValueError, match=r"student_masks_flat must be a boolean mask \[B, N\]"):
+            loss.forward_masked(student[MASK], probs[MASK], mask)
+    counted = loss.forward_masked(student[MASK], probs[MASK], MASK.long(), masks_weight=weights)
+    torch.testing.assert_close(counted, expected, rtol=1e-6, atol=0)  # it is not an index there
 
 
 def test_a_step_without_masked_patches():

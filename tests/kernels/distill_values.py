@@ -101,8 +101,10 @@ def test_several_targets(images, dtype):
         Target(dense(1, 4), probs=0.7 * randn(1, images, 97).softmax(-1), row_weight=row),
         Target(dense(2, 4), randn(2, images, 97).double(), None, 0.2, None, 0.5, row.to(dtype)),
     ]
-    loss, terms, _ = check(student, targets)
+    loss, terms, gradient = check(student, targets)
     torch.testing.assert_close(loss, terms[0] - 2 * terms[1] + terms[2] + 0.5 * terms[3])
+    moved = [replace(t, weight=torch.tensor(t.weight, device=DEVICE)) for t in targets]
+    assert all(map(torch.equal, run(student, moved), (loss, terms, gradient)))
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
@@ -124,18 +126,27 @@ def test_any_strides():
         torch.testing.assert_close(run(student, [target]), run(student.contiguous(), [copy]))
 
 
-def test_stats_are_maximum_and_sum_of_the_logits_over_their_temperature():
+def test_stats_are_the_maximum_of_the_logits_and_their_sum_over_the_temperature():
     student, teacher, probs = randn(3, 2, 4097), randn(1, 2, 4097), randn(1, 2, 4097).softmax(-1)
-    empty, taus = torch.empty(0, device=DEVICE), torch.tensor([0.1, 0.5, 1.0], device=DEVICE)
-    rest = taus, [1.0] * 6, [1.0, 1.0], [False, True]
+    empty = torch.empty(0, device=DEVICE)
+    scalars = torch.tensor([0.1, 0.5, 1.0, 1.0, 1.0], device=DEVICE)
+    rest = scalars, [1.0] * 6, [False, True]
     *_, stats = kernels.distill_forward(
         student, [teacher, 3 * probs], [empty] * 2, [empty] * 2, *rest
     )
     z, u = student.double() / 0.1, teacher.double() / 0.5
     sums = [(z - z.amax(-1, True)).exp().sum(-1).log(), (u - u.amax(-1, True)).exp().sum(-1)]
-    tops = [z.amax(-1), u.amax(-1), torch.zeros(1, 2, device=DEVICE)]
+    tops = [student.amax(-1).double(), teacher.amax(-1), torch.zeros(1, 2, device=DEVICE)]
     expected = torch.stack([torch.cat(tops), torch.cat([*sums, 3 * probs.sum(-1)])], -1)
     torch.testing.assert_close(stats, expected.float())
+
+
+def test_the_sharpest_temperatures_are_a_choice():
+    """tau 1e-30: the maximum has the whole probability, and nothing is NaN."""
+    student, teacher, pairs = randn(3, 2, 4097), randn(2, 2, 4097), cross_view_pairs(2, 3)
+    _, _, grad = check(student, [Target(pairs, teacher, temperature=1e-30)])
+    assert (grad.argmin(-1)[0] == teacher.argmax(-1)[1]).all()
+    check(student, [Target(pairs, teacher)], temperature=1e-30)
 
 
 def test_infinities():
@@ -192,19 +203,19 @@ def test_the_same_bits_twice_and_two_backward_passes():
 def test_opcheck():
     student, target = randn(3, 2, 33), Target(cross_view_pairs(2, 3), randn(2, 2, 33))
     empty, pairs = torch.empty(0, device=DEVICE), [w for row in target.pairs for w in row]
-    temperatures = torch.tensor([0.1, 0.05], device=DEVICE)
-    rest = ([target.logits], [empty], [empty], temperatures, pairs, [1.0], [False], "triton")
+    scalars = torch.tensor([0.1, 0.05, 1.0], device=DEVICE)
+    rest = ([target.logits], [empty], [empty], scalars, pairs, [False], "triton")
     torch.library.opcheck(distill._forward, (student.requires_grad_(), *rest))
     stats = distill._forward(student, *rest)[2]
     grad = torch.ones((), device=DEVICE)
     torch.library.opcheck(distill._backward, (grad, stats.detach(), student.detach(), *rest))
 
 
-def test_compiles_whole_and_once_for_changing_temperatures():
+def test_compiles_whole_and_once_for_changing_temperatures_and_weights():
     student, teacher = randn(3, 2, 97).requires_grad_(), randn(2, 2, 97)
 
     def loss(student, tau):
-        target = Target(cross_view_pairs(2, 3), teacher, temperature=tau)
+        target = Target(cross_view_pairs(2, 3), teacher, temperature=tau, weight=3 * tau)
         return distill_cross_entropy(student, [target], temperature=2 * tau, backend="triton")[0]
 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

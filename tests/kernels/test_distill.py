@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, expla
 
 pytest.importorskip("triton")
 
+from mokd_fast.kernels import configs
 from mokd_fast.kernels import distill as kernels
 
 from .aot import compile_only, resources
@@ -40,12 +42,12 @@ def compiled(capability, dtype, counts, shape=(10, 2, 65536), weight=1.0, varian
         [torch.empty(t, images, columns, dtype=dtype) for t in counts],
         [empty if variant else torch.empty(columns) for _ in counts],
         [torch.empty(images) if variant else empty for _ in counts],
-        torch.empty(1 + len(counts)),
+        torch.empty(1 + 2 * len(counts)),
         [weight] * views * sum(counts),
-        [weight] * len(counts),
         [False] * len(counts),
     )
-    with compile_only(capability) as found:
+    gpu = mock.patch.object(configs, "gpu", lambda index: (capability, 1))
+    with gpu, compile_only(capability) as found:
         *_, stats = kernels.distill_forward(*arguments)
         kernels.distill_backward(torch.empty(()), stats, *arguments)
     return found
@@ -63,31 +65,43 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-# The largest tiles of each line of COLUMNS and MOKD's call: self, self + cross, with the search.
-CONFIGURATIONS = [
-    (torch.bfloat16, (2,)),
-    (torch.float32, (2, 2)),
-    (torch.float16, (2, 8)),
-    (torch.float32, (16,)),
-    (torch.float32, (8, 16)),
-]
+LINES = [line for line in configs.TABLE if line.backend == "triton"]
+COUNTS = {4: (2, 2), 16: (8, 8), 24: (8, 16)}  # of the targets' rows, for the most of a line
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "counts"), CONFIGURATIONS)
-def test_no_spill_wide_loads_and_64_bit_offsets(dtype, counts, capability, tmp_path):
-    found = compiled(capability, dtype, counts)
-    assert set(found) == {"_forward", "_merge", "_total", "_backward"}
-    for name, kernel in found.items():
-        used = resources(kernel, tmp_path)
-        assert used["STACK"] == 0 and 0 < used["REG"] <= 255, (name, used)
-        # 32 bits end at 2^31 elements: no product of a stride, a number of tiles, of images.
-        assert narrow_offsets(kernel.asm["ttir"]) <= {"arith.constant", "tt.make_range"}, name
-    for name in ("_forward", "_backward"):
-        ptx = found[name].asm["ptx"]
-        assert "ld.global.v4.b32" in ptx, name  # teachers
-        assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", ptx), name  # students
-    assert "st.global.v4.b32" in found["_backward"].asm["ptx"]
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"line{configs.TABLE.index(line)}")
+def test_no_spill_wide_loads_and_64_bit_offsets(line, tmp_path):
+    """Of every line, for all types that it takes; and the bytes in flight that it promises."""
+    shape = (10, 2, min(line.columns, 65536))
+    for dtype in (torch.bfloat16, torch.float32):
+        case = configs.Case(line.capability, 1, *shape, line.rows, dtype.itemsize)
+        if configs.lookup("triton", case) is not line:
+            continue
+        found = compiled(line.capability, dtype, COUNTS[line.rows], shape)
+        assert set(found) == {"_forward", "_merge", "_total", "_backward"}
+        used = {name: resources(kernel, tmp_path) for name, kernel in found.items()}
+        for name, kernel in found.items():
+            assert used[name]["STACK"] == 0 and 0 < used[name]["REG"] <= 255, (name, used[name])
+            # 32 bits end at 2^31 elements: no product of a stride, a number of tiles, of images.
+            assert narrow_offsets(kernel.asm["ttir"]) <= {"arith.constant", "tt.make_range"}, name
+        threads, columns = 32 * line.config.warps, line.config.columns
+        bytes = min(columns // threads * dtype.itemsize, 16)
+        for name in ("_forward", "_backward"):
+            ptx = found[name].asm["ptx"]
+            assert "ld.global.v4.b32" in ptx, name  # teachers
+            copies = rf"cp\.async\.c[ag]\.shared\.global .*, {bytes:#x}"  # students
+            assert re.search(copies, ptx), name
+        assert f"st.global.v{bytes // 4}.b32" in found["_backward"].asm["ptx"]
+        registers = max(used[name]["REG"] for name in ("_forward", "_backward"))
+        blocks = 65536 // (-(-registers // 8) * 8 * threads)
+        in_flight = blocks * columns * dtype.itemsize * (line.config.stages - 1) / 1024
+        assert in_flight >= line.in_flight, (registers, in_flight)
+
+
+def test_the_call_of_mokd(tmp_path):
+    """Self, cross and search in one call."""
+    for kernel in compiled(90, torch.float16, (2, 2, 8)).values():
+        assert resources(kernel, tmp_path)["STACK"] == 0
 
 
 @pytest.mark.parametrize("columns", [1000, 65537])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
+from mokd_fast.kernels import configs
 
 from mokd_fast.ops import cpu, cuda, distill
 
@@ -67,7 +68,8 @@ def cuda_kernels(request, monkeypatch):
         monkeypatch.setattr(distill, "_kernels", on_gpu)
     else:
         monkeypatch.setattr(cpu, "native", request.getfixturevalue("emulated"))
-        monkeypatch.setattr(cuda, "_place", lambda tensor: (132, 0, 0))
+        monkeypatch.setattr(cuda, "_place", lambda tensor: (0, 0))
+        monkeypatch.setattr(configs, "gpu", lambda index: (90, 132))
     real = cuda.why_not
     monkeypatch.setattr(
         cuda,

@@ -52,8 +52,8 @@ def test_opcheck():
     empty = torch.empty(0)
     pairs = [w for row in target.pairs for w in row]
     arguments = (
-        student, [target.logits], [target.center], [empty], torch.tensor([0.1, 0.05]),
-        pairs, [1.0], [False], "cpu",
+        student, [target.logits], [target.center], [empty], torch.tensor([0.1, 0.05, 1.0]),
+        pairs, [False], "cpu",
     )  # fmt: skip
     torch.library.opcheck(distill._forward, arguments)
     _, _, stats = distill._forward(*arguments)
@@ -94,8 +94,8 @@ def both_operators(k):
     """Loss and gradient without autograd, which torch refuses in some forked children."""
     student, target = case(k=k)
     pairs = [w for row in target.pairs for w in row]
-    rest = [target.logits], [target.center], [torch.empty(0)], torch.tensor([0.1, 0.05])
-    arguments = (student.detach(), *rest, pairs, [1.0], [False], "cpu")
+    rest = [target.logits], [target.center], [torch.empty(0)], torch.tensor([0.1, 0.05, 1.0])
+    arguments = (student.detach(), *rest, pairs, [False], "cpu")
     loss, _, stats = distill._forward(*arguments)
     return loss, distill._backward(torch.ones(()), stats, *arguments)
 
@@ -193,7 +193,10 @@ def test_a_module_that_cannot_be_loaded_says_so(monkeypatch):
 
 
 def test_the_flat_operator_refuses_what_would_crash():
-    rows, empty, taus = torch.zeros(2, 2, 40), torch.empty(0), torch.tensor([0.1, 0.05])
+    rows, empty, scalars = torch.zeros(2, 2, 40), torch.empty(0), torch.tensor([0.1, 0.05, 1.0])
     for student, pairs in ((torch.zeros(0, 2, 40), []), (torch.zeros(3, 2, 40), [1.0])):
         with pytest.raises(ValueError, match="Distill: at least a student row"):
-            distill._forward(student, [rows], [empty], [empty], taus, pairs, [1.0], [False], "cpu")
+            distill._forward(student, [rows], [empty], [empty], scalars, pairs, [False], "cpu")
+    arguments = torch.zeros(3, 2, 40), [rows], [empty], [empty], scalars[:2], [1.0] * 6, [False]
+    with pytest.raises(ValueError, match=r"scalars must be \[3\], got \[2\]"):
+        distill._forward(*arguments, "cpu")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mokd_fast.kernels import configs
 from torch._subclasses import FakeTensorMode
 
 from mokd_fast.ops import Target, cpu, cross_view_pairs, cuda, distill, distill_cross_entropy
@@ -62,7 +63,7 @@ def check(student, *targets):
 @pytest.mark.parametrize("multiprocessors", [1, 132])  # the longest tiles, the shortest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_columns_around_every_border(backend, dtype, multiprocessors, monkeypatch):
-    monkeypatch.setattr(cuda, "_place", lambda tensor: (multiprocessors, 0, 0))
+    monkeypatch.setattr(configs, "gpu", lambda index: (90, multiprocessors))
     for k in (1, 7, 8, 255, 256, 257, 1000, 1024, 1025, 4097):
         check(*case(v=3, k=k, dtype=dtype))
 
@@ -167,9 +168,9 @@ def test_the_same_bits_in_any_order_of_threads(backend, monkeypatch):
 def test_operators(backend):
     student, target = case(k=33)
     empty, pairs = torch.empty(0), [w for row in target.pairs for w in row]
-    taus = torch.tensor([0.1, 0.05])
+    scalars = torch.tensor([0.1, 0.05, 1.0])
     lists = [target.logits], [target.center], [empty]
-    arguments = (student, *lists, taus, pairs, [1.0], [False], "cuda")
+    arguments = (student, *lists, scalars, pairs, [False], "cuda")
     torch.library.opcheck(distill._forward, arguments)
     _, _, stats = distill._forward(*arguments)
     backward = (torch.ones(()), stats, student.detach(), *arguments[1:])
@@ -192,34 +193,98 @@ def test_compiles_whole_with_its_reasons(backend, monkeypatch):
 def shape(emulated, v=10, t=2, b=64, k=65536, type=0):
     student, teacher = [(0, type, k, 1)] * v, [(0, type, k, 1)] * t
     none = [0] * t
-    rest = (none, none, none, [False] * t, [1.0] * t * v, [1.0], 0, b, k, 1)
+    rest = (none, none, none, [False] * t, [1.0] * t * v, 1, 0, b, k, 1)
     return emulated.Distill(student, teacher, *rest)
 
 
+def case_of(rows, bytes, images=64, columns=65536):
+    return configs.Case(90, 132, 10, images, columns, rows, bytes)
+
+
 def test_plan(emulated):
-    tile, warps, numbers = shape(emulated).cuda_plan(132)
-    assert (tile, warps) == (1024, 4)
-    assert numbers == 64 * (64 * (2 * 12 + 20) + 1)
-    tiles = [shape(emulated, b=b).cuda_plan(132)[0] for b in (1, 8, 16, 32)]
-    assert tiles == [256, 256, 512, 1024]  # few images get short tiles
-    assert shape(emulated, b=0).cuda_plan(132)[2] == 0
+    assert shape(emulated).cuda_plan(1024) == (4, 64 * (64 * (2 * 12 + 20) + 1))
+    assert shape(emulated, b=0).cuda_plan(256)[1] == 0
     for t in range(1, 25):
-        for type, size in ((0, 4), (1, 8), (2, 4)):
-            tile, warps, _ = shape(emulated, v=8, t=t, type=type).cuda_plan(132)
-            assert tile % 256 == 0 and 1 <= warps <= 4 and tile <= 1024 * 4 // size
-            assert warps * t * tile * size <= 48 << 10
+        for type, bytes in ((0, 4), (1, 8), (2, 2)):
+            call, size = shape(emulated, v=8, t=t, type=type), max(bytes, 4)
+            for config in configs.candidates("cuda", case_of(t, bytes)):
+                warps, _ = call.cuda_plan(config.columns)
+                assert 1 <= warps <= 4 and warps * t * config.columns * size <= 48 << 10
+    for wrong in (
+        {"tile": 0},
+        {"tile": 128},
+        {"tile": 300},
+        {"tile": 2048},
+        {"type": 1},
+        {"t": 13},
+    ):
+        tile = wrong.pop("tile", 1024)
+        with pytest.raises(ValueError, match=f"no CUDA kernel has tiles of {tile} columns for"):
+            shape(emulated, **wrong).cuda_plan(tile)
+
+
+@pytest.mark.parametrize("line", [line for line in configs.TABLE if line.backend == "cuda"])
+def test_what_the_table_says_of_the_bytes_in_flight(line, emulated):
+    """A multiprocessor of sm_80: 164 KiB to keep teacher rows in, 1 of them taken by each block;
+    registers for 16 warps of the backward pass, by its launch bounds."""
+    found = []
+    for bytes, type in ((2, 2), (8, 1)):
+        case = case_of(line.rows, bytes, columns=min(line.columns, 65536))
+        if configs.lookup("cuda", case) is line:
+            warps, _ = shape(emulated, v=8, t=line.rows, type=type).cuda_plan(line.config.columns)
+            kept = warps * line.rows * line.config.columns * max(bytes, 4) + 1024
+            blocks = min(16 // warps, (164 << 10) // kept)
+            found.append(blocks * warps * line.config.columns * bytes / 1024)
+    assert min(found) == line.in_flight
+
+
+def test_tuning_times_the_kernels_and_both_passes_use_the_fastest(backend, monkeypatch):
+    """With a timer of ours; when nothing may be timed: tests/kernels/test_configs.py."""
+    student, target = case(v=3, b=2, k=1500)
+    expected, used, real = run(student, target), [], cpu.native.Distill
+    fake = {1024: 3.0, 512: 1.0, 256: 2.0}
+
+    def seconds(call):
+        call()
+        return fake[used[-1]]
+
+    class Watched:
+        """The native call, which notes the tile of every pass."""
+
+        def __init__(self, *arguments):
+            self.call = real(*arguments)
+            self.cuda_plan = self.call.cuda_plan
+
+        def cuda_forward(self, *arguments):
+            used.append(arguments[4])
+            self.call.cuda_forward(*arguments)
+
+        def cuda_backward(self, *arguments):
+            used.append(arguments[3])
+            self.call.cuda_backward(*arguments)
+
+    native = SimpleNamespace(Distill=Watched)
+    monkeypatch.setattr(cpu, "native", native)
+    monkeypatch.setattr(configs, "seconds", seconds)
+    monkeypatch.setattr(configs, "_may_time", lambda student: True)
+    monkeypatch.setattr(configs, "_found", {})
+    monkeypatch.setenv("MOKD_FAST_AUTOTUNE", "1")
+    for _ in range(2):
+        for mine, theirs in zip(run(student, target), expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert used == [256, 256, 1024, 1024, 512, 512, *[512] * 4]
 
 
 def test_capacity_is_refused_by_the_native_module_too(emulated):
     assert emulated.CUDA_CAPACITY == (24, 24, 192)
     for many in ({"v": 25, "t": 1}, {"v": 1, "t": 25}, {"v": 24, "t": 9}):
         with pytest.raises(ValueError, match="more rows or pairs than a CUDA kernel takes"):
-            shape(emulated, **many).cuda_forward(0, 0, 0, 0, 132, 0, 0)
+            shape(emulated, **many).cuda_forward(0, 0, 0, 0, 256, 0, 0)
 
 
 def test_an_error_of_cuda_is_a_runtime_error(emulated):
     with pytest.raises(RuntimeError, match="CUDA: invalid device ordinal"):
-        shape(emulated).cuda_backward(0, 0, 0, 132, 7, 0)
+        shape(emulated).cuda_backward(0, 0, 0, 256, 7, 0)
 
 
 def test_reasons(monkeypatch):

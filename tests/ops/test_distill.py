@@ -150,6 +150,30 @@ def test_row_weights_probabilities_and_tensor_temperatures():
     torch.testing.assert_close(given, loss, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_is_a_number_or_a_tensor_with_the_same_bits(dtype):
+    """0, negative and not finite too; the terms never have it."""
+    student, teacher = logits(V, dtype).requires_grad_(), logits(T, dtype)
+    pairs, wide = cross_view_pairs(T, V), torch.promote_types(dtype, torch.float32)
+
+    def run(weight):
+        targets = [Target(pairs, teacher, weight=0.5), Target(pairs, teacher.exp(), weight=weight)]
+        loss, terms = distill_cross_entropy(student, targets)
+        return loss.detach(), terms, torch.autograd.grad(loss, student)[0]
+
+    _, unscaled, _ = run(1.0)
+    for weight in (0.3, 0.0, -2.0, torch.inf, torch.nan):
+        loss, terms, gradient = run(weight)
+        for tensor in (torch.tensor(weight), torch.tensor(weight, dtype=torch.float64)):
+            if tensor.dtype == torch.float64 or wide == torch.float32:  # else 0.3 is another number
+                for mine, theirs in zip(run(tensor), (loss, terms, gradient), strict=True):
+                    assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+        assert torch.equal(terms, unscaled) and loss.isfinite() == (abs(weight) < torch.inf)
+        torch.testing.assert_close(
+            loss, 0.5 * terms[0] + weight * terms[1], rtol=1e-6, atol=0, equal_nan=True
+        )
+
+
 def test_extreme_and_empty_inputs():
     pairs = cross_view_pairs(T, V)
     student, teacher = logits(V).requires_grad_(), logits(T)
@@ -193,14 +217,15 @@ def test_no_gradient_leaves_through_a_target():
     own = {"logits": logits(T), "probs": logits(T).softmax(-1), "center": logits(1)[0, 0]}
     own = {name: x.detach().requires_grad_() for name, x in own.items()}
     row = torch.ones(B, dtype=torch.float64, requires_grad=True)
+    tau, weight = (torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(2))
     targets = [
         Target(pairs, own["logits"], center=own["center"], row_weight=row),
-        Target(pairs, probs=own["probs"], row_weight=row),
+        Target(pairs, probs=own["probs"], temperature=tau, weight=weight, row_weight=row),
     ]
     loss, terms = distill_cross_entropy(student, targets)
     loss.backward()
     assert student.grad is not None and not terms.requires_grad
-    assert row.grad is None and all(x.grad is None for x in own.values())
+    assert all(x.grad is None for x in (row, tau, weight, *own.values()))
 
 
 def test_the_backend_is_chosen_and_explained(monkeypatch):
@@ -264,6 +289,7 @@ GOOD = {"pairs": cross_view_pairs(T, V), "logits": torch.zeros(T, B, K)}
         ({"temperature": 0.0}, r"targets\[0\].temperature must be > 0"),
         ({"temperature": torch.nan}, "must be > 0"),
         ({"temperature": torch.inf}, "must be > 0 and finite, got inf"),
+        ({"weight": torch.ones(2)}, r"targets\[0\].weight must be 0-d, .* got shape \[2\]"),
         ({"center": torch.zeros(K + 1)}, r"center must be \[17\]"),
         ({"row_weight": torch.zeros(B + 1)}, r"row_weight must be \[3\]"),
     ],

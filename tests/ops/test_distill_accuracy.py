@@ -79,6 +79,7 @@ def test_rows_with_one_view_only(dtype, k, common):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_targets_of_every_kind_and_type(dtype, k, b):
     student, row = randn(4, b, k, dtype=dtype), randn(b, scale=1.0).abs()
+    half = torch.tensor(0.5)  # as a schedule on the device is
     few = ((0.5, 0.0, 0.2, 0.0), (0.0, 0.0, 0.7, 0.0), (0.3, 0.0, 0.0, 0.0))  # two views alone
     probs = 0.7 * randn(1, b, k).softmax(-1)  # need not sum to 1
     loss, terms, _ = check(
@@ -87,7 +88,7 @@ def test_targets_of_every_kind_and_type(dtype, k, b):
             Target(cross_view_pairs(2, 4), randn(2, b, k, dtype=torch.bfloat16), None, 0.05),
             Target(few, randn(3, b, k), None, 0.3, randn(k).bfloat16(), weight=0.6),
             Target(dense(1, 4), probs=probs, row_weight=row),
-            Target(dense(1, 4), probs=probs.bfloat16(), weight=0.5, row_weight=row.half()),
+            Target(dense(1, 4), probs=probs.bfloat16(), weight=half, row_weight=row.half()),
             Target(dense(2, 4), randn(2, b, k).double(), None, 0.2, randn(k).double()),
             Target(matched_pairs(4, 1), randn(3, b, k).half(), row_weight=row, weight=0.0),
         ],

@@ -30,10 +30,10 @@ def case(dtype=torch.float32):
     pairs, row = cross_view_pairs(T, V), torch.rand(B)
     logits, probs = torch.randn(T, B, K).to(dtype), torch.randn(T, B, K).softmax(-1)
 
-    def loss(student, tau=0.05):
+    def loss(student, tau=0.05, weight=0.4):
         targets = [
             Target(pairs, logits, temperature=tau, center=probs[0, 0]),
-            Target(pairs, logits.double(), temperature=0.3, weight=0.4, row_weight=row),
+            Target(pairs, logits.double(), temperature=0.3, weight=weight, row_weight=row),
             Target(pairs, probs=probs),
         ]
         return distill_cross_entropy(student, targets, temperature=2 * tau)[0]
@@ -210,9 +210,9 @@ def test_compiles_whole(views, dtype):
         student = student.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    for tau in (0.04, 0.05, 0.07):  # a schedule, which is no reason to compile again
-        tau = torch.tensor(tau)
-        total, expected = compiled(student, tau), loss(student, tau)
+    for numbers in ((0.04, 0.0), (0.05, 0.5), (0.07, 1.0)):  # schedules: no reason to compile again
+        moving = tuple(map(torch.tensor, numbers))
+        total, expected = compiled(student, *moving), loss(student, *numbers)
         torch.testing.assert_close(total, expected)
         torch.testing.assert_close(gradient(total, student), gradient(expected, student))
     assert counter.frame_count == 1

@@ -177,14 +177,15 @@ def last_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def kept(run: Path) -> str:
+def kept(run: Path, then: str = "; the same command goes on from it.") -> str:
     """What is there to go on from, as a sentence."""
     last = last_checkpoint(run)
-    if last is None:
-        return "No checkpoint was written yet."
-    return f"The last good checkpoint is {last}; the same command goes on from it."
+    return f"The last good checkpoint is {last}{then}" if last else "No checkpoint was written yet."
 
 
 def way_out(run: Path) -> str:
     """What to say when a run has diverged."""
-    return f"{kept(run)} Try a lower learning rate, a longer warm-up or train.precision=fp32."
+    return (
+        f"{kept(run, '.')} Try a lower learning rate, a longer warm-up or train.precision=fp32, "
+        "in a new run folder"
+    )

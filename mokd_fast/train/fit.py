@@ -54,8 +54,8 @@ def _steps(trainer: Trainer) -> None:
             trainer.done += 1
             meter.add(trainer.done, losses)
             log.advance()
-            last = trainer.done == total or stop.number is not None
-            save = last or trainer.done % every == 0
+            stopping = stop.number is not None  # one look: a signal may come at any time
+            save = stopping or trainer.done == total or trainer.done % every == 0
             if save or trainer.done % train.log_every == 0:
                 log.write(trainer._row(meter))  # raises on a non-finite loss, before a save
                 if trainer.lock.lost():
@@ -63,7 +63,7 @@ def _steps(trainer: Trainer) -> None:
             if save:
                 log.sync()  # a checkpoint never without the rows up to it
                 trainer.save()
-            if stop.number is not None and trainer.done < total:
+            if stopping and trainer.done < total:
                 stop.leave()
 
 

@@ -223,8 +223,7 @@ class Trainer:
     def save(self) -> Path:
         """A checkpoint of this step. Refuses to save a state that is not finite."""
         if fault := not_finite(self):
-            where = f"the weights are not finite after step {self.done} ({fault})"
-            raise UserError(f"{where}. {way_out(self.run)}")
+            raise UserError(f"{fault} is not finite after step {self.done}. {way_out(self.run)}")
         keep = self.recipe.train.keep_checkpoints
         try:
             path = save_checkpoint(self.run / "checkpoints", self.done, capture(self), keep)

@@ -83,7 +83,6 @@ def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) ->
             raise
         reason = str(error).partition("\n")[0]
     # Out of the except block, so that the tensors of the failed step are free.
-    trainer.mokd.zero_grad(set_to_none=True)
     where = f"out of memory in step {trainer.done + 1} ({reason})"
     raise UserError(f"{where}. {kept(trainer.run)} {memory.advice(trainer)}")
 

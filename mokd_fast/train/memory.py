@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..data.loader import Views
-from ..nn import Temperatures
 
 if TYPE_CHECKING:
     from .loop import Trainer
+    from .recipe import Recipe
 
 _CPU = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
@@ -23,13 +24,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def advice(trainer: Trainer) -> str:
-    """What to set so that the step fits. Tried, not estimated: the networks are spoilt after it.
+    """What to set so that a step fits. Tried, not estimated: the trainer is spoilt after it.
 
     The pictures of an optimizer step stay the same, so the learning rates do too.
     """
-    train = trainer.recipe.train
-    for parts in range(train.accumulate + 1, train.batch + 1):
-        if train.batch % parts == 0 and _fits(trainer, train.batch // parts):
+    recipe = trainer.recipe
+    for parts in range(recipe.train.accumulate + 1, recipe.train.batch + 1):
+        if recipe.train.batch % parts:
+            continue
+        train = recipe.train.model_copy(update={"accumulate": parts})
+        trainer.recipe = recipe.model_copy(update={"train": train})
+        if _fits(trainer):
             return (
                 f"Micro-batches of {train.batch // parts} fit, as just tried here: set "
                 f"train.accumulate={parts}, which leaves train.batch={train.batch} as it is. That "
@@ -39,18 +44,11 @@ def advice(trainer: Trainer) -> str:
     return "Not even one picture at a time fits: choose smaller models, crops or prototypes"
 
 
-def _fits(trainer: Trainer, images: int) -> bool:
-    """Whether forward and backward of that many pictures go through."""
-    augment, channels = trainer.recipe.augment, trainer.recipe.data.channels
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.recipe.train.precision)
-    taus = [Temperatures(0.1, 0.1, 0.1)] * len(trainer.recipe.models)
+def _fits(trainer: Trainer) -> bool:
+    """Whether a step of the trainer's recipe goes through."""
+    trainer.mokd.zero_grad(set_to_none=True)
     try:
-        small = torch.zeros(augment.locals, images, *augment.local_hw, channels, dtype=torch.uint8)
-        large = torch.zeros(2, images, *augment.global_hw, channels, dtype=torch.uint8)
-        views = Views(large, small if augment.locals else None, torch.zeros(images), [])
-        with torch.autocast(trainer.device.type, precision, enabled=precision is not None):
-            out = trainer.mokd(*trainer.to_device(views), taus)
-        torch.stack(out.totals).sum().backward()
+        trainer.step(trainer.done, _black(trainer.recipe))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             return False
@@ -58,3 +56,13 @@ def _fits(trainer: Trainer, images: int) -> bool:
     except ValueError:  # BatchNorm of a single row
         return False
     return True
+
+
+def _black(recipe: Recipe) -> Iterator[Views]:
+    """Micro-batches of black pictures."""
+    augment, C = recipe.augment, recipe.data.channels
+    B = recipe.train.batch // recipe.train.accumulate
+    while True:
+        large = torch.zeros(2, B, *augment.global_hw, C, dtype=torch.uint8)
+        small = torch.zeros(augment.locals, B, *augment.local_hw, C, dtype=torch.uint8)
+        yield Views(large, small if augment.locals else None, torch.zeros(B), [])

@@ -5,6 +5,7 @@ as it is, and a bit that flipped anywhere is found before anything is loaded.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -90,17 +91,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
     Raises Damaged for wrong bytes, UserError for a file that cannot be read or is another thing.
     """
-    checked = False
     try:
         checked = _checksum_is_right(path)
-        state = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+        kind = Damaged if error.errno == errno.EIO else UserError  # EIO: the disk
+        raise kind(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:  # torch's text tells to load it with weights_only=False
         reason = "it is damaged, or holds Python objects, which are never loaded"
         raise Damaged(f"{path} is not a readable checkpoint: {reason}") from error
     except Exception as error:  # a damaged zip raises half a dozen types
-        if checked or isinstance(error, Damaged) or out_of_memory(error):
+        if checked or out_of_memory(error):
             raise
         reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
         raise Damaged(f"{path} is not a readable checkpoint: {reason}") from error

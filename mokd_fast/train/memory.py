@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -45,10 +46,11 @@ def advice(trainer: Trainer) -> str:
 
 
 def _fits(trainer: Trainer) -> bool:
-    """Whether a step of the trainer's recipe goes through."""
+    """Whether steps of the trainer's recipe go through: the first makes the optimizer's state."""
     trainer.mokd.zero_grad(set_to_none=True)
     try:
-        trainer.step(trainer.done, _black(trainer.recipe))
+        for _ in range(2):
+            trainer.step(trainer.done, _black(trainer.recipe))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             return False
@@ -59,9 +61,9 @@ def _fits(trainer: Trainer) -> bool:
 
 
 def _black(recipe: Recipe) -> Iterator[Views]:
-    """Micro-batches of black pictures."""
+    """Micro-batches of black pictures, a tenth more of them: memory is in pieces by and by."""
     augment, C = recipe.augment, recipe.data.channels
-    B = recipe.train.batch // recipe.train.accumulate
+    B = math.ceil(1.1 * recipe.train.batch / recipe.train.accumulate)
     while True:
         large = torch.zeros(2, B, *augment.global_hw, C, dtype=torch.uint8)
         small = torch.zeros(augment.locals, B, *augment.local_hw, C, dtype=torch.uint8)

@@ -55,8 +55,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What else the bits of a result depend on."""
-    packages = ("mokd_fast", "torch", "torchvision", "timm", "numpy", "pillow")
-    found = {name: version(name) for name in packages}
+    packages = ("mokd_fast", "torchvision", "timm", "numpy", "pillow")
+    found = {"torch": str(torch.__version__)} | {name: version(name) for name in packages}
     found |= {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
     if device.type == "cuda":
         return found | {"device": torch.cuda.get_device_name(device)}

@@ -47,8 +47,9 @@ class Run:
     def words(self) -> tuple:
         return "pretrain", self.recipe, "--run", self.out
 
-    def kill_at(self, condition, pause: float = 0, *, fork: bool = False) -> None:
-        """Starts the run and kills it `pause` seconds after `condition()` holds."""
+    def kill_at(self, condition, pause: float = 0, *, fork: bool = False) -> bool:
+        """Starts the run and kills it `pause` seconds after `condition()` holds; False if it had
+        ended before."""
         log = self.folder / "output.txt"
         with open(log, "w") as file:
             if fork:
@@ -58,10 +59,14 @@ class Run:
                 pid = subprocess.Popen(command, stdout=file, stderr=file).pid
         end = time.monotonic() + 120
         while not condition():
-            assert os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < end, log.read_text()
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                assert status == 0, log.read_text()
+                return False
+            assert time.monotonic() < end, log.read_text()
         time.sleep(pause)
         os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (-signal.SIGKILL, 0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
     def step(self) -> int:
         """The step of the last row that is there."""
@@ -107,8 +112,8 @@ def test_equal_sees_a_difference():
 
 def test_killed_amid_an_epoch_and_amid_a_save(tmp_path):
     run = Run(tmp_path, "cnn+vit")
-    run.kill_at(lambda: run.step() >= 4, fork=True)
-    run.kill_at(run.saving, fork=True)
+    assert run.kill_at(lambda: run.step() >= 4, fork=True)
+    assert run.kill_at(run.saving, fork=True)
     assert run.saving(), "the kill did not meet the save"
     assert "resuming" in run.finish() and not run.saving()
     run.check()
@@ -121,16 +126,19 @@ def test_twenty_kills(tmp_path, kind, kills, monkeypatch):
     amid a save."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     draw, run = random.Random(kind), Run(tmp_path, kind)
-    amid = 0
-    for number in range(kills):
-        run.out = tmp_path / f"killed{number}"
-        step = draw.randrange(11)
-        if number % 3 == 2:
-            run.kill_at(lambda least=step: run.saving() and run.step() >= least)
+    done = amid = 0
+    while done < kills:
+        run.out = tmp_path / f"killed{draw.random()}"
+        if done % 3 == 2:
+            step, pause = draw.randrange(8), 0.0
+            killed = run.kill_at(lambda least=step: run.saving() and run.step() >= least)
         else:
-            run.kill_at(lambda least=step: run.step() >= least, draw.uniform(0, 0.1))
-        amid += run.saving()
-        print(f"kill {number + 1}: row {run.step()}, amid a save: {run.saving()}")
+            step, pause = draw.randrange(11), draw.uniform(0, 0.1)
+            killed = run.kill_at(lambda least=step: run.step() >= least, pause)
+        if not killed:
+            continue  # it was faster than this loop, which is no kill
+        done, amid = done + 1, amid + run.saving()
+        print(f"kill {done}: row {run.step()}, amid a save: {run.saving()}")
         run.finish()
         run.check()
     assert amid, "no kill met a save"

@@ -3,6 +3,7 @@
     python bench/demo.py [--seeds 0 1 2] [--json FILE] [--demo RUN] [--profile]
                          [KEY=VALUE ...]
 
+--profile also measures what a checkpoint costs.
 --demo takes a run folder that `mokd-fast demo` left as seed 0; --json adds to the file's seeds.
 
 For each seed: the fashion-mnist recipe, then kNN and linear probe of both teachers beside their
@@ -26,8 +27,10 @@ from rich.console import Console
 
 import mokd_fast
 from bench.timing import machine, write_json
+from mokd_fast.train.checkpoint import last_checkpoint
 from mokd_fast.train.loop import Trainer
 from mokd_fast.train.recipe import load_recipe
+from mokd_fast.train.schedule import in_steps
 
 
 def run(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -58,6 +61,28 @@ def profile(folder: Path, steps: int = 20) -> dict[str, float]:
     rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
     return {row.key: row.self_cpu_time_total / total for row in rows[:10]}
+
+
+def checkpoint(folder: Path, steps: int = 20) -> dict[str, float]:
+    """What a checkpoint of the demo costs: seconds of a save (fsync included), of a step, and the
+    share of a checkpoint interval that goes into its save."""
+    recipe = load_recipe("fashion-mnist", ["data.workers=0"])
+    trainer = Trainer(recipe, folder, Console(quiet=True))
+    trainer.mokd.train()
+    batches = trainer.loader.batches()
+    times: dict[str, list[float]] = {"step_s": [], "save_s": []}
+    for k in range(steps):  # interleaved, so that the machine's load is that of both
+        begin = time.perf_counter()
+        trainer.step(k, batches)
+        middle = time.perf_counter()
+        trainer.done = k + 1
+        trainer.save()
+        times["step_s"].append(middle - begin)
+        times["save_s"].append(time.perf_counter() - middle)
+    row = {name: statistics.median(seconds) for name, seconds in times.items()}
+    interval = in_steps(recipe.train.checkpoint_every, trainer.steps_per_epoch, trainer.total)
+    size = last_checkpoint(folder).stat().st_size
+    return row | {"bytes": size, "share": row["save_s"] / (interval * row["step_s"])}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -108,8 +133,9 @@ def main() -> None:
         result = json.loads(options.json.read_text())
     if options.profile:
         with tempfile.TemporaryDirectory() as folder:
-            result["profile"] = profile(Path(folder))
-        print(json.dumps(result["profile"], indent=1))
+            result["profile"] = profile(Path(folder) / "profile")
+            result["checkpoint"] = checkpoint(Path(folder) / "checkpoint")
+        print(json.dumps({k: result[k] for k in ("profile", "checkpoint")}, indent=1))
     for seed in [0] if options.demo else options.seeds:
         if options.demo:
             row = read(options.demo)

@@ -14,26 +14,21 @@ from .errors import UserError
 from .evaluate import evaluate
 from .interop.export import export_backbone
 from .nn import MOKD, features
-from .train.checkpoint import last_checkpoint, load_checkpoint
+from .train.checkpoint import find_checkpoint
 from .train.loop import build
 from .train.recipe import Recipe, load_recipe
+from .train.resume import load_weights
 
 Which = Literal["teacher", "student"]
 _log = logging.getLogger(__name__)
 
 
 def load_run(run: str | Path) -> tuple[Recipe, MOKD]:
-    """Recipe and trained networks of a run folder (its newest checkpoint) or a checkpoint file."""
-    path = Path(run)
-    if not path.exists():
-        raise UserError(f"{path}: no such run folder or checkpoint")
-    checkpoint = last_checkpoint(path) if path.is_dir() else path
-    if checkpoint is None:
-        raise UserError(f"{path} holds no checkpoint: expected {path}/checkpoints/*.pt")
-    state = load_checkpoint(checkpoint)
+    """Recipe and trained networks of a run folder (its newest good checkpoint) or of a file."""
+    path, state = find_checkpoint(run)
     recipe = load_recipe(state["recipe"])
     mokd = build(recipe)
-    mokd.load_state_dict(state["model"])
+    load_weights(mokd, state, path)
     return recipe, mokd
 
 

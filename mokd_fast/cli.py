@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from .console import RunConsole
 from .errors import UserError
 
 app = typer.Typer(
@@ -17,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = RunConsole()
 
 RunArgument = Annotated[Path, typer.Argument(help="a run folder, or a checkpoint of one")]
 Student = Annotated[bool, typer.Option("--student", help="the student, not its EMA teacher")]
@@ -33,19 +34,22 @@ def pretrain(
         list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="run folder (default: runs/<recipe>)")] = None,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(help="a run folder or checkpoint whose weights a new run starts from"),
+    ] = None,
 ) -> None:
     """Pre-train the models of RECIPE: a published name or a .yaml file.
 
-    A run that was cut off goes on from its last checkpoint.
+    A run that was cut off goes on from its last checkpoint. Ctrl-C and SIGTERM end the step and
+    write one; exit codes 130 and 143.
 
     mokd-fast pretrain data.root=pictures pair=resnet50+vit_small
     """
-    from .train.loop import pretrain as start
-
     words = arguments or []
     named = words[:1] if words and "=" not in words[0] else []
     recipe = named[0] if named else "resnet50-vit_small"
-    folder = start(recipe, *words[len(named) :], run=run, console=console)
+    folder = _train(recipe, *words[len(named) :], run=run, warm_start=warm_start)
     _say(f"Run folder: {folder}")
 
 
@@ -94,7 +98,6 @@ def demo(
     """Minutes on a CPU: real pictures, MOKD pre-training of a small CNN + ViT, evaluation."""
     from . import api
     from .data.builtin import fashion_mnist_or_digits
-    from .train.loop import pretrain as start
 
     name, folder = fashion_mnist_or_digits()
     _say(f"Pictures: {name} in {folder}")
@@ -105,7 +108,7 @@ def demo(
         f"evaluate.train={folder}/train",
         f"evaluate.test={folder}/test",
     ]
-    start("fashion-mnist", *roots, *(overrides or []), run=run, console=console)
+    _train("fashion-mnist", *roots, *(overrides or []), run=run)
     result = _evaluate("linear", run, [], student=False)
     files = [api.export(run, model=i) for i in (1, 2)]
     for i, kind in ((1, "CNN"), (2, "ViT")):
@@ -122,6 +125,15 @@ def demo(
     _say(f"The run lies in {run}, the backbones in:")
     for file in files:
         _say(f"  {file}")
+
+
+def _train(recipe: str, *overrides: str, **options: Path | None) -> Path:
+    from .train.loop import pretrain
+
+    try:
+        return pretrain(recipe, *overrides, console=console, **options)
+    except KeyboardInterrupt:  # it has said what is kept
+        raise SystemExit(130) from None
 
 
 def _say(text: str) -> None:

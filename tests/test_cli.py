@@ -143,6 +143,31 @@ def test_a_damaged_checkpoint_and_a_missing_run(run, recipe, tmp_path):
     refused(run("export", tmp_path), "holds no checkpoint")
 
 
+def test_every_command_uses_the_checkpoint_before_a_damaged_one(run, recipe, tmp_path, caplog):
+    out = tmp_path / "run"
+    run("pretrain", recipe, "--run", out)
+    newest = out / "checkpoints" / "00000004.pt"
+    whole = newest.read_bytes()
+    for words in (("pretrain", recipe, "--run"), ("export",)):
+        caplog.clear()
+        newest.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+        code, text, _ = run(*words, out)
+        assert code == 0 and "00000002.pt is used instead" in caplog.text
+        assert ("resuming" in text) == (words[0] == "pretrain")
+        assert Path(f"{newest}.damaged").exists()
+
+
+def test_warm_start(run, recipe, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("pretrain", recipe, "--run", first)
+    words = ("pretrain", recipe, "train.seed=5", "--run", second, "--warm-start", first)
+    code, text, _ = run(*words)
+    assert code == 0 and f"warm start from {first}/checkpoints/00000004.pt (step 4)" in text
+    assert "is not applied again" in run(*words)[1]
+    third = ("--run", tmp_path / "third", "--warm-start", first)
+    refused(run("pretrain", recipe, "prototypes=32", *third), "[64, 1] there, [32, 1] here")
+
+
 def test_evaluation_needs_labelled_pictures(run, recipe, tmp_path):
     out = tmp_path / "run"
     run("pretrain", recipe, "--run", out)

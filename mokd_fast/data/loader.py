@@ -7,6 +7,7 @@ number of workers gives the same bits, and so does a start in the middle.
 
 import functools
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -161,6 +162,7 @@ class ViewLoader:
             sampler=_From(start),
             num_workers=self._workers,
             collate_fn=_same,
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # else DataLoader draws a seed from the global one
         )
         try:
@@ -186,6 +188,13 @@ class ViewLoader:
 
 def _same(item: Any) -> Any:
     return item
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: a worker that died of it would take the step along
+    that the run is about to finish. Workers end with the run, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @functools.lru_cache(maxsize=16)  # a tensor made from numbers on a GPU is a host sync: once

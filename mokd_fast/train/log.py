@@ -1,7 +1,11 @@
 """What a run says of itself: progress bar, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
+import os
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from ..console import takes_output
+from ..errors import UserError
+from .checkpoint import kept
+from .folder import write_whole
 
 LINE_EVERY = 10.0  # seconds between two lines where the output is not a terminal
 
@@ -27,6 +38,38 @@ def _step(row: str) -> float:
         return float("inf")
 
 
+class _Board:
+    """TensorBoard's events, one a row.
+
+    Written here and now: the thread of torch's SummaryWriter prints its own traceback when a disk
+    is full. TensorBoard reads the files in the order of the seconds in their names, so a clock
+    that went back must not put this one before those that are there.
+    """
+
+    def __init__(self, folder: Path, purge: int) -> None:
+        folder.mkdir(exist_ok=True)
+        known = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        second = max([int(time.time()), *(int(n) + 1 for n in known if n.isdigit())])
+        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "wb")  # noqa: SIM115 (closed in close)
+        self._writer = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        # What earlier files hold from this step on is not shown.
+        self._write(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
+
+    def add(self, row: dict[str, Any]) -> None:
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step"]
+        self._write(Event(step=row["step"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunLog:
     """Writes every logged step to the run folder and shows the progress.
 
@@ -37,14 +80,15 @@ class RunLog:
     """
 
     def __init__(self, run: Path, start: int, total: int, console: Console) -> None:
-        self.console = console
+        self.console, self.run = console, run
+        self.last = start  # the step of the last row
         path = run / "metrics.jsonl"
-        if path.exists():
-            rows = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(row for row in rows if _step(row) <= start))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        # TensorBoard purges from this step on, and the row of `start` itself stays.
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        with self._writing():
+            if path.exists():
+                rows = path.read_text().splitlines(keepends=True)
+                write_whole(path, "".join(row for row in rows if _step(row) <= start))
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+            self._board = _Board(run / "tensorboard", start + 1)  # the row of `start` stays
         self._bar = Progress(
             TextColumn("pre-training"),
             BarColumn(),
@@ -66,18 +110,34 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):  # of a row that could not be written
+                file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the metrics in {self.run} cannot be written: {error.strerror or error}. "
+                f"{kept(self.run)} Make room there first"
+            ) from error
+
+    def sync(self) -> None:
+        """Sees to it that all rows are on the disk."""
+        with self._writing():
+            os.fsync(self._file.fileno())
 
     def advance(self) -> None:
         self._bar.advance(self._task)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row of metrics: `step` optimizer steps are done."""
-        self._file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if key != "step":
-                self._board.add_scalar(key, value, row["step"])
+        with self._writing():
+            self._file.write(json.dumps(row) + "\n")
+            self._board.add(row)
+        self.last = row["step"]
         losses = " ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         note = f"{losses}  {row['images_per_s']:.0f} images/s  data wait {row['data_wait']:.0%}"
         self._bar.update(self._task, note=note)
@@ -89,6 +149,8 @@ class RunLog:
         if self.console.is_terminal or (now - self._last_line < LINE_EVERY and step < self._total):
             return
         self._last_line = now
+        if not takes_output(self.console):
+            return
         left = (now - self._begin) / max(step - self._start, 1) * (self._total - step)
         self.console.print(
             f"step {step}/{self._total}  {note}  eta {left:.0f} s", highlight=False, soft_wrap=True

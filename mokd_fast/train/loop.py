@@ -9,24 +9,29 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
+from ..console import RunConsole
 from ..data.loader import ViewLoader, Views, normalize
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs
 from ..ops.dispatch import pick
-from .checkpoint import resumable, save_checkpoint, way_out
-from .log import RunLog
+from .checkpoint import find_checkpoint, kept, save_checkpoint, way_out
+from .fit import fit
+from .folder import RunLock, write_whole
 from .meter import Meter, accumulate
 from .optim import ScheduledOptimizer, freeze_last_layers
 from .recipe import Recipe, load_recipe, total_steps
+from .resume import load_weights, resumable
 from .schedule import cosine, in_steps, teacher_temperature
+from .state import capture, not_finite, restore
 
 
 def pretrain(
     recipe: str | Path | dict[str, Any] | Recipe = "resnet50-vit_small",
     *overrides: str,
     run: str | Path | None = None,
+    warm_start: str | Path | None = None,
     console: Console | None = None,
 ) -> Path:
     """Pre-trains the models of a recipe; returns the run folder.
@@ -36,8 +41,11 @@ def pretrain(
         overrides: `key=value` on top of it, as on the command line.
         run: the run folder, default runs/<recipe name>. A run that was cut off there goes on
             from its last checkpoint.
+        warm_start: a run folder or a checkpoint whose weights (students, teachers, centres) a new
+            run starts from. A run that goes on leaves it alone.
 
-    Raises UserError for whatever the user can mend; see `Trainer`.
+    Raises UserError for whatever the user can mend; see `Trainer`. SIGTERM and Ctrl-C in the main
+    thread end the step, write a checkpoint and raise SystemExit(143) or KeyboardInterrupt.
 
     Example:
         >>> import mokd_fast
@@ -48,7 +56,7 @@ def pretrain(
     elif overrides:
         recipe = load_recipe(recipe.model_dump(mode="json"), list(overrides))
     folder = Path(run) if run is not None else Path("runs") / recipe.name
-    Trainer(recipe, folder, console or Console()).fit()
+    Trainer(recipe, folder, console or RunConsole(), warm_start).fit()
     return folder
 
 
@@ -56,11 +64,17 @@ class Trainer:
     """Everything of one run. The cheap checks come first, the networks last.
 
     Raises UserError for a missing or empty data folder, a batch larger than the data set, a
-    warm-up longer than the run, a run folder that cannot be written or holds another recipe's
-    checkpoint, and an unknown or unfit model.
+    warm-up longer than the run, a run folder that cannot be written, is in use or holds another
+    recipe's checkpoint, an unknown or unfit model, and a warm start that does not fit.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        console: Console,
+        warm_start: str | Path | None = None,
+    ) -> None:
         self.recipe, self.run, self.console = recipe, run, console
         train, data = recipe.train, recipe.data
         if data.root is None:
@@ -80,19 +94,40 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
         self.total = total_steps(recipe, self.steps_per_epoch)
         self.fingerprint = self.source.fingerprint()
-        _prepare_folder(run)
-        state = resumable(run, recipe.model_dump(mode="json"), self.fingerprint)
+        self.lock = RunLock(run)
+        try:
+            self._prepare(warm_start)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _prepare(self, warm_start: str | Path | None) -> None:
+        """The networks, as they start or as the newest checkpoint has them."""
+        recipe, train = self.recipe, self.recipe.train
+        state = resumable(self.run, recipe.model_dump(mode="json"), self.fingerprint)
+        given = find_checkpoint(warm_start) if warm_start and state is None else None
         torch.manual_seed(train.seed)
         self.mokd = build(recipe).to(self.device)
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
         self._schedules()
         self.done = 0
+        self.saved = 0  # the step of the newest checkpoint
         if state is not None:
-            self._restore(state)
-        (run / "recipe.yaml").write_text(
-            yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        )
+            restore(self, state)
+            self.saved = self.done
+            if warm_start:
+                self.say(f"{self.run} goes on, so --warm-start {warm_start} is not applied again")
+        elif given is not None:
+            path, taken = given
+            load_weights(self.mokd, taken, path)
+            self.say(
+                f"warm start from {path} (step {taken['step']}): students, teachers and centres "
+                "are taken; optimizers and schedules begin anew"
+            )
+            self.save()  # else a run cut off before its first checkpoint would start without it
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        write_whole(self.run / "recipe.yaml", text)
 
     def _schedules(self) -> None:
         recipe, total, per_epoch = self.recipe, self.total, self.steps_per_epoch
@@ -117,29 +152,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Runs to the end of the recipe, with a checkpoint at intervals and at the end."""
-        if self.done >= self.total:
-            self._say(f"{self.run} is finished: {self.total} steps are done")
-            return
-        train = self.recipe.train
-        every = max(in_steps(train.checkpoint_every, self.steps_per_epoch, self.total), 1)
-        if self.done:
-            self._say(f"resuming {self.run} from step {self.done} of {self.total}")
-        batches = self.loader.batches(self.done * train.accumulate)
-        meter = Meter(batches)
-        self.mokd.train()
-        with RunLog(self.run, self.done, self.total, self.console) as log:
-            while self.done < self.total:
-                losses = self.step(self.done, meter)
-                self.done += 1
-                meter.add(self.done, losses)
-                log.advance()
-                last = self.done == self.total
-                if self.done % train.log_every == 0 or last or self.done % every == 0:
-                    log.write(self._row(meter))  # raises on a non-finite loss, before a save
-                if self.done % every == 0 or last:
-                    self.save()
+        fit(self)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths as they are
 
     def step(self, k: int, batches: Iterator[Views]) -> dict[str, Tensor]:
@@ -207,31 +222,15 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this step. Refuses to save a state that is not finite."""
-        floats = [v for v in self.mokd.state_dict().values() if v.is_floating_point()]
-        norms = torch._foreach_norm(floats)
-        if not torch.stack(norms).isfinite().all():
-            where = f"the weights are not finite after step {self.done}"
-            raise UserError(f"{where}. {way_out(self.run)}")
-        state: dict[str, Any] = {
-            "step": self.done,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "data": self.fingerprint,
-            "model": self.mokd.state_dict(),
-            "optimizers": [optimizer.torch.state_dict() for optimizer in self.optimizers],
-            "rng": {"cpu": torch.get_rng_state()},
-        }
-        if self.device.type == "cuda":
-            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        return save_checkpoint(self.run / "checkpoints", self.done, state)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.mokd.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.torch.load_state_dict(saved)
-        self.done = state["step"]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if fault := not_finite(self):
+            raise UserError(f"{fault} is not finite after step {self.done}. {way_out(self.run)}")
+        keep = self.recipe.train.keep_checkpoints
+        try:
+            path = save_checkpoint(self.run / "checkpoints", self.done, capture(self), keep)
+        except UserError as error:
+            raise UserError(f"{error}. {kept(self.run)} Make room there first") from error
+        self.saved = self.done
+        return path
 
 
 def build(recipe: Recipe) -> MOKD:
@@ -266,16 +265,3 @@ def _check_backend(recipe: Recipe, device: torch.device) -> None:
         pick("distill_cross_entropy", logits, [target], recipe.loss.student_temperature)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{error}. Unset MOKD_FAST_BACKEND or choose another") from error
-
-
-def _prepare_folder(run: Path) -> None:
-    """Finds out now, not at the first checkpoint, that the run folder cannot be written."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"run folder {run} cannot be written ({error.strerror}): give another one with --run"
-        ) from error

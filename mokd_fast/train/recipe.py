@@ -104,6 +104,7 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
     checkpoint_every: Duration = "1ep"
+    keep_checkpoints: PositiveInt = 2  # the newest ones; the older are there if one is damaged
     seed: int = Field(0, ge=0, lt=2**64)
 
     @model_validator(mode="after")

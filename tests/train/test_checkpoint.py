@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, no code in them, only for the recipe that wrote them."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -8,23 +9,27 @@ import torch
 
 from mokd_fast import UserError
 from mokd_fast.train.checkpoint import (
+    Damaged,
     checkpoints,
     last_checkpoint,
     load_checkpoint,
-    resumable,
+    newest,
     save_checkpoint,
     way_out,
 )
+from mokd_fast.train.resume import resumable
 from tests.train.recipes import small
 
 RECIPE = small("pictures").model_dump(mode="json")
 
 
 def state(step: int, **more) -> dict:
-    return {"step": step, "recipe": RECIPE, "data": "abc", "x": torch.arange(step), **more}
+    found = {"step": step, "recipe": copy.deepcopy(RECIPE), "data": "abc", "versions": {}}
+    return {**found, "x": torch.arange(step), **more}
 
 
 def saved(run: Path, *steps: int) -> Path:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     for step in steps:
         save_checkpoint(run / "checkpoints", step, state(step))
     return run
@@ -77,6 +82,82 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         save_checkpoint(tmp_path / "file" / "checkpoints", 1, state(1))
 
 
+def test_the_number_that_is_kept(tmp_path):
+    for step in range(1, 6):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        save_checkpoint(tmp_path / "checkpoints", step, state(step), keep=3)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [
+        f"0000000{step}.pt" for step in (3, 4, 5)
+    ]
+
+
+def test_plain_torch_load_takes_the_file(tmp_path):
+    path = last_checkpoint(saved(tmp_path, 40))
+    assert torch.equal(torch.load(path, weights_only=True)["x"], torch.arange(40))
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    path = last_checkpoint(saved(tmp_path, 1000))
+    whole = path.read_bytes()
+    for offset in [*range(0, len(whole), 97), *range(len(whole) - 90, len(whole))]:
+        flipped = bytearray(whole)
+        flipped[offset] ^= 1 << offset % 8
+        path.write_bytes(flipped)
+        with pytest.raises(Damaged, match=r"not a readable checkpoint: .*checksum is"):
+            load_checkpoint(path)
+    path.write_bytes(whole)
+    assert load_checkpoint(path)["step"] == 1000
+
+
+def test_a_file_that_ends_early_is_found(tmp_path):
+    path = last_checkpoint(saved(tmp_path, 1000))
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 997), *range(len(whole) - 90, len(whole))]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(Damaged, match="not a readable checkpoint"):
+            load_checkpoint(path)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, caplog):
+    run = saved(tmp_path, 3, 7)
+    bad = run / "checkpoints" / "00000007.pt"
+    bad.write_bytes(bad.read_bytes()[:-1])
+    path, found = newest(run)
+    assert found["step"] == 3 and path.name == "00000003.pt"
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert str(bad) in warning and "checksum is" in warning and "00000003.pt is used" in warning
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["00000003.pt", "00000007.pt.damaged"]
+    saved(run, 7, 9)  # it is not counted as one that is kept
+    assert [p.name for p in checkpoints(run / "checkpoints")] == ["00000007.pt", "00000009.pt"]
+
+
+def test_a_run_does_not_begin_again_when_all_are_damaged(tmp_path):
+    run = saved(tmp_path, 3, 7)
+    for path in checkpoints(run / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:50])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no checkpoint of .* can be used") as error:
+            resumable(run, RECIPE, "abc")
+        assert "00000003.pt" in str(error.value) and "00000007.pt" in str(error.value)
+        assert "--run" in str(error.value)
+
+
+def test_a_checkpoint_from_before_checksums(tmp_path, caplog):
+    old = state(3)
+    del old["versions"], old["recipe"]["train"]["keep_checkpoints"]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(old, tmp_path / "checkpoints" / "00000003.pt")
+    assert resumable(tmp_path, RECIPE, "abc")["step"] == 3  # a key that is new has its default
+    assert "has no checksum: an older mokd_fast wrote it" in caplog.text
+
+
+def test_another_number_of_processes(tmp_path):
+    run = saved(tmp_path, 3)
+    with pytest.raises(UserError, match="is of 1 processes, now there are 2"):
+        resumable(run, RECIPE, "abc", world=2)
+
+
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PROBE", str(tmp_path))
     path = tmp_path / "1.pt"
@@ -92,7 +173,7 @@ def test_damaged_and_foreign_files(tmp_path):
     path = tmp_path / "bad.pt"
     for content in (whole[: len(whole) // 2], b"", b"PK no zip", b"text\n"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"bad.pt is not a readable checkpoint: \w.*Remove"):
+        with pytest.raises(UserError, match=r"bad.pt is not a readable checkpoint: \w"):
             load_checkpoint(path)
     for foreign in ({"model": {}}, {"step": 3}, [1, 2]):
         torch.save(foreign, path)

@@ -232,6 +232,105 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
     assert final_state(tmp_path / "run")["step"] == 3
 
 
+def test_an_optimizer_state_that_is_not_finite_is_not_saved(data, tmp_path):
+    trainer = Trainer(small(data), tmp_path / "run", silent())
+    trainer.mokd.train()
+    for k, batches in enumerate([trainer.loader.batches()] * 2):
+        trainer.step(k, batches)
+    trainer.done = 2
+    trainer.save()
+    moments = next(iter(trainer.optimizers[1].torch.state.values()))["exp_avg_sq"]
+    moments.view(-1)[-1] = torch.inf
+    trainer.done = 3
+    with pytest.raises(mokd_fast.UserError, match=r"exp_avg_sq \d+ of optimizer 2 is not finite"):
+        trainer.save()
+    assert final_state(tmp_path / "run")["step"] == 2
+
+
+def test_what_a_checkpoint_holds(uninterrupted):
+    _, run = uninterrupted
+    state = final_state(run)
+    assert state["step"] == 12 and state["world"] == 1 and state["scalers"] == []
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["versions"]["threads"] == str(torch.get_num_threads())
+    assert {"centers.mlp_1", "centers.t_2"} <= state["model"].keys()
+
+
+def test_scalers_are_saved_and_restored(data, tmp_path):
+    """Whatever the trainer has in `scalers`."""
+
+    class WithScaler(Trainer):
+        def _schedules(self):
+            super()._schedules()
+            self.scalers = [torch.amp.GradScaler("cpu", init_scale=8.0)]
+
+    first = WithScaler(small(data), tmp_path / "run", silent())
+    first.scalers[0].scale(torch.zeros(()))  # makes its tensors
+    first.scalers[0].update(4.0)
+    first.done = 1
+    first.save()
+    first.lock.release()
+    second = WithScaler(small(data), tmp_path / "run", silent())
+    assert second.scalers[0].state_dict()["scale"] == 4.0
+
+
+def test_another_version_is_a_warning_with_both(data, tmp_path, monkeypatch):
+    recipe = small(data, "train.duration=8it", "train.checkpoint_every=4it")
+    pretrain(recipe, run=tmp_path / "run", console=silent())
+    (tmp_path / "run/checkpoints/00000008.pt").unlink()
+    monkeypatch.setattr("mokd_fast.train.state.platform.python_version", lambda: "3.99")
+    console = silent()
+    pretrain(recipe, run=tmp_path / "run", console=console)
+    now = "warning: not bit-equal to a run in one piece: python 3."
+    assert now in console.file.getvalue() and "then, 3.99 now" in console.file.getvalue()
+
+
+def test_warm_start_takes_the_weights_alone(uninterrupted, data, tmp_path):
+    _, before = uninterrupted
+    now = {"temperature_warmup": dict.fromkeys(("self", "cross", "search"), "0it")}
+    recipe = small(
+        data, "train.seed=5", "train.duration=2it", "train.warmup=1it",
+        "train.freeze_last_layers=0it",
+        models=({**CNN, "t_head_optimizer": T_HEAD, **now}, {**VIT, **now}),
+    )  # fmt: skip
+    console = silent()
+    trainer = Trainer(recipe, tmp_path / "run", console, before)
+    given = final_state(before)["model"]
+    assert all(torch.equal(v, given[k]) for k, v in trainer.mokd.state_dict().items())
+    assert trainer.done == 0 and not trainer.optimizers[0].torch.state
+    assert f"warm start from {before}/checkpoints/00000012.pt (step 12)" in console.file.getvalue()
+    assert final_state(tmp_path / "run")["step"] == 0  # so that a resume has it too
+    trainer.fit()
+    console = silent()
+    pretrain(recipe, run=tmp_path / "run", warm_start=before, console=console)
+    assert f"--warm-start {before} is not applied again" in console.file.getvalue()
+
+
+def test_warm_start_from_other_networks(uninterrupted, data, tmp_path):
+    _, before = uninterrupted
+    recipe = small(data, "prototypes=32", models=(CNN, VIT))
+    message = r"last_layer.weight_v is \[64, 16\] there, \[32, 16\] here; .* and \d+ more\."
+    with pytest.raises(mokd_fast.UserError, match=message) as error:
+        pretrain(recipe, run=tmp_path / "run", warm_start=before, console=silent())
+    assert str(error.value).count(" there, ") == 3
+    with pytest.raises(mokd_fast.UserError, match="no such run folder or checkpoint"):
+        pretrain(recipe, run=tmp_path / "run", warm_start=tmp_path / "no", console=silent())
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_a_checkpoint_from_before_the_centres_had_their_names(uninterrupted, tmp_path):
+    _, run = uninterrupted
+    state = final_state(run)
+    names = {k: k.replace("centers.", "center_") for k in state["model"]}
+    torch.save(state | {"model": {names[k]: v for k, v in state["model"].items()}},
+               tmp_path / "1.pt")  # fmt: skip
+    old = torch.load(tmp_path / "1.pt", weights_only=True)
+    del old["versions"]  # and no checksum either
+    torch.save(old, tmp_path / "1.pt")
+    with pytest.raises(mokd_fast.UserError, match=r"another version of mokd_fast: centers.mlp_1"):
+        mokd_fast.load_run(tmp_path / "1.pt")
+
+
 def test_a_gpu_that_is_not_there(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(mokd_fast.UserError, match=r"train.device=cuda but this torch sees no CUDA"):

@@ -59,7 +59,7 @@ def test_lr_scales_with_the_batch(tmp_path):
     data = pictures(tmp_path / "data", 14)
     for lr_batch, factor in ((2, 2.0), ("null", 1.0)):
         recipe = small(data, f"train.lr_batch={lr_batch}", "train.duration=40it")
-        trainer = Trainer(recipe, tmp_path / "run", silent())
+        trainer = Trainer(recipe, tmp_path / str(lr_batch), silent())
         rates = trainer.optimizers[0].schedules[0][0]
         assert rates.max() == pytest.approx(0.05 * factor)
         assert 0.001 < rates[-1] < 0.001 + 0.01 * 0.05 * factor

@@ -1,0 +1,113 @@
+"""The run: step after step, and what is kept when it cannot go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+from torch import Tensor
+
+from ..data.loader import Views
+from ..errors import UserError
+from . import memory
+from .checkpoint import kept
+from .log import RunLog
+from .meter import Meter
+from .schedule import in_steps
+from .stop import StopSignals
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+
+def fit(trainer: Trainer) -> None:
+    """From the step a trainer is at to the end of its recipe."""
+    run, done, total = trainer.run, trainer.done, trainer.total
+    try:
+        if done >= total:
+            trainer.say(f"{run} is finished: {total} steps are done")
+            return
+        if done:
+            trainer.say(f"resuming {run} from step {done} of {total}")
+        _steps(trainer)
+    except (KeyboardInterrupt, SystemExit):
+        trainer.say(f"Stopped at step {trainer.done} of {total}. {kept(run)}")
+        raise
+    except UserError:
+        raise
+    except Exception:  # a bug: with its traceback, but nobody has to wonder what is left
+        trainer.say(f"The run failed in step {trainer.done + 1}. {kept(run)}")
+        raise
+    finally:
+        trainer.lock.release()
+
+
+def _steps(trainer: Trainer) -> None:
+    train, total = trainer.recipe.train, trainer.total
+    every = max(in_steps(train.checkpoint_every, trainer.steps_per_epoch, total), 1)
+    batches = _Counted(trainer.loader.batches(trainer.done * train.accumulate))
+    meter = Meter(batches)
+    trainer.mokd.train()
+    with StopSignals() as stop, RunLog(trainer.run, trainer.done, total, trainer.console) as log:
+        while trainer.done < total:
+            losses = _try_step(trainer, meter, batches, log)
+            trainer.done += 1
+            meter.add(trainer.done, losses)
+            log.advance()
+            stopping = stop.number is not None  # one look: a signal may come at any time
+            save = stopping or trainer.done == total or trainer.done % every == 0
+            if save or trainer.done % train.log_every == 0:
+                log.write(trainer._row(meter))  # raises on a non-finite loss, before a save
+                if trainer.lock.lost():
+                    _save_anew(trainer)
+            if save:
+                log.sync()  # a checkpoint never without the rows up to it
+                trainer.save()
+            if stopping and trainer.done < total:
+                stop.leave()
+
+
+def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) -> dict[str, Tensor]:
+    """A step; where it cannot be made, a UserError that says what is kept and what to do."""
+    try:
+        return trainer.step(trainer.done, meter)
+    except UserError as error:  # of the loader: the pictures are gone
+        begun = batches.count % trainer.recipe.train.accumulate
+        if not begun and trainer.done > trainer.saved:  # the state is whole, and not saved yet
+            if trainer.done > log.last:
+                log.write(trainer._row(meter))
+            trainer.save()
+        raise UserError(f"{error}. {kept(trainer.run)}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not memory.out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    # Out of the except block, so that the tensors of the failed step are free.
+    where = f"out of memory in step {trainer.done + 1} ({reason})"
+    raise UserError(f"{where}. {kept(trainer.run)} {memory.advice(trainer)}")
+
+
+def _save_anew(trainer: Trainer) -> NoReturn:
+    """The folder is gone or another one: the state goes to a new folder, and the run ends."""
+    trainer.lock.renew()  # refuses the folder of another run
+    path = trainer.save()
+    raise UserError(
+        f"run folder {trainer.run} was removed or renamed while it was trained in. {path} was "
+        "written to a new folder of that name, and the same command goes on from it; metrics and "
+        "older checkpoints are where the folder went"
+    )
+
+
+class _Counted:
+    """An iterator that knows how many it gave."""
+
+    def __init__(self, batches: Iterator[Views]) -> None:
+        self._batches, self.count = batches, 0
+
+    def __iter__(self) -> Iterator[Views]:
+        return self
+
+    def __next__(self) -> Views:
+        views = next(self._batches)
+        self.count += 1
+        return views

@@ -1,0 +1,70 @@
+"""Out of memory: which size would have fitted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..data.loader import Views
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+    from .recipe import Recipe
+
+_CPU = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python says with this error that there is no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU)
+
+
+def advice(trainer: Trainer) -> str:
+    """What to set so that a step fits. Tried, not estimated: the trainer is spoilt after it.
+
+    The pictures of an optimizer step stay the same, so the learning rates do too.
+    """
+    recipe = trainer.recipe
+    for parts in range(recipe.train.accumulate + 1, recipe.train.batch + 1):
+        if recipe.train.batch % parts:
+            continue
+        train = recipe.train.model_copy(update={"accumulate": parts})
+        trainer.recipe = recipe.model_copy(update={"train": train})
+        if _fits(trainer):
+            return (
+                f"Micro-batches of {train.batch // parts} fit, as just tried here: set "
+                f"train.accumulate={parts}, which leaves train.batch={train.batch} as it is. That "
+                "is another recipe: give a new run folder with --run, and --warm-start "
+                f"{trainer.run} to keep what was learned"
+            )
+    return "Not even one picture at a time fits: choose smaller models, crops or prototypes"
+
+
+def _fits(trainer: Trainer) -> bool:
+    """Whether steps of the trainer's recipe go through: the first makes the optimizer's state."""
+    trainer.mokd.zero_grad(set_to_none=True)
+    try:
+        for _ in range(2):
+            trainer.step(trainer.done, _black(trainer.recipe))
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            return False
+        raise
+    except ValueError:  # BatchNorm of a single row
+        return False
+    return True
+
+
+def _black(recipe: Recipe) -> Iterator[Views]:
+    """Micro-batches of black pictures, a tenth more of them: memory is in pieces by and by."""
+    augment, C = recipe.augment, recipe.data.channels
+    B = math.ceil(1.1 * recipe.train.batch / recipe.train.accumulate)
+    while True:
+        large = torch.zeros(2, B, *augment.global_hw, C, dtype=torch.uint8)
+        small = torch.zeros(augment.locals, B, *augment.local_hw, C, dtype=torch.uint8)
+        yield Views(large, small if augment.locals else None, torch.zeros(B), [])

@@ -1,0 +1,86 @@
+"""What a checkpoint holds: everything that the next step depends on, and nothing of NumPy."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .resume import load_weights
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+
+def capture(trainer: Trainer) -> dict[str, Any]:
+    """The state after `trainer.done` steps."""
+    state: dict[str, Any] = {
+        "step": trainer.done,  # of schedules and sampler too
+        "recipe": trainer.recipe.model_dump(mode="json"),
+        "data": trainer.fingerprint,
+        "world": 1,
+        "versions": versions(trainer.device),
+        "model": trainer.mokd.state_dict(),
+        "optimizers": [optimizer.torch.state_dict() for optimizer in trainer.optimizers],
+        "scalers": [scaler.state_dict() for scaler in getattr(trainer, "scalers", [])],
+        "bad_files": trainer.loader.bad_files,
+        "rng": {"cpu": torch.get_rng_state()},
+    }
+    if trainer.device.type == "cuda":
+        state["rng"]["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    return state
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """The inverse of `capture`; what had other versions is said, not refused."""
+    mine, theirs = versions(trainer.device), state.get("versions", {})
+    other = [f"{k} {theirs[k]} then, {v} now" for k, v in mine.items() if theirs.get(k, v) != v]
+    if other:
+        trainer.say(f"warning: not bit-equal to a run in one piece: {', '.join(other)}")
+    load_weights(trainer.mokd, state, trainer.run)
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.torch.load_state_dict(saved)
+    scalers = getattr(trainer, "scalers", [])
+    for scaler, saved in zip(scalers, state.get("scalers", []), strict=True):
+        scaler.load_state_dict(saved)
+    trainer.loader.bad_files.update(state.get("bad_files", {}))
+    trainer.done = state["step"]
+    torch.set_rng_state(state["rng"]["cpu"])  # last: what is above may draw numbers
+    if trainer.device.type == "cuda" and "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"], trainer.device)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What else the bits of a result depend on."""
+    packages = ("mokd_fast", "torchvision", "timm", "numpy", "pillow")
+    found = {"torch": str(torch.__version__)} | {name: version(name) for name in packages}
+    found |= {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+    if device.type == "cuda":
+        return found | {"device": torch.cuda.get_device_name(device)}
+    return found | {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}"}
+
+
+def not_finite(trainer: Trainer) -> str | None:
+    """The name of the first weight, centre or optimizer state that is not finite.
+
+    One host read. Of 1e20 in fp32 the norm is infinite as well: no weight that anybody wants.
+    """
+    named: dict[str, Tensor] = dict(trainer.mokd.state_dict())
+    for i, optimizer in enumerate(trainer.optimizers, start=1):
+        for j, (_, row) in enumerate(optimizer.torch.state.items()):
+            named |= {f"{key} {j} of optimizer {i}": value for key, value in row.items()}
+    device = trainer.device.type  # step counters may stay on the host
+    named = {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.numel()
+        and value.device.type == device
+    }
+    norms = torch._foreach_norm(list(named.values()))
+    finite = torch.stack([norm.isfinite() for norm in norms]).tolist()
+    return next((name for name, good in zip(named, finite, strict=True) if not good), None)

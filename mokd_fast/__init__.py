@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .api import export, knn, linear, load_run
+    from .api import export, knn, linear, load_run, report
     from .train.loop import pretrain
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain"]
+__all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain", "report"]
 
 _HOMES = {"pretrain": "train.loop"} | dict.fromkeys(("export", "knn", "linear", "load_run"), "api")
 
@@ -20,4 +20,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mokd_fast' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "report":  # a package of that name, which can be called
+        return import_module("mokd_fast.report")
     return getattr(import_module(f"mokd_fast.{_HOMES[name]}"), name)

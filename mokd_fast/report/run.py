@@ -1,0 +1,115 @@
+"""What a run folder holds, read as far as it is there; what is missing says why."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..api import load_run
+from ..data.sources import Source, open_source
+from ..errors import UserError
+from ..nn import MOKD
+from ..train.recipe import Recipe, load_recipe
+
+_SIGNS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "knn.json", "linear.json")
+
+
+@dataclass
+class Run:
+    """One run. `missing` says in a sentence why a part is not there: networks, metrics, ..."""
+
+    folder: Path
+    name: str
+    recipe: Recipe | None = None
+    mokd: MOKD | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[str, Any] | None = None  # of evaluate()
+    pointing: dict[str, Any] | None = None  # of pointing.summarise()
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Reads a run folder. Raises UserError when it is none; any part of it may be absent."""
+    if not folder.exists():
+        raise UserError(f"{folder}: no such run folder")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; the report takes the run folder it lies in")
+    if not any((folder / sign).exists() for sign in _SIGNS):
+        raise UserError(f"{folder} is no run folder: it holds none of {', '.join(_SIGNS)}")
+    run = Run(folder, name)
+    _networks(run)
+    run.metrics = _rows(run, "metrics.jsonl", "metrics", "step")
+    if not run.metrics:
+        run.missing.setdefault("metrics", f"{folder}/metrics.jsonl holds no row yet")
+    run.alarms = _rows(run, "alarms.jsonl", "alarms", "step", "alarm", "text")
+    for file in ("linear.json", "knn.json"):  # the first holds what the second does, and more
+        run.scores = run.scores or _json(run, file, "scores")
+    run.pointing = _json(run, "pointing.json", "pointing")
+    return run
+
+
+def _networks(run: Run) -> None:
+    """Recipe and networks of the newest checkpoint, else the recipe of recipe.yaml."""
+    try:
+        run.recipe, mokd = load_run(run.folder)
+        run.mokd = mokd.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    except (UserError, RuntimeError) as error:  # RuntimeError: keys or shapes of another version
+        run.missing["networks"] = str(error)
+        try:
+            run.recipe = load_recipe(run.folder / "recipe.yaml")
+        except UserError as error:
+            run.missing["recipe"] = str(error)
+
+
+def _rows(run: Run, file: str, part: str, *keys: str) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file that have the keys. A cut last one, left by a crash, is normal."""
+    try:
+        lines = (run.folder / file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        run.missing[part] = f"{run.folder / file}: {error.strerror or error}"
+        return []
+    rows, bad = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in keys} | row)
+        except (ValueError, KeyError, TypeError):
+            bad += number < len(lines)
+    if bad:
+        run.missing[f"{part} rows"] = f"{run.folder / file}: {bad} unreadable rows are left out"
+    return rows
+
+
+def _json(run: Run, file: str, part: str) -> dict[str, Any] | None:
+    path = run.folder / file
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not found:
+            raise ValueError("not a mapping")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        run.missing[part] = f"{path} cannot be read: {error}"
+        return None
+    return found
+
+
+def pictures_of(run: Run, *, training: bool) -> Source:
+    """The run's training pictures, or its held-out ones where there are some.
+
+    Raises UserError when there are none any more.
+    """
+    if run.recipe is None:
+        raise UserError(run.missing["recipe"])
+    roots = [run.recipe.data.root, run.recipe.evaluate.test]
+    found = [root for root in (roots[:1] if training else roots[::-1]) if root is not None]
+    problem = "the recipe names no pictures"
+    for root in found:
+        try:
+            return open_source(root)
+        except UserError as error:
+            problem = str(error)
+    raise UserError(problem)

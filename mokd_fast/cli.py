@@ -135,7 +135,10 @@ def demo(
     _say(f"The run lies in {run}, the backbones in:")
     for file in files:
         _say(f"  {file}")
-    _say(f"What it did and learned, for the browser: {api.report(run)}")
+    try:
+        _say(f"What it did and learned, for the browser: {api.report(run)}")
+    except UserError as error:  # without the extra: the run stands all the same
+        _say(f"No report: {error}")
 
 
 def _say(text: str) -> None:

@@ -73,8 +73,8 @@ def _search_plate(
         f"A crop seen by student {asks} searches the map that teacher {asked} has of the first "
         f"global view, by joint attention in that teacher's T-Head, heads averaged; {SCALE} A "
         "query that finds itself is bright inside the outline. The numbers are pointing scores: "
-        "attention inside the outline over its share of the area, 1 is chance. The query's row in the last block changes nothing of the "
-        "output, the rows before it do."
+        "attention inside the outline over its share of the area, 1 is chance. The query's row in "
+        "the last block changes nothing of the output, the rows before it do."
     )
     return Plate(f"Search: {asks} asks {asked}", caption, strips)
 

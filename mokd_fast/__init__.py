@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain", "report"]
 
-_HOMES = {"pretrain": "train.loop"} | dict.fromkeys(("export", "knn", "linear", "load_run"), "api")
+_HOMES = {"pretrain": "train.loop", "report": "report"}
+_HOMES |= dict.fromkeys(("export", "knn", "linear", "load_run"), "api")
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mokd_fast' has no attribute {name!r}")
     from importlib import import_module
 
-    if name == "report":  # a package of that name, which can be called
-        return import_module("mokd_fast.report")
-    return getattr(import_module(f"mokd_fast.{_HOMES[name]}"), name)
+    home = import_module(f"mokd_fast.{_HOMES[name]}")
+    return home if name == "report" else getattr(home, name)  # a package that can be called

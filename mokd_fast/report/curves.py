@@ -122,30 +122,22 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
     """(data URI of the SVG, the curves' last values in words)."""
     from matplotlib.figure import Figure as Canvas
 
-    several = len(runs) > 1
     canvas = Canvas(figsize=(4.4, 2.9), layout="constrained")
     axes = canvas.add_subplot()
     ends, top = [], -math.inf
     for r, run in enumerate(runs):
         for k, key in enumerate(keys):
             x, y = series(run.metrics, key)
-            if not x:
-                continue
-            label = " · ".join([run.name] * several + [key] * (len(keys) > 1 or not several))
-            axes.plot(
-                x, y, label=label, lw=1.4, color=_COLOURS[(k if len(keys) > 1 else r) % 7],
-                ls=_DASHES[(r if several else k) % 6],
-                marker=_MARKERS[k % 7], ms=4, markevery=(k * 0.03, 0.2), mfc="white",
-            )  # fmt: skip
-            finite = [v for v in y if math.isfinite(v)]
-            top = max([top, *finite])
-            ends.append(f"{label} {y[-1]:.4g}")
+            if x:
+                style = _style(r, k, len(runs), len(keys))
+                axes.plot(x, y, markevery=(k * 0.03, 0.2), **style)
+                top = max([top, *(v for v in y if math.isfinite(v))])
+                name = f"{run.name} · {key}" if len(runs) > 1 else key
+                ends.append(f"{name} {y[-1]:.4g}")
         for alarm in run.alarms:
             axes.axvline(alarm["step"], color="#555555", lw=0.8, ls=(0, (1, 2)))
             axes.plot(alarm["step"], 1, "v", color="#555555", ms=5, clip_on=False,
                       transform=axes.get_xaxis_transform())  # fmt: skip
-    if family.bound:
-        _bound(axes, runs, top)
     axes.set_yscale(family.scale)
     if family.unit in _FROM_ZERO:
         axes.set_ylim(0, None if top > 0 else 1)
@@ -153,20 +145,54 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
     axes.set_ylabel(family.unit)
     axes.grid(color="#dddddd", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8,
-                      ncols=2, frameon=False, handlelength=3.2)  # fmt: skip
+    handles = _handles(runs, keys) + (_bound(axes, runs, top) if family.bound else [])
+    canvas.legend(handles=handles, loc="outside lower center", fontsize=8, frameon=False,
+                  ncols=1 if any(len(h.get_label()) > 26 for h in handles) else 2,
+                  handlelength=3.2)  # fmt: skip
     file = io.BytesIO()
     canvas.savefig(file, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(file.getvalue()).decode()
     return f"data:image/svg+xml;base64,{encoded}", ", ".join(ends)
 
 
-def _bound(axes: Any, runs: Sequence[Run], top: float) -> None:
-    """A line at ln K where the curves come near it."""
-    for K in sorted({run.recipe.prototypes for run in runs if run.recipe}):
-        if math.log(K) < 1.5 * top:
-            axes.axhline(math.log(K), color="#000000", lw=0.8, label=f"ln K, K = {K}")
+def _style(r: int, k: int, runs: int, keys: int) -> dict[str, Any]:
+    """Of key k of run r: keys differ in marker and colour, runs in the line's dashes.
+
+    Where there is one run the keys have the dashes too; where one key, the runs the colours.
+    """
+    return {
+        "color": _COLOURS[(k if keys > 1 else r) % 7], "ls": _DASHES[(r if runs > 1 else k) % 6],
+        "marker": _MARKERS[k % 7], "lw": 1.4, "ms": 4, "mfc": "white",
+    }  # fmt: skip
+
+
+def _handles(runs: Sequence[Run], keys: list[str]) -> list[Any]:
+    """What the legend explains: the keys, then the runs where there are several."""
+    from matplotlib.lines import Line2D
+
+    R, K = len(runs), len(keys)
+    handles = []
+    if K > 1 or R == 1:
+        for k, key in enumerate(keys):
+            style = _style(0, k, R, K) | ({"ls": "none"} if R > 1 else {})
+            handles.append(Line2D([], [], label=key, **style))
+    if R > 1:
+        for r, run in enumerate(runs):
+            style = _style(r, 0, R, K) | {"marker": ""}
+            style |= {"color": "#000000"} if K > 1 else {}
+            name = run.name if len(run.name) <= 40 else f"…{run.name[-39:]}"
+            handles.append(Line2D([], [], label=name, **style))
+    return handles
+
+
+def _bound(axes: Any, runs: Sequence[Run], top: float) -> list[Any]:
+    """Lines at ln K where the curves come near it."""
+    sizes = sorted({run.recipe.prototypes for run in runs if run.recipe})
+    return [
+        axes.axhline(math.log(K), color="#000000", lw=0.8, label=f"ln K, K = {K}")
+        for K in sizes
+        if math.log(K) < 1.5 * top
+    ]
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

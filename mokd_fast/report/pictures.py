@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..evaluate.attention import class_attention, t_head_attention
 from ..evaluate.pictures import resize_and_crop
 from ..nn import Features, Model, features
-from .run import Run, pictures_of
+from .run import Run, held_out_pictures, training_pictures
 from .strips import Plate, Strip, cell, heat, strip
 
 SHOWN = 6  # pictures in a row: still 50 pixels each on a phone
@@ -36,7 +36,7 @@ def views_plate(run: Run) -> Plate:
     """Pictures with the views that the first epoch makes of them."""
     title = "Augmented views"
     try:
-        source = pictures_of(run, training=True)
+        source = training_pictures(run)
     except UserError as error:
         return Plate(title, "", why_not=str(error))
     assert run.recipe is not None
@@ -68,9 +68,9 @@ def _size(hw: tuple[int, int]) -> str:
     return f"{hw[0]} × {hw[1]}"
 
 
-def held_out(run: Run) -> tuple[list[np.ndarray], Tensor]:
-    """Some evaluation pictures: uint8 [h, w, C] each, and normalised [P, C, H, W]."""
-    recipe, source = run.recipe, pictures_of(run, training=False)
+def held_out(run: Run) -> tuple[list[np.ndarray], Tensor, str]:
+    """Some pictures: uint8 [H, W, C] each, and normalised [P, C, H, W]; and what they are."""
+    recipe, (source, what) = run.recipe, held_out_pictures(run)
     assert recipe is not None
     size = recipe.augment.global_hw
     shown: list[np.ndarray] = []
@@ -86,7 +86,8 @@ def held_out(run: Run) -> tuple[list[np.ndarray], Tensor]:
             continue
     if not shown:
         raise UserError("none of the pictures can be read")
-    return shown, normalize(torch.from_numpy(np.stack(shown)), recipe.data.mean, recipe.data.std)
+    x = torch.from_numpy(np.stack(shown))
+    return shown, normalize(x, recipe.data.mean, recipe.data.std), f"{what} pictures"
 
 
 @torch.no_grad()
@@ -96,12 +97,12 @@ def attention_plates(run: Run) -> list[Plate]:
     if run.mokd is None:
         return [Plate(title, "", why_not=run.missing["networks"]) for title in titles]
     try:
-        shown, x = held_out(run)
+        shown, x, which = held_out(run)
     except UserError as error:
         return [Plate(title, "", why_not=str(error)) for title in titles]
     assert run.recipe is not None
     shape = run.recipe.augment.global_hw
-    first = strip("held-out pictures", list(map(cell, shown)))
+    first = strip(which, list(map(cell, shown)))
     maps, heads, patches, notes = [first], [], [first], []
     x = x.to(next(run.mokd.parameters()).device)
     pairs = zip(run.recipe.models, run.mokd.teachers, strict=True)

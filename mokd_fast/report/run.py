@@ -97,19 +97,28 @@ def _json(run: Run, file: str, part: str) -> dict[str, Any] | None:
     return found
 
 
-def pictures_of(run: Run, *, training: bool) -> Source:
-    """The run's training pictures, or its held-out ones where there are some.
+def training_pictures(run: Run) -> Source:
+    """Raises UserError when they are not there any more."""
+    return _open(run, "train")[0]
 
-    Raises UserError when there are none any more.
+
+def held_out_pictures(run: Run) -> tuple[Source, str]:
+    """The pictures of evaluate.test, or the training ones, and which of the two ("held-out").
+
+    Raises UserError when neither are there any more.
     """
+    return _open(run, "test", "train")
+
+
+def _open(run: Run, *splits: str) -> tuple[Source, str]:
     if run.recipe is None:
         raise UserError(run.missing["recipe"])
-    roots = [run.recipe.data.root, run.recipe.evaluate.test]
-    found = [root for root in (roots[:1] if training else roots[::-1]) if root is not None]
+    roots = {"train": run.recipe.data.root, "test": run.recipe.evaluate.test}
     problem = "the recipe names no pictures"
-    for root in found:
-        try:
-            return open_source(root)
-        except UserError as error:
-            problem = str(error)
+    for split in splits:
+        if (root := roots[split]) is not None:
+            try:
+                return open_source(root), "held-out" if split == "test" else "training"
+            except UserError as error:
+                problem = str(error)
     raise UserError(problem)

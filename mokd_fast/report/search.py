@@ -19,7 +19,7 @@ from ..evaluate.pointing import (
 )
 from ..train.recipe import Recipe
 from .pictures import SCALE, SHOWN
-from .run import Run, pictures_of
+from .run import Run, held_out_pictures
 from .strips import Box, Plate, Strip, cell, heat, strip
 
 
@@ -32,7 +32,7 @@ def search_plates(run: Run, limit: int = 256) -> tuple[list[Plate], dict[str, An
     if len(recipe.models) != 2:
         return [Plate(title, "", why_not="one model alone searches nothing")], None
     try:
-        source = pictures_of(run, training=False)
+        source, which = held_out_pictures(run)
         data, seed = recipe.data, recipe.train.seed
         crops = sample_crops(source, recipe.augment, channels=data.channels, seed=seed, limit=limit)
         found = [search_crops(run.mokd, i, crops, mean=data.mean, std=data.std) for i in (0, 1)]
@@ -41,7 +41,7 @@ def search_plates(run: Run, limit: int = 256) -> tuple[list[Plate], dict[str, An
     originals = [decode(source.read(i), data.channels) for i in crops.pictures[:SHOWN]]
     pictures = [np.atleast_3d(np.asarray(picture)) for picture in originals]
     plates = [_search_plate(i, recipe, crops, search, pictures) for i, search in enumerate(found)]
-    return plates, summarise(found, crops)
+    return plates, {"pictures": which, **summarise(found, crops)}
 
 
 def _search_plate(

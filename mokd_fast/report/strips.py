@@ -12,6 +12,7 @@ from torch import Tensor
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right; 0 to 1 of a picture
 _SIDE, _GAP = 128, 8  # pixels of a cell and between two
+_WIDEST = 900  # the page is no wider, and photographs are what makes it heavy
 
 
 class Strip(NamedTuple):
@@ -36,6 +37,8 @@ def strip(label: str, cells: Sequence[Image.Image], columns: Sequence[str] = ())
     row = Image.new("RGB", (len(cells) * (_SIDE + _GAP) - _GAP, _SIDE), "white")
     for i, one in enumerate(cells):
         row.paste(one, (i * (_SIDE + _GAP), 0))
+    if row.width > _WIDEST:
+        row = row.resize((_WIDEST, row.height * _WIDEST // row.width), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     row.save(file, "PNG", optimize=True)
     uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -46,7 +46,7 @@ def _facts(run: Run) -> dict[str, str]:
     if rows := run.metrics:
         facts["steps"] = _steps(run)
         for label, key, text in (
-            ("speed", "images_per_s", "{:.0f} pictures/s (median)"),
+            ("speed", "images_per_s", "{:.3g} pictures/s (median)"),
             ("waiting for data", "data_wait", "{:.1%} of the time (median)"),
         ):
             if values := [row[key] for row in rows if key in row]:
@@ -72,7 +72,7 @@ def glance(run: Run) -> list[str]:
         if trained and random and run.scores is not None:
             k = next(iter(trained["knn"]))
             text = (
-                f"{i} {model.name}: kNN {random['knn'][k]:.1f} % randomly initialised, "
+                f"{i} {model.name}: kNN (k = {k}) {random['knn'][k]:.1f} % randomly initialised, "
                 f"{trained['knn'][k]:.1f} % trained"
             )
             if pixels := run.scores.get("pixels"):
@@ -85,7 +85,7 @@ def glance(run: Run) -> list[str]:
         i, j = direction.split("->")
         sentences.append(
             f"Crops of model {i} find themselves in the map of model {j} {word} another picture's "
-            f"crop would: pointing score {_number(block['own'])}, control "
+            f"crop would (block 1): pointing score {_number(block['own'])}, control "
             f"{_number(block['random'])}, chance 1."
         )
     return sentences

@@ -32,7 +32,13 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def page(finished: Path, tmp_path_factory) -> Path:
+    """Its report, and pointing.json in its folder."""
+    return mokd_fast.report(finished, out=tmp_path_factory.mktemp("page") / "report.html")
+
+
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
+def run(finished: Path, page: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -4,19 +4,12 @@ from pathlib import Path
 
 import pytest
 
-import mokd_fast
-
 from .chromium import CHROMIUM, Chromium
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on the PATH (Debian: apt-get install chromium)"
 )
 _BROKEN = "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).length"
-
-
-@pytest.fixture(scope="module")
-def page(finished: Path, tmp_path_factory) -> Path:
-    return mokd_fast.report(finished, out=tmp_path_factory.mktemp("browser") / "report.html")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

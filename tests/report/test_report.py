@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -23,9 +24,9 @@ def images(page: str) -> list[bytes]:
     return [base64.b64decode(x) for x in re.findall(r'<img src="data:[^,]*;base64,([^"]*)"', page)]
 
 
-def test_every_part_is_there(run):
-    page = page_of(run)
-    assert (run / "report.html").stat().st_size < 3e6
+def test_every_part_is_there(page, finished):
+    assert page.stat().st_size < 3e6
+    page = page.read_text(encoding="utf-8")
     assert "Not shown" not in page and 'class="missing"' not in page
     for part in (
         "recipe", "small", "mokd_cnn_tiny + mokd_vit_tiny", "of 18", "1 mokd_cnn_tiny random",
@@ -34,7 +35,7 @@ def test_every_part_is_there(run):
         "head 4", "Patch features", "1 collapse alarm", "self_t_1 &lt;stays&gt; at ln K.",
     ):  # fmt: skip
         assert part in page, part
-    keys = {key for row in (run / "metrics.jsonl").read_text().splitlines()[:-1]
+    keys = {key for row in (finished / "metrics.jsonl").read_text().splitlines()[:-1]
             for key in json.loads(row)} - {"step"}  # fmt: skip
     missing = [key for key in keys if not re.search(rf'alt="[^"]*\b{key} ', page)]
     assert not missing, "every key of metrics.jsonl has a curve"
@@ -44,8 +45,8 @@ def test_every_part_is_there(run):
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
 
 
-def test_images_are_whole_and_described(run):
-    page = page_of(run)
+def test_images_are_whole_and_described(page):
+    page = page.read_text(encoding="utf-8")
     found = images(page)
     assert len(found) == page.count("<img ") >= 30
     for image in found:
@@ -54,7 +55,6 @@ def test_images_are_whole_and_described(run):
 
 
 def test_pointing_lands_in_the_run_folder(run):
-    page_of(run)
     found = json.loads((run / "pointing.json").read_text())
     assert 2 <= found["crops"] <= 24 and found["crops"] + found["left_out"] == 24
     blocks = found["directions"]["1->2"]["blocks"]
@@ -93,7 +93,6 @@ def test_what_is_missing_says_why(run):
 
 
 def test_pictures_that_are_gone(run, tmp_path):
-    page_of(run)
     text = (run / "recipe.yaml").read_text()
     root = re.search(r"root: (.*)", text)[1]
     hidden = shutil.move(root, tmp_path / "hidden")
@@ -141,6 +140,18 @@ def test_bad_input(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install mokd_fast\[report\]"):
         mokd_fast.report(run)
+
+
+def test_the_package_and_the_function_have_one_name(page):
+    """In a fresh process, where nothing has loaded the package yet; and after it is loaded."""
+    code = (
+        "import mokd_fast\n"
+        "for _ in range(2):\n"
+        "    try: mokd_fast.report('no/such/run')\n"
+        "    except mokd_fast.UserError as error: print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "no/such/run: no such run folder\n" * 2
 
 
 def test_the_command(run, capsys, monkeypatch):

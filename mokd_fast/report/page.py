@@ -1,15 +1,18 @@
 """The report: runs in, one HTML page out that needs nothing but itself."""
 
+import contextlib
 import importlib.util
 import json
 import logging
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+from .. import __version__
 from ..errors import UserError
 from . import tables
 from .curves import curves
@@ -33,7 +36,34 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
             raise UserError(f"the report needs {name}: pip install mokd_fast[report]")
     runs = [read_run(folder, name) for folder, name in _named(folders)]
     out = out or folders[0] / "report.html"
-    _check_writable(out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give a file, as {out}/report.html")
+    unfinished = out.with_name(f"{out.name}.tmp")
+    try:
+        with _saying(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()  # finds out before the work, not after it
+        page = _page(runs)
+        with _saying(out):
+            unfinished.write_text(page, encoding="utf-8")
+            os.replace(unfinished, out)
+    finally:
+        with contextlib.suppress(OSError):  # there is no such folder
+            unfinished.unlink(missing_ok=True)
+    return out
+
+
+@contextlib.contextmanager
+def _saying(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): give another file with --out"
+        ) from error
+
+
+def _page(runs: Sequence[Run]) -> str:
     plates: dict[str, list[tuple[Run, Plate]]] = {"views": [], "networks": [], "search": []}
     for run in runs:
         plates["views"].append((run, views_plate(run)))
@@ -43,11 +73,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         if pointing is not None:
             run.pointing = pointing
             _keep(run.folder / "pointing.json", json.dumps(pointing, indent=1) + "\n")
-    try:
-        out.write_text(_html(runs, plates), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    return out
+    return _html(runs, plates)
 
 
 def _named(folders: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -65,20 +91,6 @@ def _named(folders: Sequence[Path]) -> list[tuple[Path, str]]:
     ]
 
 
-def _check_writable(out: Path) -> None:
-    """Finds out before the work, not after it."""
-    try:
-        if out.is_dir():
-            raise UserError(f"--out {out} is a folder: give a file, as {out}/report.html")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): give another file with --out"
-        ) from error
-
-
 def _keep(path: Path, text: str) -> None:
     try:
         path.write_text(text)
@@ -91,8 +103,8 @@ def _html(runs: Sequence[Run], plates: dict[str, list[tuple[Run, Plate]]]) -> st
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
-    packages = ("mokd_fast", "torch", "timm", "matplotlib")
-    made = ", ".join(f"{name} {version(name)}" for name in packages)
+    made = f"mokd_fast {__version__}, "
+    made += ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "matplotlib"))
     return template.render(
         runs=runs,
         several=len(runs) > 1,

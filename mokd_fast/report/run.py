@@ -29,6 +29,7 @@ class Run:
     scores: dict[str, Any] | None = None  # of evaluate()
     pointing: dict[str, Any] | None = None  # of pointing.summarise()
     missing: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)  # opened; a large one takes long
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -46,8 +47,8 @@ def read_run(folder: Path, name: str) -> Run:
         run.missing.setdefault("metrics", f"{folder}/metrics.jsonl holds no row yet")
     run.alarms = _rows(run, "alarms.jsonl", "alarms", "step", "alarm", "text")
     for file in ("linear.json", "knn.json"):  # the first holds what the second does, and more
-        run.scores = run.scores or _json(run, file, "scores")
-    run.pointing = _json(run, "pointing.json", "pointing")
+        run.scores = run.scores or _json(run, file, "scores", None, "knn")
+    run.pointing = _json(run, "pointing.json", "pointing", "directions", "blocks")
     return run
 
 
@@ -75,7 +76,7 @@ def _rows(run: Run, file: str, part: str, *keys: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({key: row[key] for key in keys} | row)
+            rows.append({key: row[key] for key in keys} | row | {"step": row["step"] + 0})
         except (ValueError, KeyError, TypeError):
             bad += number < len(lines)
     if bad:
@@ -83,12 +84,15 @@ def _rows(run: Run, file: str, part: str, *keys: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _json(run: Run, file: str, part: str) -> dict[str, Any] | None:
+def _json(run: Run, file: str, part: str, inner: str | None, key: str) -> dict[str, Any] | None:
+    """A file's mapping; None, and why, where its rows (those of `inner`) do not have the key."""
     path = run.folder / file
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not found:
-            raise ValueError("not a mapping")
+        rows = found if inner is None or not isinstance(found, dict) else found.get(inner)
+        whole = isinstance(rows, dict) and len(rows) > 0
+        if not whole or not all(isinstance(x, dict) and key in x for x in rows.values()):
+            raise ValueError("not what mokd-fast writes there")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -118,7 +122,9 @@ def _open(run: Run, *splits: str) -> tuple[Source, str]:
     for split in splits:
         if (root := roots[split]) is not None:
             try:
-                return open_source(root), "held-out" if split == "test" else "training"
+                if root not in run.sources:
+                    run.sources[root] = open_source(root)
+                return run.sources[root], "held-out" if split == "test" else "training"
             except UserError as error:
                 problem = str(error)
     raise UserError(problem)

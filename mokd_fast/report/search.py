@@ -49,6 +49,7 @@ def _search_plate(
 ) -> Plate:
     asks, asked = (f"{n + 1} {recipe.models[n].name}" for n in (i, 1 - i))
     shape = recipe.augment.global_hw
+    view_name = "first global view" if recipe.augment.locals else "second global view"
     boxes = crops.boxes[: len(pictures)]
     feet = [box_in_view(box, view) for box, view in boxes]
     n = len(pictures)
@@ -58,9 +59,9 @@ def _search_plate(
     ]
     views = [cell(v.numpy(), [f]) for v, f in zip(crops.asked[:n], feet, strict=True)]
     strips = [
-        strip("picture: the crop (solid) and the first global view (dashed)", drawn),
+        strip(f"picture: the crop (solid) and the {view_name} (dashed)", drawn),
         strip(f"the crop as student {asks} sees it", [cell(c.numpy()) for c in crops.asking[:n]]),
-        strip(f"the global view as teacher {asked} sees it, the crop's footprint in it", views),
+        strip(f"the {view_name} as teacher {asked} sees it, the crop's footprint in it", views),
     ]
     depth = len(search.attention)
     rows = [(search.attention, b, "its attention") for b in range(depth)]
@@ -70,8 +71,8 @@ def _search_plate(
         strips.append(_attention_strip(attention[b], search, feet, shape,
                                        f"{what}, block {b + 1} of {depth}{influence}"))  # fmt: skip
     caption = (
-        f"A crop seen by student {asks} searches the map that teacher {asked} has of the first "
-        f"global view, by joint attention in that teacher's T-Head, heads averaged; {SCALE} A "
+        f"A crop seen by student {asks} searches the map that teacher {asked} has of the "
+        f"{view_name}, by joint attention in that teacher's T-Head, heads averaged; {SCALE} A "
         "query that finds itself is bright inside the outline. The numbers are pointing scores: "
         "attention inside the outline over its share of the area, 1 is chance. The query's row in "
         "the last block changes nothing of the output, the rows before it do."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-_PATIENCE = 60  # seconds; a loaded machine starts it in ten
+_PATIENCE = 60  # seconds; on a loaded machine it starts in ten
 
 
 class Chromium:
@@ -68,6 +69,8 @@ class Chromium:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], _PATIENCE)
+            assert ready, f"Chromium says nothing for {_PATIENCE} seconds"
             part = os.read(self._in, 1 << 16)
             assert part, "Chromium ended"
             self._buffer += part

@@ -1,6 +1,7 @@
 """The page of a run: what is there, what is missing and says so, bad input."""
 
 import base64
+import errno
 import json
 import re
 import shutil
@@ -108,11 +109,16 @@ def test_a_damaged_checkpoint_and_damaged_files(run):
     for path in (run / "checkpoints").glob("*.pt"):
         path.write_bytes(b"PK damaged")
     (run / "linear.json").write_text("{")
+    (run / "knn.json").write_text('{"x": 1}')
+    (run / "pointing.json").write_text('{"crops": 1}')
+    (run / "alarms.jsonl").write_text('{"step": "x", "alarm": "a", "text": "t"}\n\n')
     rows = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([rows[0], "\x00\x00", '{"no": 1}', *rows[1:]]))
     page = page_of(run)
     assert "not a readable checkpoint" in page
-    assert "linear.json cannot be read" in page
+    assert "knn.json cannot be read: not what mokd-fast writes" in page
+    assert "pointing.json cannot be read" in page
+    assert "alarms.jsonl: 1 unreadable rows are left out" in page
     assert "metrics.jsonl: 2 unreadable rows are left out" in page
 
 
@@ -137,9 +143,18 @@ def test_bad_input(run, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             mokd_fast.report(*runs, **options)
+    before = set(run.iterdir())
+    monkeypatch.setattr("mokd_fast.report.page.os.replace", _full)
+    with pytest.raises(UserError, match=r"report.html cannot be written \(No space left"):
+        mokd_fast.report(run)
+    assert set(run.iterdir()) == before, "no half page is left"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install mokd_fast\[report\]"):
         mokd_fast.report(run)
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_the_package_and_the_function_have_one_name(page):

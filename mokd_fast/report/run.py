@@ -89,9 +89,8 @@ def _json(run: Run, file: str, part: str, inner: str | None, key: str) -> dict[s
     path = run.folder / file
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = found if inner is None or not isinstance(found, dict) else found.get(inner)
-        whole = isinstance(rows, dict) and len(rows) > 0
-        if not whole or not all(isinstance(x, dict) and key in x for x in rows.values()):
+        rows = found.get(inner) if inner is not None and isinstance(found, dict) else found
+        if not (isinstance(rows, dict) and rows and all(_has(x, key) for x in rows.values())):
             raise ValueError("not what mokd-fast writes there")
     except FileNotFoundError:
         return None
@@ -99,6 +98,10 @@ def _json(run: Run, file: str, part: str, inner: str | None, key: str) -> dict[s
         run.missing[part] = f"{path} cannot be read: {error}"
         return None
     return found
+
+
+def _has(row: Any, key: str) -> bool:
+    return isinstance(row, dict) and key in row
 
 
 def training_pictures(run: Run) -> Source:

@@ -137,6 +137,7 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
         for alarm in run.alarms:
             axes.axvline(alarm["step"], color="#555555", lw=0.8, ls=(0, (1, 2)))
             axes.plot(alarm["step"], 1, "v", color="#555555", ms=5, clip_on=False,
+                      mfc="white" if alarm["over"] else "#555555",
                       transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_yscale(family.scale)
     if family.unit in _FROM_ZERO:

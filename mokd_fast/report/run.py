@@ -46,6 +46,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not run.metrics:
         run.missing.setdefault("metrics", f"{folder}/metrics.jsonl holds no row yet")
     run.alarms = _rows(run, "alarms.jsonl", "alarms", "step", "alarm", "text")
+    run.alarms = [{"over": False} | row for row in run.alarms]  # a row may say that it is over
     for file in ("linear.json", "knn.json"):  # the first holds what the second does, and more
         run.scores = run.scores or _json(run, file, "scores", None, "knn")
     run.pointing = _json(run, "pointing.json", "pointing", "directions", "blocks")

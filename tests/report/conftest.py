@@ -28,7 +28,8 @@ def finished(tmp_path_factory) -> Path:
         row |= {"feature_std_1": 0.8, "feature_std_2": 0.9, "skipped": 0, "something_new_1": n}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
     alarm = {"step": 4, "alarm": "loss at ln K", "text": "self_t_1 <stays> at ln K."}
-    (run / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+    over = {"step": 8, "alarm": "loss at ln K", "text": "loss at ln K: over.", "over": True}
+    (run / "alarms.jsonl").write_text(json.dumps(alarm) + "\n" + json.dumps(over) + "\n")
     return run
 
 

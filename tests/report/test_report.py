@@ -33,7 +33,9 @@ def test_every_part_is_there(page, finished):
         "recipe", "small", "mokd_cnn_tiny + mokd_vit_tiny", "of 18", "1 mokd_cnn_tiny random",
         "pixels", "kNN k=10", "1 asks 2", "2 asks 1", "Search: 2 mokd_vit_tiny asks 1",
         "Augmented views", "L2", "2 mokd_vit_tiny: class token", "1 mokd_cnn_tiny: T-Head",
-        "head 4", "Patch features", "1 collapse alarm", "self_t_1 &lt;stays&gt; at ln K.",
+        "head 4", "Patch features", "1 collapse alarm:",
+        "Step 4, <b>loss at ln K</b>: self_t_1 &lt;stays&gt; at ln K.",
+        "Step 8, <b>loss at ln K</b>: over.",
     ):  # fmt: skip
         assert part in page, part
     keys = {key for row in (finished / "metrics.jsonl").read_text().splitlines()[:-1]

@@ -15,7 +15,7 @@ help:
 	@echo 'make lint       ruff and mypy'
 	@echo 'make venv       the environment with development tools, in $(VENV)'
 
-demo: $(VENV)/.installed-data
+demo: $(VENV)/.installed-demo
 	$(VENV)/bin/mokd-fast demo
 
 test: lint

@@ -171,7 +171,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["mokd_fast", "mokd_fast.*"]), "mokd_fast.kernels"],
         package_dir={"mokd_fast.kernels": "kernels"},
-        package_data={"mokd_fast": ["py.typed", "recipes/*.yaml"]},
+        package_data={"mokd_fast": ["py.typed", "recipes/*.yaml", "report/*.html"]},
         include_package_data=False,
         ext_modules=[Extension("mokd_fast._C", sources=[])] if native else [],
         cmdclass={

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .api import export, knn, linear, load_run
+    from .api import export, knn, linear, load_run, report
     from .train.loop import pretrain
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain"]
+__all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain", "report"]
 
-_HOMES = {"pretrain": "train.loop"} | dict.fromkeys(("export", "knn", "linear", "load_run"), "api")
+_HOMES = {"pretrain": "train.loop", "report": "report"}
+_HOMES |= dict.fromkeys(("export", "knn", "linear", "load_run"), "api")
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mokd_fast' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"mokd_fast.{_HOMES[name]}"), name)
+    home = import_module(f"mokd_fast.{_HOMES[name]}")
+    return home if name == "report" else getattr(home, name)  # a package that can be called

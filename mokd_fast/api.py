@@ -1,4 +1,4 @@
-"""What the command line does after pre-training, from Python: knn, linear, export."""
+"""What the command line does after pre-training, from Python: knn, linear, export, report."""
 
 import json
 import logging
@@ -75,6 +75,19 @@ def export(
         std=recipe.data.std,
         trained_by=f"mokd_fast, recipe {recipe.name}, {which} of model {model}",
     )
+
+
+def report(*runs: str | Path, out: str | Path | None = None) -> Path:
+    """Writes one self-contained HTML page of a run, or of several side by side; returns its path.
+
+    The page has the losses and schedules, the scores of `knn` and `linear`, augmented views,
+    attention, patch features, and search pictures with their pointing score, which also lands in
+    RUN/pointing.json. The default file is report.html in the first run. Needs the extra `report`.
+    Raises UserError for a folder that is no run; what a run lacks is said in the page.
+    """
+    from .report.page import write_report
+
+    return write_report([Path(run) for run in runs], None if out is None else Path(out))
 
 
 def _evaluate(

@@ -1,4 +1,4 @@
-"""mokd-fast: pretrain, knn, linear, export, doctor, demo."""
+"""mokd-fast: pretrain, knn, linear, export, report, doctor, demo."""
 
 import sys
 from pathlib import Path
@@ -80,6 +80,19 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, side by side on one page")],
+    out: Annotated[Path | None, typer.Option(help="file (default: report.html in RUN)")] = None,
+) -> None:
+    """Write one self-contained HTML page: what a run did, and what it learned."""
+    from . import api
+
+    with console.status("making the report"):
+        page = api.report(*runs, out=out)
+    _say(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, which backends run here and why the others do not."""
     from . import doctor as facts
@@ -125,6 +138,10 @@ def demo(
     _say(f"The run lies in {run}, the backbones in:")
     for file in files:
         _say(f"  {file}")
+    try:
+        _say(f"What it did and learned, for the browser: {api.report(run)}")
+    except UserError as error:  # without the extra: the run stands all the same
+        _say(f"No report: {error}")
 
 
 def _train(recipe: str, *overrides: str, **options: Path | None) -> Path:

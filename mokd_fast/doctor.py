@@ -19,6 +19,7 @@ PACKAGES = {
     "triton": "Triton kernels, NVIDIA GPUs only",
     "xformers": "optional: pip install mokd_fast[xformers]",
     "nvidia-dali-cuda130": "optional: GPU decoding",
+    "matplotlib": "optional: the report, pip install mokd_fast[report]",
     "scikit-learn": "optional: the digits data set, pip install mokd_fast[data]",
 }
 

@@ -79,10 +79,11 @@ def pure_contents():
     """What a wheel holds besides native code, read off the tree."""
     python = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mokd_fast").rglob("*.py")}
     recipes = {f"mokd_fast/recipes/{p.name}" for p in (ROOT / "mokd_fast/recipes").glob("*.yaml")}
+    page = {f"mokd_fast/report/{p.name}" for p in (ROOT / "mokd_fast/report").glob("*.html")}
     kernels = {f"mokd_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     info = ("METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "licenses/LICENSE")
     info = {f"mokd_fast-0.1.0.dist-info/{name}" for name in info}
-    return python | recipes | kernels | info | {"mokd_fast/py.typed"}
+    return python | recipes | page | kernels | info | {"mokd_fast/py.typed"}
 
 
 def copy_tree(folder):

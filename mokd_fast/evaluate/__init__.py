@@ -1,8 +1,9 @@
-"""What frozen features are worth: kNN, few-shot, linear probe, beside controls."""
+"""What networks are worth, beside controls: kNN, few-shot, linear probe; the pointing score."""
 
 from .features import Pictures, extract, pixels
 from .knn import few_shot_indices, knn
 from .linear import LinearResult, linear_probe
+from .pointing import pointing
 from .suite import evaluate, format_table
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "knn",
     "linear_probe",
     "pixels",
+    "pointing",
 ]

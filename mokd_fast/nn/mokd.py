@@ -208,7 +208,7 @@ class MOKD(nn.Module):
         return torch.cat([search(maps[1 - v], found.grid, queries[v : v + 1]) for v in (0, 1)])
 
     def statistics(self) -> list[Tensor]:
-        """The running statistics (BatchNorm) that a forward pass moves, in students and teachers."""
+        """Running statistics (BatchNorm), of students and teachers: what a forward pass moves."""
         return [
             value
             for name, value in self.named_buffers()

@@ -20,7 +20,7 @@ def diagnose(
     before this step's update and q = softmax((z - c) / temperature of its self loss):
 
         teacher_entropy_h   mean_n -sum_k q log q                    nats, 0..ln K
-        kl_h                self_h - teacher_entropy_h                    nats, >= 0 up to rounding
+        kl_h                self_h - teacher_entropy_h               nats, >= 0 up to rounding
         center_norm_h       |c|                                      of logits
         prototypes_used_h   distinct argmax_k q over n / min(K, N)   0..1
 

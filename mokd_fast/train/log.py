@@ -31,17 +31,17 @@ class RunLog:
     """Writes every logged step to the run folder and shows the progress.
 
     Args:
-        run: the run folder. metrics.jsonl there loses the rows after step `start`, which a
-            resumed run writes again, and a row that a crash cut in two.
+        run: the run folder. metrics.jsonl and alarms.jsonl there lose the rows after step `start`,
+            which a resumed run writes again, and a row that a crash cut in two.
         start, total: first step of this process and steps of the whole run.
     """
 
     def __init__(self, run: Path, start: int, total: int, console: Console) -> None:
         self.console = console
-        path = run / "metrics.jsonl"
-        if path.exists():
-            rows = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(row for row in rows if _step(row) <= start))
+        for path in (run / "alarms.jsonl", run / "metrics.jsonl"):
+            if path.exists():
+                rows = path.read_text().splitlines(keepends=True)
+                path.write_text("".join(row for row in rows if _step(row) <= start))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         # TensorBoard purges from this step on, and the row of `start` itself stays.
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)

@@ -17,6 +17,7 @@ from ..nn import MOKD, Temperatures, build_mokd
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs
 from ..ops.dispatch import pick
 from ..ops.foreach import Snapshot
+from .alarms import Alarms, append, replay
 from .checkpoint import resumable, save_checkpoint, way_out
 from .diagnose import diagnose
 from .log import RunLog
@@ -110,6 +111,7 @@ class Trainer:
             for config, model in zip(recipe.models, self.mokd.students, strict=True)
         ]
         self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)
+        self.alarms = Alarms(recipe.prototypes, 2 * (train.batch // train.accumulate), warmup)
         self.every = max(in_steps(train.checkpoint_every, per_epoch, total), 1)
         self.frozen_steps = in_steps(train.freeze_last_layers, per_epoch, total)
         self.temperatures = [
@@ -134,18 +136,27 @@ class Trainer:
         meter = Meter(batches)
         self.mokd.train()
         with RunLog(self.run, self.done, self.total, self.console) as log:
+            replay(self.alarms, self.run / "metrics.jsonl")
             while self.done < self.total:
                 result = self.step(self.done, meter)
                 self.done += 1
                 meter.add(self.done, result)
                 log.advance()
                 if self._is_logged(self.done):
-                    log.write(self._row(meter))  # raises when steps are skipped, before a save
+                    row = self._row(meter)  # raises when steps are skipped, before a save
+                    log.write(row)
+                    self._watch(row)
                 if self.done % self.every == 0 or self.done == self.total:
                     self.save()
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths as they are
+
+    def _watch(self, row: dict[str, float]) -> None:
+        if events := self.alarms.see(row):
+            append(self.run / "alarms.jsonl", events)
+        for event in events:
+            self._say(f"step {event.step}: {event.text}")
 
     def _is_logged(self, done: int) -> bool:
         return 0 in (done % self.recipe.train.log_every, done % self.every, self.total - done)

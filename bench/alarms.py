@@ -4,7 +4,7 @@
 
 The collapsed ones differ from the demo in one key each: no centre (its momentum is 1, so it stays
 0), a teacher temperature that is too high, and a student that is its own teacher (EMA momentum 0).
---runs keeps the run folders, and goes on with those that are there.
+--runs keeps the run folders; those that are there are judged again, by the rules of now.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from rich.console import Console
 
 import mokd_fast
 from bench.timing import machine, write_json
-from mokd_fast.train.alarms import RULES, WINDOW
+from mokd_fast.train.alarms import RULES, WINDOW, Alarms
+from mokd_fast.train.recipe import load_recipe
+from mokd_fast.train.schedule import in_steps
 
 COMMON = ("data.workers=0", "train.batch=32", "train.checkpoint_every=100%")
 HEALTHY = {f"healthy {seed}": [f"train.seed={seed}"] for seed in range(5)}
@@ -34,19 +36,23 @@ RUNS = COLLAPSED | HEALTHY
 
 
 def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
-    """One run: the alarms it raised, and medians of the diagnostics over its last window."""
+    """One run: the alarms it raises, and medians of the diagnostics over its last window."""
     overrides = [*COMMON, f"train.duration={steps}it", *RUNS[name]]
-    mokd_fast.pretrain("fashion-mnist", *overrides, run=folder, console=Console(quiet=True))
+    recipe = load_recipe("fashion-mnist", overrides)
+    mokd_fast.pretrain(recipe, run=folder, console=Console(quiet=True))
     rows = _read(folder / "metrics.jsonl")
+    warmup = in_steps(recipe.train.warmup, 0, steps)
+    alarms = Alarms(recipe.prototypes, 2 * recipe.train.batch, warmup)
+    events = [event._asdict() for row in rows for event in alarms.see(row)]
     last = [row for row in rows if row["step"] > steps - WINDOW]
     prefixes = ("kl_", "center_norm_", *(rule.quantity for rule in RULES))
     keys = [key for key in rows[-1] if key.startswith(prefixes)]
     end = {key: statistics.median(row[key] for row in last) for key in keys}
-    return {"overrides": RUNS[name], "alarms": _read(folder / "alarms.jsonl"), "end": end}
+    return {"overrides": RUNS[name], "alarms": events, "end": end}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def margins(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

@@ -42,10 +42,10 @@ RULES = (
         "fewer prototypes and teacher.momentum=0.99 help",
     ),
     Rule(
-        "one prototype",
+        "few prototypes",
         "prototypes_used_",
-        lambda used, rows: used * rows.most < 2.5 and used <= 1 / 8,
-        "one or two prototypes win every picture. Lower loss.center_momentum (0.9; at 1 there is "
+        lambda used, rows: used * rows.most < 3.5 and used <= 1 / 8,
+        "one to three prototypes win every picture. Lower loss.center_momentum (0.9; at 1 there is "
         "no centre), raise teacher.momentum (0.99 or more) or lower the learning rate",
     ),
     Rule(

@@ -167,8 +167,8 @@ class Trainer:
         A step with a loss or gradient that is not finite is skipped: parameters, optimizer state,
         BatchNorm statistics and centres keep their bits, while the schedules and random numbers go
         on. That is decided on the device, the host reads nothing. In fp16 a scaler that overflows
-        skips its own optimizer alone and looks on for its scale; only below a scale of 1 is the
-        gradient at fault.
+        skips its own optimizer alone and looks on for its scale (a loss that is not finite halves
+        it too); only below a scale of 1 is the gradient at fault.
         """
         parts = self.recipe.train.accumulate
         taus = [Temperatures(*(float(t[k]) for t in rows)) for rows in self.temperatures]
@@ -189,6 +189,7 @@ class Trainer:
                 out.terms[f"loss_{i}"] = total.detach()
             accumulate(losses, out.terms, parts)
             accumulate(means, out.center_means, parts)
+            del out  # or the teachers' logits would live on into the next micro-batch
         skip = ~torch.stack(list(losses.values())).isfinite().all()
         skip = self._update_students(k, skip)
         momentum = torch.full_like(skip, float(self.momentum[k]), dtype=torch.float64)

@@ -43,12 +43,16 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     rows = _read(folder / "metrics.jsonl")
     warmup = in_steps(recipe.train.warmup, 0, steps)
     alarms = Alarms(recipe.prototypes, 2 * recipe.train.batch, warmup)
-    events = [event._asdict() for row in rows for event in alarms.see(row)]
+    events, seen = [], []
+    for row in rows:
+        events += [event._asdict() for event in alarms.see(row)]
+        seen += [alarms.medians] if alarms.medians else []
+    span = {key: [f(medians[key] for medians in seen) for f in (min, max)] for key in seen[-1]}
     last = [row for row in rows if row["step"] > steps - WINDOW]
     prefixes = ("kl_", "center_norm_", *(rule.quantity for rule in RULES))
     keys = [key for key in rows[-1] if key.startswith(prefixes)]
     end = {key: statistics.median(row[key] for row in last) for key in keys}
-    return {"overrides": RUNS[name], "alarms": events, "end": end}
+    return {"overrides": RUNS[name], "alarms": events, "end": end, "medians": span}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -56,16 +60,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def margins(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """For each rule's quantity the (lowest, highest) end value of the healthy runs' heads, and of
-    each collapsed run's."""
-    groups = {"healthy": [runs[n]["end"] for n in HEALTHY if n in runs]}
-    groups |= {name: [runs[name]["end"]] for name in COLLAPSED if name in runs}
+    """For each rule the lowest and highest median that it saw in any head, at any step: of all
+    healthy runs, and of each collapsed one."""
+    groups = {"healthy": [runs[name]["medians"] for name in HEALTHY if name in runs]}
+    groups |= {name: [runs[name]["medians"]] for name in COLLAPSED if name in runs}
     found: dict[str, dict[str, list[float]]] = {}
     for rule in RULES:
-        for group, ends in groups.items():
-            values = [v for end in ends for k, v in end.items() if k.startswith(rule.quantity)]
+        for group, spans in groups.items():
+            ranges = [x for span in spans for k, x in span.items() if k.startswith(rule.quantity)]
+            values = [x for pair in ranges for x in pair]
             if values:
-                found.setdefault(rule.quantity, {})[group] = [min(values), max(values)]
+                found.setdefault(rule.name, {})[group] = [min(values), max(values)]
     return found
 
 

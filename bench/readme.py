@@ -130,7 +130,8 @@ def alarms_table() -> str:
     return "\n".join([*lines, "", f"{text} {machine(result)}"])
 
 
-DIAGNOSTICS = "self_ teacher_entropy_ kl_ prototypes_used_ center_norm_ feature_std_".split()
+DIAGNOSTICS = ["self_", "teacher_entropy_", "kl_"]
+DIAGNOSTICS += ["prototypes_used_", "center_norm_", "feature_std_"]
 HEADS = ["official", "lightly", "the better one compiled", "kept for backward an image"]
 
 

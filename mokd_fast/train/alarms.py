@@ -87,6 +87,7 @@ class Alarms:
         self._warmup = warmup
         self._rows: list[Row] = []
         self._on: set[str] = set()
+        self.medians: dict[str, float] = {}  # of the last window; empty until there is one
 
     def see(self, row: Row) -> list[Event]:
         """What starts with this row of metrics, and what is over with it."""
@@ -98,13 +99,18 @@ class Alarms:
             del self._rows[0]
         if len(self._rows) < MIN_ROWS or row["step"] - self._rows[0]["step"] < WINDOW:
             return []
+        watched = tuple(rule.quantity for rule in RULES)
+        self.medians = {
+            key: statistics.median(row[key] for row in self._rows)
+            for key in row
+            if key.startswith(watched)
+        }
         events = []
         for rule in RULES:
             places = [
                 f"{key.removeprefix(rule.quantity)} ({median:.3g})"
-                for key in row
-                if key.startswith(rule.quantity)
-                and rule.holds(median := self._median(key), self._limits)
+                for key, median in self.medians.items()
+                if key.startswith(rule.quantity) and rule.holds(median, self._limits)
             ]
             if places and rule.name not in self._on:
                 text = f"{rule.name}: {rule.quantity}* of {', '.join(places)}: {rule.text}."
@@ -114,9 +120,6 @@ class Alarms:
                 events.append(Event(row["step"], rule.name, f"{rule.name}: over.", True))
                 self._on.remove(rule.name)
         return events
-
-    def _median(self, key: str) -> float:
-        return statistics.median(row[key] for row in self._rows)
 
 
 def replay(alarms: Alarms, metrics: Path) -> None:

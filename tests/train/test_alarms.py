@@ -136,7 +136,8 @@ def test_collapsed_runs_raise_the_alarm_and_healthy_ones_none(name, tmp_path):
 
 
 def test_margins_have_every_rule():
-    ends = {"healthy 0": {"end": row(1)}, "no centre": {"end": row(1, self_=0.0)}}
-    found = bench.margins(ends)
-    assert found.keys() == {rule.quantity for rule in RULES}
-    assert found["self_"] == {"healthy": [4.0, 4.0], "no centre": [0.0, 4.0]}
+    healthy = {key: [value, value + 1] for key, value in row(1).items()}
+    sick = healthy | {"self_t_2": [0.0, 0.5]}
+    found = bench.margins({"healthy 0": {"medians": healthy}, "no centre": {"medians": sick}})
+    assert found.keys() == {rule.name for rule in RULES}
+    assert found["loss at 0"] == {"healthy": [4.0, 5.0], "no centre": [0.0, 5.0]}

@@ -108,6 +108,30 @@ def distill_table() -> str:
     return "\n".join([*lines, "", measured(result)])
 
 
+def alarms_table() -> str:
+    """Lowest and highest end value over heads, and over the healthy seeds; the alarms raised."""
+    result = json.loads((RESULTS / "alarms.json").read_text())
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, row in result["runs"].items():
+        groups.setdefault("healthy" if name.startswith("healthy") else name, []).append(row)
+    names = sorted(groups, key=lambda name: name != "healthy")
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for prefix in DIAGNOSTICS:
+        cells = []
+        for name in names:
+            ends = [end for row in groups[name] for end in row["end"].items()]
+            values = [value for key, value in ends if key.startswith(prefix)]
+            cells.append(f"{min(values):.2g} to {max(values):.2g}")
+        lines.append(f"| `{prefix}*` | {' | '.join(cells)} |")
+    raised = [{e["alarm"]: 0 for row in groups[name] for e in row["alarms"]} for name in names]
+    lines.append("| alarms | " + " | ".join(", ".join(each) or "none" for each in raised) + " |")
+    seeds = len(groups["healthy"])
+    text = f"Medians over the last 100 of {result['steps']} steps, {seeds} healthy seeds."
+    return "\n".join([*lines, "", f"{text} {machine(result)}"])
+
+
+DIAGNOSTICS = ["self_", "teacher_entropy_", "kl_"]
+DIAGNOSTICS += ["prototypes_used_", "center_norm_", "feature_std_"]
 HEADS = ["official", "lightly", "the better one compiled", "kept for backward an image"]
 
 
@@ -157,6 +181,7 @@ def machine(result: dict[str, Any]) -> str:
 PARTS = {
     "output": output,
     "demo-table": demo_table,
+    "alarms-table": alarms_table,
     "distill-table": distill_table,
     "scaling-table": scaling_table,
     "step-table": step_table,

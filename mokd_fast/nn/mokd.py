@@ -51,6 +51,8 @@ class StepLosses(NamedTuple):
     totals: list[Tensor]  # one 0-d loss a model, with gradient
     terms: dict[str, Tensor]  # every unscaled loss, detached: self_mlp_1, self_t_1, cross_1 ...
     center_means: dict[str, Tensor]  # mean teacher logits [K] a head, for `MOKD.centers.update`
+    teacher_logits: dict[str, Tensor]  # [2, B, K] a head: mlp_1, t_1, mlp_2, t_2
+    teacher_features: list[Tensor]  # pooled [2B, C] a model
 
 
 class Model(nn.Module):
@@ -121,15 +123,17 @@ class MOKD(nn.Module):
         """
         teachers = self._teach(global_views)
         students = [self._study(student, global_views, local_views) for student in self.students]
-        totals, terms, means = [], {}, {}
+        totals, terms, logits = [], {}, {}
         for i in range(len(students)):
             total, found = self._losses(i, students, teachers, temperatures[i])
             totals.append(total)
             terms.update(found)
-            means[f"mlp_{i + 1}"] = column_mean(teachers[i].mlp)
-            if (logits := teachers[i].t) is not None:
-                means[f"t_{i + 1}"] = column_mean(logits)
-        return StepLosses(totals, terms, means)
+            logits[f"mlp_{i + 1}"] = teachers[i].mlp
+            if (t := teachers[i].t) is not None:
+                logits[f"t_{i + 1}"] = t
+        means = {head: column_mean(rows) for head, rows in logits.items()}
+        pooled = [teacher.features.pooled for teacher in teachers]
+        return StepLosses(totals, terms, means, logits, pooled)
 
     @torch.no_grad()  # not inference mode: the losses save these tensors for backward
     def _teach(self, global_views: Tensor) -> list[Embedding]:
@@ -203,7 +207,16 @@ class MOKD(nn.Module):
             return search(maps[0], found.grid, queries)
         return torch.cat([search(maps[1 - v], found.grid, queries[v : v + 1]) for v in (0, 1)])
 
-    def update_teachers(self, momentum: float) -> None:
+    def statistics(self) -> list[Tensor]:
+        """Running statistics (BatchNorm), of students and teachers: what a forward pass moves."""
+        return [
+            value
+            for name, value in self.named_buffers()
+            if (last := name.rpartition(".")[2]).startswith("running_")
+            or last == "num_batches_tracked"
+        ]
+
+    def update_teachers(self, momentum: float | Tensor) -> None:
         """EMA of the parameters. Buffers (BatchNorm statistics) are the teachers' own."""
         for student, teacher in zip(self.students, self.teachers, strict=True):
             ema_update_(list(teacher.parameters()), list(student.parameters()), momentum)

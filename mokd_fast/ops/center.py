@@ -97,7 +97,11 @@ class Center(nn.Module):
         return self._find(head)
 
     def update(
-        self, logits: Tensor | Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None
+        self,
+        logits: Tensor | Mapping[str, Tensor],
+        *,
+        group: dist.ProcessGroup | None = None,
+        skip: Tensor | None = None,
     ) -> None:
         """center = m * center + (1 - m) * mean of the teacher logits; once an optimizer step.
 
@@ -107,6 +111,7 @@ class Center(nn.Module):
             group: the processes that share the centre, by default all. They update the same heads,
                 each rank's mean weighs the same (as in the official code), and one asynchronous
                 all-reduce serves all heads.
+            skip: 0-d bool on the device: where it is set, this rank counts as one without rows.
 
         A rank without rows (an iBOT step can have no masked patch) does not count, and without
         rows on any rank the centre stays.
@@ -122,6 +127,8 @@ class Center(nn.Module):
         if not heads:
             return
         flat = torch.cat([rank_mean(given[n]).to(self.get_buffer(n).dtype) for n in heads])
+        if skip is not None:
+            flat.masked_fill_(skip, 0)  # the number of means too
         work = dist.all_reduce(flat, group=group, async_op=True) if _is_shared(group) else None
         self._pending = heads, flat, work
 

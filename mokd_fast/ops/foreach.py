@@ -1,4 +1,4 @@
-"""Whole-model updates without a host read: EMA and the per-tensor gradient clip."""
+"""Whole-model updates without a host read: EMA, the per-tensor gradient clip, taking back."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,13 +7,22 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
+def ema_update_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor
+) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, in place, tensor by tensor.
 
     Both sequences are parameters in the same order; buffers (BN statistics) are not averaged,
-    the teacher's come from its own forward passes (official MOKD and DINO).
+    the teacher's come from its own forward passes (official MOKD and DINO). `momentum` may be a 0-d
+    tensor on the device (fp64: it is near 1); then a copy of the student is made on the way, and
+    with 1 a teacher beside a finite student stays as it is.
     """
     if not teacher:
+        return
+    if isinstance(momentum, Tensor):
+        keep, take = (factor.to(teacher[0].dtype) for factor in (momentum, 1 - momentum))
+        torch._foreach_mul_(list(teacher), keep)
+        torch._foreach_add_(list(teacher), torch._foreach_mul(list(student), take))
         return
     torch._foreach_mul_(list(teacher), momentum)
     torch._foreach_add_(list(teacher), list(student), alpha=1 - momentum)
@@ -36,3 +45,32 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
     torch._foreach_clamp_max_(scales, 1.0)
     torch._foreach_mul_(grads, scales)
     return norms
+
+
+class Snapshot:
+    """Tensors as they are now, to go back to where a device flag says so.
+
+    One copy a dtype, so that hundreds of BatchNorm statistics cost a few launches. All tensors are
+    on one device.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            self._groups.setdefault(tensor.dtype, []).append(tensor)
+        self._then = {dtype: _flat(group) for dtype, group in self._groups.items()}
+
+    @torch.no_grad()
+    def restore_(self, flag: Tensor) -> None:
+        """In place, every tensor back to its old bits if the 0-d bool `flag` is set."""
+        for dtype, group in self._groups.items():
+            # where, not a product: what is to be thrown away may be NaN.
+            kept = torch.where(flag, self._then[dtype], _flat(group))
+            parts = kept.split([tensor.numel() for tensor in group])
+            shaped = [part.view(x.shape) for part, x in zip(parts, group, strict=True)]
+            torch._foreach_copy_(group, shaped)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from torch import Tensor
-
 from ..data.loader import Views
 from ..errors import UserError
 from . import memory
+from .alarms import replay
 from .checkpoint import kept
 from .log import RunLog
-from .meter import Meter
-from .schedule import in_steps
+from .meter import Meter, StepResult
 from .stop import StopSignals
 
 if TYPE_CHECKING:
@@ -43,21 +41,23 @@ def fit(trainer: Trainer) -> None:
 
 
 def _steps(trainer: Trainer) -> None:
-    train, total = trainer.recipe.train, trainer.total
-    every = max(in_steps(train.checkpoint_every, trainer.steps_per_epoch, total), 1)
-    batches = _Counted(trainer.loader.batches(trainer.done * train.accumulate))
+    total = trainer.total
+    batches = _Counted(trainer.loader.batches(trainer.done * trainer.recipe.train.accumulate))
     meter = Meter(batches)
     trainer.mokd.train()
     with StopSignals() as stop, RunLog(trainer.run, trainer.done, total, trainer.console) as log:
+        replay(trainer.alarms, trainer.run / "metrics.jsonl")
         while trainer.done < total:
-            losses = _try_step(trainer, meter, batches, log)
+            result = _try_step(trainer, meter, batches, log)
             trainer.done += 1
-            meter.add(trainer.done, losses)
+            meter.add(trainer.done, result)
             log.advance()
             stopping = stop.number is not None  # one look: a signal may come at any time
-            save = stopping or trainer.done == total or trainer.done % every == 0
-            if save or trainer.done % train.log_every == 0:
-                log.write(trainer._row(meter))  # raises on a non-finite loss, before a save
+            save = stopping or trainer.done == total or trainer.done % trainer.every == 0
+            if save or trainer.is_logged(trainer.done):
+                row = trainer._row(meter)  # raises when too many steps are skipped, before a save
+                log.write(row)
+                log.alarm(trainer.alarms.see(row))
                 if trainer.lock.lost():
                     _save_anew(trainer)
             if save:
@@ -67,7 +67,7 @@ def _steps(trainer: Trainer) -> None:
                 stop.leave()
 
 
-def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) -> dict[str, Tensor]:
+def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) -> StepResult:
     """A step; where it cannot be made, a UserError that says what is kept and what to do."""
     try:
         return trainer.step(trainer.done, meter)

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ..console import takes_output
 from ..errors import UserError
+from . import alarms
 from .checkpoint import kept
 from .folder import write_whole
 
@@ -74,19 +75,19 @@ class RunLog:
     """Writes every logged step to the run folder and shows the progress.
 
     Args:
-        run: the run folder. metrics.jsonl there loses the rows after step `start`, which a
-            resumed run writes again, and a row that a crash cut in two.
+        run: the run folder. metrics.jsonl and alarms.jsonl there lose the rows after step `start`,
+            which a resumed run writes again, and a row that a crash cut in two.
         start, total: first step of this process and steps of the whole run.
     """
 
     def __init__(self, run: Path, start: int, total: int, console: Console) -> None:
         self.console, self.run = console, run
         self.last = start  # the step of the last row
-        path = run / "metrics.jsonl"
         with self._writing():
-            if path.exists():
-                rows = path.read_text().splitlines(keepends=True)
-                write_whole(path, "".join(row for row in rows if _step(row) <= start))
+            for path in (run / "alarms.jsonl", run / "metrics.jsonl"):
+                if path.exists():
+                    rows = path.read_text().splitlines(keepends=True)
+                    write_whole(path, "".join(row for row in rows if _step(row) <= start))
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
             self._board = _Board(run / "tensorboard", start + 1)  # the row of `start` stays
         self._bar = Progress(
@@ -142,6 +143,14 @@ class RunLog:
         note = f"{losses}  {row['images_per_s']:.0f} images/s  data wait {row['data_wait']:.0%}"
         self._bar.update(self._task, note=note)
         self._line(row["step"], note)
+
+    def alarm(self, events: Iterable[alarms.Event]) -> None:
+        """Alarms that start, and those that are over: said, and rows of alarms.jsonl."""
+        for event in events:
+            with self._writing(), open(self.run / "alarms.jsonl", "a") as file:
+                file.write(json.dumps(event._asdict()) + "\n")
+            text = f"step {event.step}: {event.text}"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, step: int, note: str) -> None:
         """Where there is no terminal: a line now and then instead of a bar."""

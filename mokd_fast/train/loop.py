@@ -1,5 +1,6 @@
 """The pre-training loop: plain PyTorch, one process."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs
 from ..ops.dispatch import pick
+from ..ops.foreach import Snapshot
+from .alarms import Alarms
 from .checkpoint import find_checkpoint, kept, save_checkpoint, way_out
+from .diagnose import diagnose
 from .fit import fit
 from .folder import RunLock, write_whole
-from .meter import Meter, accumulate
+from .meter import Meter, StepResult, accumulate
 from .optim import ScheduledOptimizer, freeze_last_layers
 from .recipe import Recipe, load_recipe, total_steps
 from .resume import load_weights, resumable
@@ -111,6 +115,9 @@ class Trainer:
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
         self._schedules()
+        # fp16: one a student, so that each looks for its own scale.
+        fp16 = train.precision == "fp16"
+        self.scalers = [torch.amp.GradScaler(self.device.type) for _ in recipe.models if fp16]
         self.done = 0
         self.saved = 0  # the step of the newest checkpoint
         if state is not None:
@@ -139,6 +146,8 @@ class Trainer:
             for config, model in zip(recipe.models, self.mokd.students, strict=True)
         ]
         self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)
+        self.alarms = Alarms(recipe.prototypes, 2 * (train.batch // train.accumulate), warmup)
+        self.every = max(in_steps(train.checkpoint_every, per_epoch, total), 1)
         self.frozen_steps = in_steps(train.freeze_last_layers, per_epoch, total)
         self.temperatures = [
             [
@@ -157,48 +166,87 @@ class Trainer:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths as they are
 
-    def step(self, k: int, batches: Iterator[Views]) -> dict[str, Tensor]:
+    def is_logged(self, done: int) -> bool:
+        return 0 in (done % self.recipe.train.log_every, done % self.every, self.total - done)
+
+    def step(self, k: int, batches: Iterator[Views]) -> StepResult:
         """Optimizer step k: forward, backward, clip, freeze, update, EMA, centres.
 
-        Returns the loss terms and totals, means over the micro-batches, on the device.
+        A step with a loss or gradient that is not finite is skipped: parameters, optimizer state,
+        BatchNorm statistics and centres keep their bits, while the schedules and random numbers go
+        on. That is decided on the device, the host reads nothing. In fp16 a scaler that overflows
+        skips its own optimizer alone and looks on for its scale (a loss that is not finite halves
+        it too); only below a scale of 1 is the gradient at fault.
         """
-        train, parts = self.recipe.train, self.recipe.train.accumulate
+        parts = self.recipe.train.accumulate
         taus = [Temperatures(*(float(t[k]) for t in rows)) for rows in self.temperatures]
         losses: dict[str, Tensor] = {}
         means: dict[str, Tensor] = {}
+        diagnostics: dict[str, Tensor] = {}
+        statistics = Snapshot(self.mokd.statistics())
         for _ in range(parts):
             global_views, local_views = self.to_device(next(batches))
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=train.precision == "bf16"
-            ):
+            with self._autocast():
                 out = self.mokd(global_views, local_views, taus)
+            if self.is_logged(k + 1):
+                accumulate(diagnostics, diagnose(out, self.mokd.centers, taus), parts)
             # The students' graphs are disjoint, so one backward of the sum is exact for both.
-            (torch.stack(out.totals).sum() / parts).backward()
+            totals = [self._scaled(i, total) for i, total in enumerate(out.totals)]
+            (torch.stack(totals).sum() / parts).backward()
             for i, total in enumerate(out.totals, start=1):
                 out.terms[f"loss_{i}"] = total.detach()
             accumulate(losses, out.terms, parts)
             accumulate(means, out.center_means, parts)
-        for config, student, optimizer in zip(
-            self.recipe.models, self.mokd.students, self.optimizers, strict=True
+            del out  # or the teachers' logits would live on into the next micro-batch
+        skip = ~torch.stack(list(losses.values())).isfinite().all()
+        skip = self._update_students(k, skip)
+        momentum = torch.full_like(skip, float(self.momentum[k]), dtype=torch.float64)
+        self.mokd.update_teachers(momentum.masked_fill_(skip, 1))
+        self.mokd.centers.update(means, skip=skip)
+        statistics.restore_(skip)
+        if diagnostics:
+            for i in range(len(self.scalers)):
+                diagnostics[f"grad_scale_{i + 1}"] = self._scaled(i, torch.ones_like(momentum))
+        return StepResult(losses, skip, diagnostics)
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.recipe.train.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+
+    def _scaled(self, i: int, x: Tensor) -> Tensor:
+        return self.scalers[i].scale(x) if self.scalers else x
+
+    def _update_students(self, k: int, skip: Tensor) -> Tensor:
+        """Clip, freeze and optimizer step k; whether to skip the step, with the gradients seen."""
+        overflows = []
+        for i, (config, student) in enumerate(
+            zip(self.recipe.models, self.mokd.students, strict=True)
         ):
-            if config.clip is not None:
-                clip_grad_per_tensor_(student.parameters(), config.clip)
+            if self.scalers:
+                self.scalers[i].unscale_(self.optimizers[i].torch)
+            norms = clip_grad_per_tensor_(student.parameters(), config.clip or math.inf)
+            overflow = ~torch.stack(norms).isfinite().all()
+            overflows.append(overflow)
+            if self.scalers:
+                overflow = overflow & (self._scaled(i, torch.ones_like(norms[0])) < 1)
+            skip = skip | overflow
             if k < self.frozen_steps:
                 freeze_last_layers(student.named_parameters())
-            optimizer.schedule(k)
-            optimizer.torch.step()
-            optimizer.torch.zero_grad(set_to_none=True)
-        self.mokd.update_teachers(float(self.momentum[k]))
-        self.mokd.centers.update(means)
-        return losses
+        for optimizer, overflow in zip(self.optimizers, overflows, strict=True):
+            optimizer.step(k, skip | overflow)
+        for scaler in self.scalers:
+            scaler.update()
+        return skip
 
     def _row(self, meter: Meter) -> dict[str, float]:
         """The metrics after `self.done` steps: means since the last row, and the schedules."""
         k = self.done - 1
         try:
-            row = {"step": self.done, "epoch": self.done / self.steps_per_epoch, **meter.read()}
+            found = meter.read(self.recipe.train.max_skipped)
         except FloatingPointError as error:
             raise UserError(f"{error}. {way_out(self.run)}") from error
+        row = {"step": self.done, "epoch": self.done / self.steps_per_epoch, **found}
         row["images_per_s"] = row.pop("steps_per_s") * self.recipe.train.batch
         row["bad_files"] = len(self.loader.bad_files)
         row["ema_momentum"] = float(self.momentum[k])

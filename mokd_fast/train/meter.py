@@ -2,11 +2,20 @@
 
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.loader import Views
+
+
+class StepResult(NamedTuple):
+    """One optimizer step, all on the device."""
+
+    losses: dict[str, Tensor]  # every term and the totals, means over the micro-batches
+    skipped: Tensor  # 0-d bool: a loss or a gradient was not finite, nothing was moved
+    diagnostics: dict[str, Tensor]  # `diagnose`, on a step that is logged; else empty
 
 
 class Meter:
@@ -17,11 +26,13 @@ class Meter:
 
     def __init__(self, batches: Iterator[Views]) -> None:
         self._batches = batches
-        self._bad_step: Tensor | None = None  # of each loss: its first non-finite step, or -1
+        # Of each loss and last of the gradient: the first non-finite step of those skipped in a
+        # row up to now, or -1.
+        self._first: Tensor | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: Tensor | None = None  # of the steps that were not skipped
         self._steps, self._wait, self._begin = 0, 0.0, time.perf_counter()
 
     def __iter__(self) -> Iterator[Views]:
@@ -33,34 +44,63 @@ class Meter:
         self._wait += time.perf_counter() - begin
         return views
 
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        """The losses of optimizer step number `step`, counted from 1."""
-        values = torch.stack(list(losses.values()))
-        bad = torch.where(values.isfinite(), -1.0, float(step))
-        if self._bad_step is None:
-            self._bad_step = bad
-        self._bad_step = torch.where(self._bad_step < 0, bad, self._bad_step)
-        accumulate(self._sums, losses)
+    def add(self, step: int, result: StepResult) -> None:
+        """The result of optimizer step number `step`, counted from 1."""
+        values = torch.stack(list(result.losses.values()))
+        skipped = result.skipped
+        bad = torch.cat([~values.isfinite(), skipped[None]])
+        if self._first is None:
+            self._first = torch.full_like(bad, -1, dtype=torch.float64)
+            self._in_a_row = torch.zeros_like(self._first[0])
+        if self._sums is None:
+            self._sums = torch.zeros_like(values)
+            self._skipped = torch.zeros_like(self._first[0])
+        first = self._first.masked_fill((self._first < 0) & bad, step)
+        self._first = first.masked_fill(~skipped, -1)
+        self._in_a_row = (self._in_a_row + 1).masked_fill(~skipped, 0)
+        self._skipped = self._skipped + skipped
+        self._sums = self._sums + values.masked_fill(skipped, 0)
         self._steps += 1
+        self._last = result
 
-    def read(self) -> dict[str, float]:
-        """Means of the losses, `steps_per_s` and the share `data_wait`; starts a new interval.
+    def read(self, max_skipped: int) -> dict[str, float]:
+        """A row of metrics: means of the losses over the steps that were not skipped, their number
+        `skipped`, the last step's diagnostics, `steps_per_s` and the share `data_wait`.
 
-        Raises FloatingPointError that names the first non-finite loss and its step.
+        Starts a new interval. Losses are missing when every step was skipped, diagnostics when
+        the last one was. Raises FloatingPointError when the last `max_skipped` steps or more were
+        skipped; it names the first non-finite loss and its step.
         """
-        assert self._bad_step is not None, "no step was added"
-        names = list(self._sums)
-        sums = torch.stack(list(self._sums.values())) / self._steps
-        means, bad = torch.stack([sums, self._bad_step.to(sums)]).tolist()  # the one host read
-        if failed := [step for step in bad if step >= 0]:
-            first = min(failed)
-            terms = ", ".join(n for n, step in zip(names, bad, strict=True) if step == first)
-            raise FloatingPointError(f"non-finite loss at step {first:.0f}: {terms}")
+        assert self._sums is not None and self._first is not None, "no step was added"
+        names, more = list(self._last.losses), self._last.diagnostics
+        counts = torch.stack([self._skipped, self._in_a_row, self._last.skipped.double()])
+        parts = [counts, self._first, self._sums, *(value[None] for value in more.values())]
+        numbers = iter(torch.cat([part.double() for part in parts]).tolist())  # the one host read
+        skipped, in_a_row, last = (next(numbers) for _ in range(3))
+        first = [next(numbers) for _ in [*names, "gradient"]]
+        if in_a_row >= max_skipped:
+            raise FloatingPointError(_what_failed(names, first, int(in_a_row)))
+        row: dict[str, float] = {"skipped": int(skipped)}
+        sums = dict(zip(names, numbers, strict=False))
+        if good := self._steps - skipped:
+            row |= {name: value / good for name, value in sums.items()}
+        if not last:
+            row |= dict(zip(more, numbers, strict=True))
         seconds = time.perf_counter() - self._begin
-        row = dict(zip(names, means, strict=True))
         row |= {"steps_per_s": self._steps / seconds, "data_wait": self._wait / seconds}
         self._reset()
         return row
+
+
+def _what_failed(names: list[str], first: list[float], in_a_row: int) -> str:
+    step = first[-1]  # a step with a non-finite loss is skipped too
+    losses = [n for n, at in zip(names, first, strict=False) if at == step]
+    what = (
+        f"loss at step {step:.0f}: {', '.join(losses)}"
+        if losses
+        else f"gradient at step {step:.0f}"
+    )
+    return f"{in_a_row} steps in a row were skipped, first for a non-finite {what}"
 
 
 def accumulate(into: dict[str, Tensor], values: dict[str, Tensor], parts: int = 1) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .recipe import ModelConfig, ScheduleConfig
 from .schedule import Schedule, cosine
@@ -29,10 +29,8 @@ class ScheduledOptimizer:
         ]
         options = [{"params": group, "weight_decay": 0.0} for group in groups]
         if main.name == "sgd":
-            # Not fused: torch's fused SGD fails when only some tensors have momentum yet, which is
-            # so on the step after the last layers were frozen.
             self.torch: torch.optim.Optimizer = torch.optim.SGD(
-                options, lr=0.0, momentum=main.momentum, foreach=True
+                options, lr=0.0, momentum=main.momentum, fused=True
             )
         else:
             self.torch = torch.optim.AdamW(options, lr=0.0, fused=True)
@@ -43,6 +41,32 @@ class ScheduledOptimizer:
             group["lr"] = float(lr[step])
             if decay is not None:
                 group["weight_decay"] = float(decay[step])
+
+    def step(self, step: int, skip: Tensor) -> None:
+        """Optimizer step number `step` from 0, then no gradients. Moves nothing if `skip` is set.
+
+        `skip` (0-d bool) is read on the device: torch's fused optimizers take it as GradScaler's
+        `found_inf`, and take back AdamW's step counters.
+        """
+        self.schedule(step)
+        self._start_momentum()
+        self.torch.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.torch.step()
+        self.torch.zero_grad(set_to_none=True)
+
+    def _start_momentum(self) -> None:
+        """Zero momentum for tensors of SGD that have none yet.
+
+        torch's fused SGD wants momentum for all tensors or for none, but the last layers, frozen at
+        first, start later than the rest. Without dampening a start at 0 is the same arithmetic:
+        m * 0 + g = g. A first step that is skipped leaves 0, where torch would leave its garbage.
+        """
+        for group in self.torch.param_groups:
+            started = group["params"] if group.get("momentum") else []
+            for parameter in (p for p in started if p.grad is not None):
+                state = self.torch.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def parameter_groups(model: nn.Module, *, own_t_head: bool) -> list[list[nn.Parameter]]:

@@ -99,7 +99,8 @@ class TrainConfig(Config):
     warmup: Duration = "10ep"
     freeze_last_layers: Duration = "1ep"
     lr_batch: PositiveInt | None = 256  # lr is for this batch and scales with it; null: as it is
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    max_skipped: PositiveInt = 10  # non-finite steps in a row that end the run
     channels_last: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10

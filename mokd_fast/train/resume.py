@@ -13,6 +13,7 @@ from .recipe import load_recipe
 FREE_KEYS = (
     *("data.root", "data.workers", "evaluate.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    "train.max_skipped",
 )
 _SHOWN = 3  # how many names an error message lists
 

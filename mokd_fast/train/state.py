@@ -25,7 +25,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "versions": versions(trainer.device),
         "model": trainer.mokd.state_dict(),
         "optimizers": [optimizer.torch.state_dict() for optimizer in trainer.optimizers],
-        "scalers": [scaler.state_dict() for scaler in getattr(trainer, "scalers", [])],
+        "scalers": [scaler.state_dict() for scaler in trainer.scalers],
         "bad_files": trainer.loader.bad_files,
         "rng": {"cpu": torch.get_rng_state()},
     }
@@ -43,8 +43,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     load_weights(trainer.mokd, state, trainer.run)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.torch.load_state_dict(saved)
-    scalers = getattr(trainer, "scalers", [])
-    for scaler, saved in zip(scalers, state.get("scalers", []), strict=True):
+    for scaler, saved in zip(trainer.scalers, state.get("scalers", []), strict=True):
         scaler.load_state_dict(saved)
     trainer.loader.bad_files.update(state.get("bad_files", {}))
     trainer.done = state["step"]

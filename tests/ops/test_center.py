@@ -137,6 +137,16 @@ def test_no_images_leave_the_centre():
     assert torch.equal(center["t_1"], torch.full((K,), 0.5))
 
 
+@pytest.mark.parametrize("mean", [torch.nan, torch.inf, 1.0])
+def test_a_skipped_update_leaves_the_centre(mean):
+    center = Center(K, momentum=0.5)
+    center.update(torch.full((1, K), 3.0))
+    center.update(torch.full((1, K), mean), skip=torch.tensor(True))
+    assert torch.equal(center.value, torch.full((K,), 1.5))
+    center.update(torch.full((1, K), 3.0), skip=torch.tensor(False))
+    assert torch.equal(center.value, torch.full((K,), 2.25))
+
+
 def test_it_is_fp32_without_gradient():
     x = logits(0, 512, K, dtype=torch.bfloat16).requires_grad_()
     center = Center(K, momentum=0.0)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.baseline.official import clip_per_tensor_, ema_
 from mokd_fast.ops import clip_grad_per_tensor_, ema_update_
+from mokd_fast.ops.foreach import Snapshot
 
 
 def nets() -> tuple[nn.Module, nn.Module]:
@@ -84,3 +85,33 @@ def test_nothing_is_read_by_the_host():
     with NoHostRead():
         clip_grad_per_tensor_(student.parameters(), 0.1)
         ema_update_(list(teacher.parameters()), list(student.parameters()), 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ema_with_a_momentum_on_the_device(dtype):
+    student, teacher = (net.to(dtype) for net in nets())
+    twin = copy.deepcopy(teacher)
+    momentum = torch.tensor(0.996, dtype=torch.float64)
+    ema_update_(list(teacher.parameters()), list(student.parameters()), momentum)
+    ema_(twin, student, 0.996)
+    tolerance = 1e-15 if dtype == torch.float64 else 2e-7
+    for mine, theirs in zip(teacher.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance / 20)
+    before = copy.deepcopy(teacher)
+    ema_update_(list(teacher.parameters()), list(student.parameters()), torch.ones_like(momentum))
+    for mine, theirs in zip(teacher.parameters(), before.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_snapshot():
+    """Back to the old bits where the flag says so, whatever is there now."""
+    tensors = [torch.randn(3), torch.tensor(7), torch.randn(2, 2), torch.tensor(1.5).double()]
+    old = [tensor.clone() for tensor in tensors]
+    for flag in (True, False):
+        snapshot = Snapshot(tensors)
+        tensors[0].fill_(torch.nan), tensors[1].add_(1), tensors[2].mul_(2)
+        now = [tensor.clone() for tensor in tensors]
+        with NoHostRead():
+            snapshot.restore_(torch.tensor(flag))
+        for tensor, expected in zip(tensors, old if flag else now, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)

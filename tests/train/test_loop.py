@@ -134,8 +134,11 @@ def test_accumulation_is_the_whole_batch(data, tmp_path):
         update = trainer.mokd.update_teachers
         trainer.mokd.update_teachers = lambda m, f=update, seen=emas: (seen.append(m), f(m))
         moved, centers = [], trainer.mokd.centers
-        centers.update = lambda m, f=centers.update, seen=moved: (seen.append(sorted(m)), f(m))
-        losses = [trainer.step(k, iter_from(trainer, k)) for k in range(2)]
+        centers.update = lambda m, f=centers.update, seen=moved, **skip: (
+            seen.append(sorted(m)),
+            f(m, **skip),
+        )
+        losses = [trainer.step(k, iter_from(trainer, k)).losses for k in range(2)]
         assert emas == list(trainer.momentum[:2])  # once an optimizer step
         assert moved == [["mlp_1", "mlp_2", "t_1", "t_2"]] * 2  # and all centres at once
         trainers.append((trainer, losses))
@@ -206,8 +209,11 @@ def test_checkpoint_every_and_a_failing_save(data, tmp_path, monkeypatch):
 def test_a_run_that_diverges(data, tmp_path):
     """The rate is absurd from the second step on, so the loss of the third shows it."""
     absurd = "models.1.optimizer.lr=1e30"
-    recipe = small(data, absurd, "train.checkpoint_every=10it")
-    message = r"at step 3: [\w, ]*self_mlp_2[\w, ]*\. No checkpoint was written yet\. Try a lower"
+    recipe = small(data, absurd, "train.checkpoint_every=10it", "train.max_skipped=2")
+    message = (
+        r"2 steps in a row .* at step 3: [\w, ]*self_mlp_2[\w, ]*"
+        r"\. No checkpoint was written yet\. Try a lower"
+    )
     with pytest.raises(mokd_fast.UserError, match=message):
         pretrain(recipe, run=tmp_path / "one", console=silent())
     assert not checkpoints(tmp_path / "one" / "checkpoints")

@@ -1,5 +1,7 @@
 """Parameter groups, rates and the freeze, as the official code sets them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from bench.baseline import official
 from mokd_fast.train.loop import Trainer, build
 from mokd_fast.train.optim import ScheduledOptimizer, freeze_last_layers, parameter_groups
 from tests.train.recipes import CNN, T_HEAD, VIT, pictures, silent, small
+
+GO, SKIP = torch.tensor(False), torch.tensor(True)
 
 
 def names(model, group) -> set[str]:
@@ -74,15 +78,59 @@ def test_frozen_layers_do_not_move():
             for p in student.parameters():
                 p.grad = torch.ones_like(p)
             freeze_last_layers(student.named_parameters())
-            optimizer.schedule(step)
-            optimizer.torch.step()
+            optimizer.step(step, GO)
         for name, parameter in student.named_parameters():
             frozen = ".last_layer." in name
             assert torch.equal(parameter, before[name]) == frozen, name
         for p in student.parameters():
             p.grad = torch.ones_like(p)
-        optimizer.schedule(2)
-        optimizer.torch.step()  # momentum of some tensors only, since the others were frozen
+        optimizer.step(2, GO)  # momentum of some tensors only, since the others were frozen
         for name, parameter in student.named_parameters():
             if parameter.requires_grad:
                 assert not torch.equal(parameter, before[name]), name
+
+
+def test_fused_sgd_is_the_ordinary_one():
+    """Over a freeze, decay and momentum: the zero momentum it starts from changes nothing."""
+    recipe = small("x", models=({**CNN, "t_head_optimizer": T_HEAD}, VIT))
+    student = build(recipe).students[0].double().to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(student)
+    optimizer, plain = (
+        ScheduledOptimizer(recipe.models[0], net, total=9, warmup=2, lr_scale=1.0)
+        for net in (student, twin)
+    )
+    groups = [{"params": g["params"], "weight_decay": 0.0} for g in plain.torch.param_groups]
+    plain.torch = torch.optim.SGD(groups, momentum=0.9, foreach=False)
+    for step in range(6):
+        for p, q in zip(student.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if step < 2:
+            freeze_last_layers(student.named_parameters())
+            freeze_last_layers(twin.named_parameters())
+        optimizer.step(step, GO)
+        plain.schedule(step)
+        plain.torch.step()
+        for p, q in zip(student.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["sgd", "adamw"])
+def test_a_skipped_step_moves_nothing(which):
+    recipe = small("x")
+    student = build(recipe).students[which]
+    optimizer = ScheduledOptimizer(recipe.models[which], student, total=4, warmup=0, lr_scale=1.0)
+    for step, skip in enumerate((SKIP, GO, SKIP)):  # the very first step, and a later one
+        before = copy.deepcopy((student.state_dict(), optimizer.torch.state_dict()["state"]))
+        trained = [p for p in student.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.full_like(p, torch.nan if skip else 1.0)
+        optimizer.step(step, skip)
+        assert all(p.grad is None for p in trained)
+        model, state = student.state_dict(), optimizer.torch.state_dict()["state"]
+        same = [torch.equal(model[name], value) for name, value in before[0].items()]
+        assert all(same) if skip else not all(same)
+        for i, values in state.items():  # what the first step makes is as if it were not there
+            for name, value in values.items():
+                old = before[1].get(i, {}).get(name, torch.zeros_like(value))
+                assert torch.equal(value, old) == bool(skip), (i, name)

@@ -1,0 +1,48 @@
+"""Is a run collapsing? The diagnostics of a step."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn.mokd import StepLosses, Temperatures
+from ..ops import Center
+
+
+@torch.no_grad()
+def diagnose(
+    out: StepLosses, centers: Center, temperatures: Sequence[Temperatures]
+) -> dict[str, Tensor]:
+    """What tells a collapse, 0-d fp32 tensors on the device.
+
+    For each head h of mlp_1, t_1, mlp_2, t_2, with z the N = 2B teacher rows [N, K], c its centre
+    before this step's update and q = softmax((z - c) / temperature of its self loss):
+
+        teacher_entropy_h   mean_n -sum_k q log q                    nats, 0..ln K
+        kl_h                self_h - teacher_entropy_h               nats, >= 0 up to rounding
+        center_norm_h       |c|                                      of logits
+        prototypes_used_h   distinct argmax_k q over n / min(K, N)   0..1
+
+    self_h is a cross-entropy, CE(q, p) = H(q) + KL(q | p), averaged over pairs of views in which
+    each teacher row has the same weight, as it has in the mean. For each model i, with f its
+    teacher's pooled features [N, C] scaled to length 1:
+
+        feature_std_i       sqrt(C) * mean_c std_n f                 0 constant, 1 all directions
+    """
+    found = {}
+    for head, logits in out.teacher_logits.items():
+        z = logits.flatten(0, 1).float()  # [N, K]
+        center = centers[head]
+        temperature = temperatures[int(head[-1]) - 1].self
+        z = (z - center) / temperature
+        entropy = torch.special.entr(F.softmax(z, dim=-1)).sum(dim=-1).mean()
+        used = torch.zeros_like(z[0]).index_fill_(0, z.argmax(dim=-1), 1).sum()
+        found[f"teacher_entropy_{head}"] = entropy
+        found[f"kl_{head}"] = out.terms[f"self_{head}"] - entropy
+        found[f"center_norm_{head}"] = center.norm()
+        found[f"prototypes_used_{head}"] = used / min(z.shape)
+    for i, pooled in enumerate(out.teacher_features, start=1):
+        f = F.normalize(pooled.float(), dim=-1)  # [N, C]
+        found[f"feature_std_{i}"] = f.std(dim=0, correction=0).mean() * f.shape[1] ** 0.5
+    return found

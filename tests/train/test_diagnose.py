@@ -1,0 +1,94 @@
+"""The diagnostics of a step against their formulas, at the extremes they are read for."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mokd_fast.nn import Temperatures
+from mokd_fast.nn.mokd import StepLosses
+from mokd_fast.ops import Center
+from mokd_fast.train.diagnose import diagnose
+from mokd_fast.train.loop import Trainer, build
+from tests.train.recipes import VIT, pictures, silent, small
+
+K, B, C = 32, 6, 8
+TAUS = [Temperatures(0.5, 0.04, 0.04)]
+
+
+def found(logits, features, center=None):
+    centers = Center({"mlp_1": K})
+    if center is not None:
+        centers.mlp_1 = center
+    terms = {"self_mlp_1": torch.tensor(4.0)}
+    out = StepLosses([], terms, {}, {"mlp_1": logits}, [features])
+    return diagnose(out, centers, TAUS)
+
+
+def test_extremes():
+    """Uniform and one-hot teachers, constant features and such that point everywhere."""
+    flat = found(torch.zeros(2, B, K), torch.randn(1, C).expand(2 * B, C))
+    assert flat["teacher_entropy_mlp_1"] == pytest.approx(math.log(K))
+    assert flat["kl_mlp_1"] == pytest.approx(4 - math.log(K))
+    assert flat["prototypes_used_mlp_1"] == pytest.approx(1 / (2 * B))
+    assert flat["center_norm_mlp_1"] == 0
+    assert flat["feature_std_1"] < 1e-6
+    rows = torch.arange(2 * B)
+    sharp = (1e4 * F.one_hot(rows, K)).float().view(2, B, K)
+    corners = torch.eye(C).repeat(2, 1)
+    peaked = found(sharp, torch.cat([corners, -corners]))
+    assert peaked["teacher_entropy_mlp_1"] == 0 and peaked["kl_mlp_1"] == 4
+    assert peaked["prototypes_used_mlp_1"] == 1
+    assert peaked["feature_std_1"] == pytest.approx(1)
+
+
+def test_the_centre_is_subtracted():
+    """A prototype that wins everywhere by its mean alone does not count as used."""
+    torch.manual_seed(0)
+    logits, center = torch.randn(2, B, K), torch.zeros(K)
+    plain = found(logits, torch.randn(2 * B, C))
+    center[3] = 50.0
+    shifted = found(logits + center, torch.randn(2 * B, C), center)
+    for key in ("teacher_entropy_mlp_1", "prototypes_used_mlp_1"):
+        torch.testing.assert_close(shifted[key], plain[key], rtol=1e-5, atol=1e-6)
+    assert shifted["center_norm_mlp_1"] == 50
+    assert plain["prototypes_used_mlp_1"] > 1 / (2 * B)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    values = found(torch.randn(2, B, K).to(dtype), torch.randn(2 * B, C).to(dtype))
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    assert all(value.isfinite() for value in values.values())
+
+
+def test_kl_is_the_one_of_the_pairs():
+    """self = H(teacher) + KL, with the KL of every pair written out; of a model alone."""
+    torch.manual_seed(0)
+    mokd = build(small("x", models=[VIT], t_head={"depth": 1, "heads": 4})).train()
+    mokd.centers.update({"mlp_1": torch.randn(1, 64), "t_1": torch.randn(1, 64)})
+    views, local_views = torch.randn(2, 4, 1, 28, 28), torch.randn(2, 4, 1, 14, 14)
+    out = mokd(views, local_views, [Temperatures(0.3, 0.3, 0.3)])
+    values = diagnose(out, mokd.centers, [Temperatures(0.3, 0.3, 0.3)])
+    student = mokd.students[0]
+    for head in ("mlp", "t"):
+        with torch.no_grad():
+            s = torch.cat([getattr(student(x), head) for x in (views, local_views)])
+        log_p = F.log_softmax(s / 0.1, dim=-1)
+        q = F.softmax((out.teacher_logits[f"{head}_1"] - mokd.centers[f"{head}_1"]) / 0.3, dim=-1)
+        kls = [
+            F.kl_div(log_p[v], q[t], reduction="batchmean")
+            for t in range(2) for v in range(4) if t != v
+        ]  # fmt: skip
+        assert values[f"kl_{head}_1"] == pytest.approx(torch.stack(kls).mean().item(), rel=1e-4)
+    assert "feature_std_1" in values and "feature_std_2" not in values
+
+
+def test_only_steps_that_are_logged_are_diagnosed(tmp_path):
+    recipe = small(pictures(tmp_path / "data", 14), "train.checkpoint_every=5it")
+    trainer = Trainer(recipe, tmp_path / "run", silent())
+    trainer.mokd.train()
+    batches = trainer.loader.batches()
+    logged = [k + 1 for k in range(6) if trainer.step(k, batches).diagnostics]
+    assert logged == [2, 4, 5, 6]  # every 2, and 5 for its checkpoint

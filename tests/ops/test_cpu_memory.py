@@ -26,8 +26,8 @@ def level(request, monkeypatch):
 def gradient(student, common, matched, into):
     """DINO and search, forward and backward; the gradient goes to `into`, as large as `student`."""
     none = torch.empty(0)
-    taus = torch.tensor([0.1, 0.05, 0.07])
-    rest = [common, matched], [none] * 2, [none] * 2, taus, PAIRS, [1.0, 0.5], [False] * 2
+    scalars = torch.tensor([0.1, 0.05, 0.07, 1.0, 0.5])  # temperatures and weights
+    rest = [common, matched], [none] * 2, [none] * 2, scalars, PAIRS, [False] * 2
     call, _alive = cpu.native_call(student, *rest)
     loss, terms, stats = cpu.results(student, [common, matched])
     call.forward(stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), cpu._level())

@@ -25,7 +25,11 @@ _log = logging.getLogger(__name__)
 
 def load_run(run: str | Path) -> tuple[Recipe, MOKD]:
     """Recipe and trained networks of a run folder (its newest good checkpoint) or of a file."""
-    path, state = find_checkpoint(run)
+    return networks(*find_checkpoint(run))
+
+
+def networks(path: Path, state: dict[str, Any]) -> tuple[Recipe, MOKD]:
+    """Recipe and networks of the state of the checkpoint at `path`."""
     recipe = load_recipe(state["recipe"])
     mokd = build(recipe)
     load_weights(mokd, state, path)

@@ -42,8 +42,9 @@ FAMILIES = (
         "feature finds it. The targets have no centre.", "nats", bound=True,
     ),
     Family(
-        "Teacher entropy", r"teacher_entropy_\w+", "How undecided the teachers are between the "
-        "prototypes. At ln K every prototype is alike, at 0 one has won: both are collapse.",
+        "Teacher entropy", r"teacher_entropy_\w+", "How undecided the teachers are about a view. "
+        "At ln K every prototype is alike: collapse. At 0 each view has one; where few "
+        "prototypes are used as well it is the same one for all: collapse too.",
         "nats", bound=True,
     ),
     Family(
@@ -134,9 +135,13 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
                 top = max([top, *(v for v in y if math.isfinite(v))])
                 name = f"{run.name} · {key}" if len(runs) > 1 else key
                 ends.append(f"{name} {y[-1]:.4g}")
+    alarmed = [run for run in runs if run.alarms]
+    for run in alarmed:
+        dashes = _DASHES[runs.index(run) % 6] if len(runs) > 1 else (0, (1, 2))
+        height = 1 + 0.06 * (len(alarmed) - 1 - alarmed.index(run))
         for alarm in run.alarms:
-            axes.axvline(alarm["step"], color="#555555", lw=0.8, ls=(0, (1, 2)))
-            axes.plot(alarm["step"], 1, "v", color="#555555", ms=5, clip_on=False,
+            axes.axvline(alarm["step"], color="#555555", lw=0.8, ls=dashes)
+            axes.plot(alarm["step"], height, "v", color="#555555", ms=5, clip_on=False,
                       mfc="white" if alarm["over"] else "#555555",
                       transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_yscale(family.scale)
@@ -151,6 +156,7 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
                   ncols=1 if any(len(h.get_label()) > 26 for h in handles) else 2,
                   handlelength=3.2)  # fmt: skip
     file = io.BytesIO()
+    canvas.draw_without_rendering()  # the first layout may change the ticks, the next fits these
     canvas.savefig(file, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(file.getvalue()).decode()
     return f"data:image/svg+xml;base64,{encoded}", ", ".join(ends)

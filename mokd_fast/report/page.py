@@ -105,13 +105,15 @@ def _html(runs: Sequence[Run], plates: dict[str, list[tuple[Run, Plate]]]) -> st
     template = environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
     made = f"mokd_fast {__version__}, "
     made += ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "matplotlib"))
+    names = [run.name for run in runs]
     return template.render(
         runs=runs,
         several=len(runs) > 1,
-        title=" and ".join(run.name for run in runs),
+        title=" and ".join(filter(None, [", ".join(names[:-1]), names[-1]])),
         facts=tables.facts(runs),
-        glance=[(run, tables.glance(run)) for run in runs],
+        glance=[(run, tables.glance(run), tables.no_alarm(run)) for run in runs],
         curves=curves(runs),
+        alarms=any(run.alarms for run in runs),
         scores=tables.scores(runs),
         pointing=tables.pointing(runs),
         plates=plates,

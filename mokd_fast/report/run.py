@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..api import load_run
+from ..api import networks
 from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..nn import MOKD
+from ..train.checkpoint import find_checkpoint
 from ..train.recipe import Recipe, load_recipe
 
 _SIGNS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "knn.json", "linear.json")
@@ -24,6 +25,7 @@ class Run:
     name: str
     recipe: Recipe | None = None
     mokd: MOKD | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # that it was trained with
     metrics: list[dict[str, Any]] = field(default_factory=list)
     alarms: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, Any] | None = None  # of evaluate()
@@ -45,7 +47,8 @@ def read_run(folder: Path, name: str) -> Run:
     run.metrics = _rows(run, "metrics.jsonl", "metrics", "step")
     if not run.metrics:
         run.missing.setdefault("metrics", f"{folder}/metrics.jsonl holds no row yet")
-    run.alarms = _rows(run, "alarms.jsonl", "alarms", "step", "alarm", "text")
+    if (folder / "alarms.jsonl").exists():  # the first alarm makes it
+        run.alarms = _rows(run, "alarms.jsonl", "alarms", "step", "alarm", "text")
     run.alarms = [{"over": False} | row for row in run.alarms]  # a row may say that it is over
     for file in ("linear.json", "knn.json"):  # the first holds what the second does, and more
         run.scores = run.scores or _json(run, file, "scores", None, "knn")
@@ -56,7 +59,10 @@ def read_run(folder: Path, name: str) -> Run:
 def _networks(run: Run) -> None:
     """Recipe and networks of the newest checkpoint, else the recipe of recipe.yaml."""
     try:
-        run.recipe, mokd = load_run(run.folder)
+        path, state = find_checkpoint(run.folder)
+        if isinstance(found := state.get("versions"), dict):  # older checkpoints have none
+            run.versions = {str(name): str(value) for name, value in found.items()}
+        run.recipe, mokd = networks(path, state)
         run.mokd = mokd.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     except (UserError, RuntimeError) as error:  # RuntimeError: keys or shapes of another version
         run.missing["networks"] = str(error)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..evaluate import format_table
+from ..train.alarms import MIN_ROWS, WINDOW
 from ..train.recipe import total_steps
+from ..train.schedule import in_steps
 from .run import Run
 
 
@@ -51,7 +53,17 @@ def _facts(run: Run) -> dict[str, str]:
         ):
             if values := [row[key] for row in rows if key in row]:
                 facts[label] = text.format(statistics.median(values))
+    if run.versions:
+        facts["trained with"] = _versions(run.versions)
     return facts
+
+
+def _versions(found: dict[str, str]) -> str:
+    """What `train.state.versions` kept in the newest checkpoint, in words that do not break."""
+    threads = "1 thread" if found.get("threads") == "1" else "{} threads"
+    texts = {"threads": threads, "device": "{}"}
+    words = [texts.get(name, name + " {}").format(value) for name, value in found.items()]
+    return ", ".join(word.replace(" ", "\u00a0") for word in words)
 
 
 def _steps(run: Run) -> str:
@@ -59,9 +71,33 @@ def _steps(run: Run) -> str:
     text = f"{last['step']}"
     if run.recipe is not None and last.get("epoch"):
         with contextlib.suppress(UserError):  # a recipe that would not start today
-            text += f" of {total_steps(run.recipe, round(last['step'] / last['epoch']))}"
+            text += f" of {total_steps(run.recipe, _per_epoch(run))}"
         text += f", {last['epoch']:.2f} epochs"
     return text
+
+
+def _per_epoch(run: Run) -> int:
+    return round(run.metrics[-1]["step"] / run.metrics[-1]["epoch"])
+
+
+def no_alarm(run: Run) -> str:
+    """For a run without alarms: that there is none, or that nothing could have raised one."""
+    name = run.name
+    rows = [row for row in run.metrics if {"loss_1", "feature_std_1"} <= row.keys()]
+    if not rows:
+        return f"No collapse alarm could watch {name}: its metrics hold no diagnostics."
+    warmup = 0
+    if run.recipe is not None and run.metrics[-1].get("epoch"):
+        with contextlib.suppress(UserError):
+            total = total_steps(run.recipe, _per_epoch(run))
+            warmup = in_steps(run.recipe.train.warmup, _per_epoch(run), total)
+    steps = [row["step"] for row in rows if row["step"] > warmup]
+    if len(steps) < MIN_ROWS or steps[-1] - steps[0] < WINDOW:
+        return (
+            f"{name} is too short for a collapse alarm: these judge {WINDOW} steps "
+            f"and {MIN_ROWS} rows of metrics after the warm-up."
+        )
+    return f"{name} has no collapse alarm."
 
 
 def glance(run: Run) -> list[str]:

@@ -12,7 +12,10 @@ import pytest
 
 import mokd_fast
 from mokd_fast import UserError, cli
-from mokd_fast.report.curves import FAMILIES, series
+from mokd_fast.report import tables
+from mokd_fast.report.curves import FAMILIES, curves, series
+from mokd_fast.report.run import read_run
+from mokd_fast.train.checkpoint import find_checkpoint, save_checkpoint
 from mokd_fast.train.loop import pretrain
 from tests.train.recipes import CNN, pictures, silent, small
 
@@ -71,9 +74,13 @@ def test_several_runs_side_by_side(run, finished, tmp_path):
     page = page_of(run, other, out=tmp_path / "pages" / "both.html")
     assert not (run / "report.html").exists()
     assert "Runs run and other" in page and "other has no scores yet" in page
+    assert "other is too short for a collapse alarm" in page
     assert '<th scope="col">run</th><th scope="col">other</th>' in page
     assert "run · loss_1" in page and "other · loss_1" in page
     assert page.count("Search: 1 mokd_cnn_tiny asks 2 mokd_vit_tiny ·") == 2
+    assert "Runs run, other and third" in page_of(
+        run, other, shutil.copytree(other, tmp_path / "third")
+    )
     same = page_of(run, finished)  # both folders are called run
     assert str(run) in same and str(finished) in same
 
@@ -85,7 +92,7 @@ def test_what_is_missing_says_why(run):
     page = page_of(run)
     for reason in (
         "metrics.jsonl: No such file", "holds no checkpoint", "<code>mokd-fast linear",
-        "there is no alarms.jsonl", "mokd_cnn_tiny + mokd_vit_tiny",
+        "No collapse alarm could watch run", "mokd_cnn_tiny + mokd_vit_tiny",
     ):  # fmt: skip
         assert reason in page, reason
     assert "Augmented views" in page and "L2" in page, "the pictures are still there"
@@ -105,6 +112,60 @@ def test_pictures_that_are_gone(run, tmp_path):
         shutil.move(hidden, root)
     assert page.count("no such folder or file list") == 5
     assert "1 asks 2" in page, "the scores of pointing.json, made while the pictures were there"
+
+
+def test_the_head_says_what_the_run_was_trained_with(run):
+    """The versions of the newest checkpoint, not those that make the page."""
+    path, state = find_checkpoint(run)
+    theirs = dict(state["versions"])
+    state["versions"] |= {"torch": "1.2.3", "threads": "7", "device": "NVIDIA <X>"}
+    path.unlink()
+    save_checkpoint(path.parent, state["step"], state)
+    head = page_of(run).partition("<h2>")[0].replace("\u00a0", " ")
+    for text in (
+        "trained with",
+        "torch 1.2.3, ",
+        f"timm {theirs['timm']}, ",
+        "7 threads, NVIDIA &lt;X&gt;<",
+    ):
+        assert text in head, text
+    del state["versions"]  # of an older mokd_fast
+    save_checkpoint(path.parent, state["step"], state)
+    path.write_bytes(path.read_bytes()[:-81])  # it had no checksum either
+    page = page_of(run)
+    assert "trained with" not in page and "Search: 1 mokd_cnn_tiny" in page
+
+
+def test_no_alarm_says_whether_any_could_watch(run):
+    (run / "alarms.jsonl").unlink()
+    row = {"loss_1": 2.0, "feature_std_1": 0.5}
+
+    def said(steps, left_out=""):
+        rows = [{"step": step, "epoch": step / 6} | row for step in steps]
+        for one in rows:
+            one.pop(left_out, None)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return tables.no_alarm(read_run(run, "mine"))
+
+    assert said(range(10, 111, 10)) == "mine has no collapse alarm."
+    assert "too short for a collapse alarm" in said(range(10, 110, 10))
+    assert "too short for a collapse alarm" in said((50, 100, 150))
+    assert "hold no diagnostics" in said(range(10, 111, 10), left_out="feature_std_1")
+    (run / "alarms.jsonl").mkdir()
+    page = page_of(run)
+    assert "alarms.jsonl: Is a directory" in page and "no collapse alarm" not in page
+
+
+def test_alarms_of_several_runs_are_told_apart(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    runs = [read_run(run, "run"), read_run(other, "other")]
+    for both in (runs, runs[:1]):
+        svg = base64.b64decode(curves(both)[0].uri.partition(",")[2]).decode()
+        marks = re.findall(
+            r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="[^"]*#555555', svg
+        )
+        assert len({y for _, y in marks}) == len(both), "a row of triangles a run"
+        assert len({x for x, _ in marks}) == 2, "its begin and its end"
 
 
 def test_a_damaged_checkpoint_and_damaged_files(run):

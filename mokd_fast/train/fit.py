@@ -57,9 +57,9 @@ def _steps(trainer: Trainer) -> None:
             if save or trainer.is_logged(trainer.done):
                 row = trainer._row(meter)  # raises when too many steps are skipped, before a save
                 log.write(row)
-                log.alarm(trainer.alarms.see(row))
-                if trainer.lock.lost():
+                if trainer.lock.lost():  # before alarms.jsonl, which is opened by its path
                     _save_anew(trainer)
+                log.alarm(trainer.alarms.see(row))
             if save:
                 log.sync()  # a checkpoint never without the rows up to it
                 trainer.save()

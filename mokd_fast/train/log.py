@@ -150,7 +150,8 @@ class RunLog:
             with self._writing(), open(self.run / "alarms.jsonl", "a") as file:
                 file.write(json.dumps(event._asdict()) + "\n")
             text = f"step {event.step}: {event.text}"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            if takes_output(self.console):  # or a full pipe would hold the run up
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, step: int, note: str) -> None:
         """Where there is no terminal: a line now and then instead of a bar."""

@@ -33,7 +33,8 @@ def advice(trainer: Trainer) -> str:
     for parts in range(recipe.train.accumulate + 1, recipe.train.batch + 1):
         if recipe.train.batch % parts:
             continue
-        train = recipe.train.model_copy(update={"accumulate": parts})
+        # Every step a logged one: its diagnostics need memory too.
+        train = recipe.train.model_copy(update={"accumulate": parts, "log_every": 1})
         trainer.recipe = recipe.model_copy(update={"train": train})
         if _fits(trainer):
             return (
@@ -48,6 +49,8 @@ def advice(trainer: Trainer) -> str:
 def _fits(trainer: Trainer) -> bool:
     """Whether steps of the trainer's recipe go through: the first makes the optimizer's state."""
     trainer.mokd.zero_grad(set_to_none=True)
+    # Those of a step that broke off between unscale_ and update refuse the next one.
+    trainer.scalers = [torch.amp.GradScaler(trainer.device.type) for _ in trainer.scalers]
     try:
         for _ in range(2):
             trainer.step(trainer.done, _black(trainer.recipe))

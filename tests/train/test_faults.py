@@ -18,12 +18,14 @@ import yaml
 
 import mokd_fast
 from mokd_fast import cli
+from mokd_fast.train import alarms, loop
 from mokd_fast.train import log as log_module
 from mokd_fast.train.checkpoint import checkpoints, last_checkpoint, load_checkpoint
 from mokd_fast.train.folder import RunLock
 from mokd_fast.train.log import RunLog
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.memory import out_of_memory
+from mokd_fast.train.optim import ScheduledOptimizer
 from tests.train.process import Child
 from tests.train.recipes import VIT, pictures, silent, small
 
@@ -79,6 +81,16 @@ def run(capfd, monkeypatch):
         return code, out.out, " ".join(out.err.split())
 
     return call
+
+
+@pytest.fixture
+def alarming(tmp_path, data, monkeypatch) -> Path:
+    """As `recipe`, with a teacher so hot that an alarm is raised at step 6."""
+    monkeypatch.setattr(alarms, "WINDOW", 4)
+    monkeypatch.setattr(alarms, "MIN_ROWS", 3)
+    hot = [f"loss.{key}=50" for key in ("teacher_temperature", "warmup_teacher_temperature")]
+    more = ("train.duration=8it", "train.checkpoint_every=4it", "train.warmup=1it", *hot)
+    return write(small(data, *more, models=[VIT], t_head=None), tmp_path / "alarming.yaml")
 
 
 def step_of(run: Path) -> int:
@@ -262,6 +274,32 @@ def test_a_run_folder_that_goes_away(run, at, recipe, tmp_path, how):
     assert run("pretrain", recipe, "--run", out)[0] == 0 and same_end(out, whole)
 
 
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_run_folder_that_goes_away_before_an_alarm(run, at, alarming, tmp_path, how):
+    """alarms.jsonl is opened by its path: neither is the state lost for it, nor does a row land in
+    the folder of another run."""
+    whole, out, others = tmp_path / "whole", tmp_path / "run", []
+    assert run("pretrain", alarming, "--run", whole)[0] == 0
+    assert '"step": 6' in (whole / "alarms.jsonl").read_text()
+
+    def away(_):
+        if how == "removed":
+            shutil.rmtree(out)
+        else:
+            out.rename(tmp_path / "there")
+            others.append(RunLock(out))
+
+    at(5, away)
+    code, _, error = run("pretrain", alarming, "--run", out)
+    assert code == 2 and not (out / "alarms.jsonl").exists()
+    if how == "removed":
+        assert f"{out}/checkpoints/00000006.pt was written to a new folder" in error
+        assert step_of(out) == 6
+    else:
+        others[0].release()
+        assert f"{out} is in use by" in error
+
+
 def test_the_place_of_a_renamed_folder_is_another_runs(run, at, recipe, tmp_path):
     out, others = tmp_path / "run", []
     at(5, lambda _: (out.rename(tmp_path / "there"), others.append(RunLock(out))))
@@ -347,6 +385,31 @@ def test_out_of_memory_says_what_fits(recipe, tmp_path):
     assert Child(tmp_path, "pretrain", recipe, *big, *fits, before=limit).wait()[0] == 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precision):
+    """A GradScaler has unscaled by then; and what is tried are steps with diagnostics."""
+    words = (f"train.precision={precision}", "train.duration=8it", "train.log_every=8")
+    recipe = write(small(data, *words, models=[VIT], t_head=None), tmp_path / "small.yaml")
+    step, add, calls, diagnosed = ScheduledOptimizer.step, loop.accumulate, [], []
+
+    def short(self, *args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self, *args)
+
+    def watched(into, values, parts):
+        diagnosed.append("center_norm_mlp_1" in values)
+        add(into, values, parts)
+
+    monkeypatch.setattr(ScheduledOptimizer, "step", short)
+    monkeypatch.setattr(loop, "accumulate", watched)
+    code, _, error = run("pretrain", recipe, "--run", tmp_path / "run")
+    assert code == 2 and "out of memory in step 1 (CUDA out of memory)" in error
+    assert "set train.accumulate=2" in error
+    assert sum(diagnosed) == 2 * 2, "two steps of two micro-batches"
+
+
 def test_what_counts_as_out_of_memory():
     assert out_of_memory(MemoryError()) and out_of_memory(torch.OutOfMemoryError("x"))
     with pytest.raises(RuntimeError) as error:
@@ -405,6 +468,22 @@ def test_a_reader_that_stands_still(recipe, tmp_path):
     code, _, error = child.wait()
     assert (code, error) == (0, "") and b"Run folder" in os.read(reads, 4096)
     os.close(reads)
+
+
+def test_an_alarm_waits_for_no_reader(alarming, tmp_path):
+    out = tmp_path / "run"
+    reads, writes = os.pipe()
+    fcntl.fcntl(writes, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writes, b"x" * 4096)
+    child = Child(tmp_path, "pretrain", alarming, "--run", out, stdout=writes)
+    os.close(writes)
+    try:
+        child.until(lambda: (out / "checkpoints/00000008.pt").exists(), limit=20)
+    finally:
+        os.read(reads, 4096)
+        code, _, error = child.wait()
+        os.close(reads)
+    assert (code, error) == (0, "") and "loss at ln K" in (out / "alarms.jsonl").read_text()
 
 
 def test_output_on_a_full_disk(recipe, tmp_path):

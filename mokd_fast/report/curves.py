@@ -129,10 +129,11 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
     for r, run in enumerate(runs):
         for k, key in enumerate(keys):
             x, y = series(run.metrics, key)
-            if x:
+            if any(map(math.isfinite, y)):  # matplotlib cannot mark a curve without a point
                 style = _style(r, k, len(runs), len(keys))
                 axes.plot(x, y, markevery=(k * 0.03, 0.2), **style)
-                top = max([top, *(v for v in y if math.isfinite(v))])
+                top = max([top, *filter(math.isfinite, y)])
+            if x:
                 name = f"{run.name} · {key}" if len(runs) > 1 else key
                 ends.append(f"{name} {y[-1]:.4g}")
     alarmed = [run for run in runs if run.alarms]

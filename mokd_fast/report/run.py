@@ -44,7 +44,10 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{folder} is no run folder: it holds none of {', '.join(_SIGNS)}")
     run = Run(folder, name)
     _networks(run)
-    run.metrics = _rows(run, "metrics.jsonl", "metrics", "step")
+    run.metrics = [
+        {key: value for key, value in row.items() if isinstance(value, int | float)}
+        for row in _rows(run, "metrics.jsonl", "metrics", "step")
+    ]
     if not run.metrics:
         run.missing.setdefault("metrics", f"{folder}/metrics.jsonl holds no row yet")
     if (folder / "alarms.jsonl").exists():  # the first alarm makes it
@@ -83,8 +86,8 @@ def _rows(run: Run, file: str, part: str, *keys: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({key: row[key] for key in keys} | row | {"step": row["step"] + 0})
-        except (ValueError, KeyError, TypeError):
+            rows.append({key: row[key] for key in keys} | row | {"step": int(row["step"] + 0)})
+        except (ValueError, KeyError, TypeError, OverflowError):
             bad += number < len(lines)
     if bad:
         run.missing[f"{part} rows"] = f"{run.folder / file}: {bad} unreadable rows are left out"

@@ -69,15 +69,19 @@ def _versions(found: dict[str, str]) -> str:
 def _steps(run: Run) -> str:
     last = run.metrics[-1]
     text = f"{last['step']}"
-    if run.recipe is not None and last.get("epoch"):
+    if length := _length(run):
+        text += f" of {length[1]}"
+    return text + (f", {last['epoch']:.2f} epochs" if "epoch" in last else "")
+
+
+def _length(run: Run) -> tuple[int, int] | None:
+    """Steps of an epoch and of the whole run."""
+    last = run.metrics[-1]
+    ratio = last["step"] / (last.get("epoch") or math.nan)
+    if run.recipe is not None and math.isfinite(ratio):
         with contextlib.suppress(UserError):  # a recipe that would not start today
-            text += f" of {total_steps(run.recipe, _per_epoch(run))}"
-        text += f", {last['epoch']:.2f} epochs"
-    return text
-
-
-def _per_epoch(run: Run) -> int:
-    return round(run.metrics[-1]["step"] / run.metrics[-1]["epoch"])
+            return round(ratio), total_steps(run.recipe, round(ratio))
+    return None
 
 
 def no_alarm(run: Run) -> str:
@@ -86,11 +90,8 @@ def no_alarm(run: Run) -> str:
     rows = [row for row in run.metrics if {"loss_1", "feature_std_1"} <= row.keys()]
     if not rows:
         return f"No collapse alarm could watch {name}: its metrics hold no diagnostics."
-    warmup = 0
-    if run.recipe is not None and run.metrics[-1].get("epoch"):
-        with contextlib.suppress(UserError):
-            total = total_steps(run.recipe, _per_epoch(run))
-            warmup = in_steps(run.recipe.train.warmup, _per_epoch(run), total)
+    length = _length(run)
+    warmup = in_steps(run.recipe.train.warmup, *length) if run.recipe and length else 0
     steps = [row["step"] for row in rows if row["step"] > warmup]
     if len(steps) < MIN_ROWS or steps[-1] - steps[0] < WINDOW:
         return (

@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -183,6 +184,22 @@ def test_a_damaged_checkpoint_and_damaged_files(run):
     assert "pointing.json cannot be read" in page
     assert "alarms.jsonl: 1 unreadable rows are left out" in page
     assert "metrics.jsonl: 2 unreadable rows are left out" in page
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", 1e-320, 0])
+def test_metrics_that_are_no_numbers(run, value):
+    """A diverged run's, or a damaged file's."""
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    rows = [{key: row["step"] if key == "step" else value for key in row} for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_run(run, "run")
+    assert dict(tables.facts([found]).rows)["steps"].startswith(f"{rows[-1]['step']}")
+    tables.no_alarm(found)
+    titles = [figure.title for figure in curves([found])]
+    assert ("Loss of each model" in titles) == isinstance(value, int | float)
+    step = rows[-1] | {"step": math.inf}
+    (run / "metrics.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(rows[0]) + "\n")
+    assert "1 unreadable rows" in read_run(run, "run").missing["metrics rows"]
 
 
 def test_one_model_alone(tmp_path):

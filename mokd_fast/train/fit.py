@@ -43,7 +43,7 @@ def fit(trainer: Trainer) -> None:
 def _steps(trainer: Trainer) -> None:
     total = trainer.total
     batches = _Counted(trainer.loader.batches(trainer.done * trainer.recipe.train.accumulate))
-    meter = Meter(batches)
+    meter = Meter(batches, trainer.skipped)
     trainer.mokd.train()
     with StopSignals() as stop, RunLog(trainer.run, trainer.done, total, trainer.console) as log:
         replay(trainer.alarms, trainer.run / "metrics.jsonl")

@@ -120,6 +120,7 @@ class Trainer:
         self.scalers = [torch.amp.GradScaler(self.device.type) for _ in recipe.models if fp16]
         self.done = 0
         self.saved = 0  # the step of the newest checkpoint
+        self.skipped: list[float] = []  # of the meter, for the next one
         if state is not None:
             restore(self, state)
             self.saved = self.done
@@ -244,6 +245,7 @@ class Trainer:
         k = self.done - 1
         try:
             found = meter.read(self.recipe.train.max_skipped)
+            self.skipped = meter.skipped
         except FloatingPointError as error:
             raise UserError(f"{error}. {way_out(self.run)}") from error
         row = {"step": self.done, "epoch": self.done / self.steps_per_epoch, **found}

@@ -1,7 +1,7 @@
 """What happened between two log rows, kept on the device until it is read."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,11 +21,12 @@ class StepResult(NamedTuple):
 class Meter:
     """An iterator over batches that times the wait for them, and sums of the losses.
 
-    The host reads the sums once an interval (`read`), never in between.
+    The host reads the sums once an interval (`read`), never in between. `skipped` is for
+    the meter of a run that goes on: the steps skipped in a row up to the last read, and `_first`.
     """
 
-    def __init__(self, batches: Iterator[Views]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterator[Views], skipped: Sequence[float] = ()) -> None:
+        self._batches, self.skipped = batches, list(skipped)
         # Of each loss and last of the gradient: the first non-finite step of those skipped in a
         # row up to now, or -1.
         self._first: Tensor | None = None
@@ -50,8 +51,9 @@ class Meter:
         skipped = result.skipped
         bad = torch.cat([~values.isfinite(), skipped[None]])
         if self._first is None:
-            self._first = torch.full_like(bad, -1, dtype=torch.float64)
-            self._in_a_row = torch.zeros_like(self._first[0])
+            start = torch.tensor(self.skipped or [0.0, *[-1.0] * len(bad)], dtype=torch.float64)
+            self._in_a_row, self._first = start.to(bad.device).split([1, len(bad)])
+            self._in_a_row = self._in_a_row[0]
         if self._sums is None:
             self._sums = torch.zeros_like(values)
             self._skipped = torch.zeros_like(self._first[0])
@@ -78,6 +80,7 @@ class Meter:
         numbers = iter(torch.cat([part.double() for part in parts]).tolist())  # the one host read
         skipped, in_a_row, last = (next(numbers) for _ in range(3))
         first = [next(numbers) for _ in [*names, "gradient"]]
+        self.skipped = [in_a_row, *first]
         if in_a_row >= max_skipped:
             raise FloatingPointError(_what_failed(names, first, int(in_a_row)))
         row: dict[str, float] = {"skipped": int(skipped)}

@@ -26,6 +26,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "model": trainer.mokd.state_dict(),
         "optimizers": [optimizer.torch.state_dict() for optimizer in trainer.optimizers],
         "scalers": [scaler.state_dict() for scaler in trainer.scalers],
+        "skipped": trainer.skipped,
         "bad_files": trainer.loader.bad_files,
         "rng": {"cpu": torch.get_rng_state()},
     }
@@ -45,6 +46,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         optimizer.torch.load_state_dict(saved)
     for scaler, saved in zip(trainer.scalers, state.get("scalers", []), strict=True):
         scaler.load_state_dict(saved)
+    trainer.skipped = state.get("skipped", [])
     trainer.loader.bad_files.update(state.get("bad_files", {}))
     trainer.done = state["step"]
     torch.set_rng_state(state["rng"]["cpu"])  # last: what is above may draw numbers

@@ -119,6 +119,23 @@ def test_too_many_in_a_row_end_it(data, tmp_path, monkeypatch):
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_steps_in_a_row_are_counted_over_a_resume(data, tmp_path, monkeypatch):
+    """Or the same command, given often enough, would skip its way to the end of the recipe."""
+    init = Trainer.__init__
+
+    def poisoned(self, *args):
+        init(self, *args)
+        poison(self, set(range(max(3 - self.done, 0), 100)))
+
+    monkeypatch.setattr(Trainer, "__init__", poisoned)
+    more = ("train.max_skipped=4", "train.log_every=1", "train.checkpoint_every=1it")
+    recipe = small(data, *more, models=[VIT], t_head=None)
+    for _ in range(2):  # a checkpoint of step 6 has three of the four
+        with pytest.raises(mokd_fast.UserError, match=r"4 steps in a row .*at step 4: self_mlp_1"):
+            pretrain(recipe, run=tmp_path / "run", console=silent())
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "00000006.pt"
+
+
 def test_gradients_are_named(data, tmp_path):
     trainer = trainer_of(data, tmp_path, "train.max_skipped=1")
     weight = trainer.mokd.students[0].backbone.stem.conv.weight

@@ -111,6 +111,7 @@ def test_each_optimizer_skips_on_its_own_and_the_scale_resumes(data, tmp_path):
     assert not torch.equal(trainer.mokd.centers["mlp_2"], center)
     trainer.done = 2
     trainer.save()
+    trainer.lock.release()
     again = Trainer(trainer.recipe, tmp_path / "run", silent())
     assert [scaler.get_scale() for scaler in again.scalers] == [16, 8]
 

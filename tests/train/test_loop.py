@@ -262,24 +262,6 @@ def test_what_a_checkpoint_holds(uninterrupted):
     assert {"centers.mlp_1", "centers.t_2"} <= state["model"].keys()
 
 
-def test_scalers_are_saved_and_restored(data, tmp_path):
-    """Whatever the trainer has in `scalers`."""
-
-    class WithScaler(Trainer):
-        def _schedules(self):
-            super()._schedules()
-            self.scalers = [torch.amp.GradScaler("cpu", init_scale=8.0)]
-
-    first = WithScaler(small(data), tmp_path / "run", silent())
-    first.scalers[0].scale(torch.zeros(()))  # makes its tensors
-    first.scalers[0].update(4.0)
-    first.done = 1
-    first.save()
-    first.lock.release()
-    second = WithScaler(small(data), tmp_path / "run", silent())
-    assert second.scalers[0].state_dict()["scale"] == 4.0
-
-
 def test_another_version_is_a_warning_with_both(data, tmp_path, monkeypatch):
     recipe = small(data, "train.duration=8it", "train.checkpoint_every=4it")
     pretrain(recipe, run=tmp_path / "run", console=silent())

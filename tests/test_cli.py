@@ -113,7 +113,7 @@ def test_non_finite_loss_leaves_the_last_good_checkpoint(run, recipe, tmp_path, 
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     out = tmp_path / "run"
-    result = run("pretrain", recipe, "--run", out)
+    result = run("pretrain", recipe, "train.max_skipped=2", "--run", out)
     refused(result, "non-finite loss at step 3", "_2", "00000002.pt", "learning rate")
     last = last_checkpoint(out)
     assert last is not None

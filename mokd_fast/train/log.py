@@ -35,7 +35,7 @@ def _step(row: str) -> float:
     """The step of a row of metrics.jsonl; infinite when it is not whole."""
     try:
         return json.loads(row)["step"] if row.endswith("\n") else float("inf")
-    except ValueError:
+    except (ValueError, KeyError, TypeError):  # cut, or damaged
         return float("inf")
 
 
@@ -86,7 +86,7 @@ class RunLog:
         with self._writing():
             for path in (run / "alarms.jsonl", run / "metrics.jsonl"):
                 if path.exists():
-                    rows = path.read_text().splitlines(keepends=True)
+                    rows = path.read_text(errors="replace").splitlines(keepends=True)
                     write_whole(path, "".join(row for row in rows if _step(row) <= start))
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
             self._board = _Board(run / "tensorboard", start + 1)  # the row of `start` stays
@@ -149,6 +149,8 @@ class RunLog:
         for event in events:
             with self._writing(), open(self.run / "alarms.jsonl", "a") as file:
                 file.write(json.dumps(event._asdict()) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint after which it is not raised again
             text = f"step {event.step}: {event.text}"
             if takes_output(self.console):  # or a full pipe would hold the run up
                 self.console.print(text, markup=False, highlight=False, soft_wrap=True)

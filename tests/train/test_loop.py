@@ -74,7 +74,7 @@ def test_resume_is_bit_equal(uninterrupted, tmp_path, monkeypatch, stop):
         patch.setattr(Trainer, "step", killed)
         pretrain(recipe, run=tmp_path / "parts", console=silent())
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "loss_')  # a row that the crash cut in two
+        file.write('{}\nnull\n{"step": 7, "loss_')  # damaged rows, and one that was cut in two
     parts = pretrain(recipe, run=tmp_path / "parts", console=silent())
     one, two = final_state(whole), final_state(parts)
     for name, value in one["model"].items():

@@ -364,6 +364,7 @@ def test_a_data_set_that_goes_away(run, at, recipe, data, tmp_path, accumulate, 
 # The rest
 
 
+@pytest.mark.slow  # alone: a child of a long test process inherits freed memory that it may use
 def test_out_of_memory_says_what_fits(recipe, tmp_path):
     """The address space is limited to what the process has and 200 MB; the logits of all pictures
     take 67, with what is made of them too much. Without oneDNN: it crashes where it gets no page.

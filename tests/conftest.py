@@ -1,9 +1,31 @@
-"""One thread for every test: on a busy machine the barriers of tiny operators cost far more."""
+"""For every test: one thread, for on a busy machine the barriers of tiny operators cost far more.
+The command line in this process."""
+
+import sys
 
 import pytest
 import torch
+
+from mokd_fast import cli
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """The command line in this process: (exit code, stdout, stderr in one line)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mokd-fast", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capfd.readouterr()
+        return code, out.out, " ".join(out.err.split())
+
+    return call

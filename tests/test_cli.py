@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from mokd_fast import cli, doctor
+from mokd_fast import doctor
 from mokd_fast.ops import cpu
 from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
 from tests.train.recipes import pictures, small
@@ -28,23 +28,6 @@ def recipe(tmp_path: Path, data: Path) -> str:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mokd-fast", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, " ".join(out.err.split())
-
-    return call
 
 
 def refused(result: tuple[int, str, str], *parts: str) -> None:

@@ -17,7 +17,6 @@ import torch
 import yaml
 
 import mokd_fast
-from mokd_fast import cli
 from mokd_fast.train import alarms, loop
 from mokd_fast.train import log as log_module
 from mokd_fast.train.checkpoint import checkpoints, last_checkpoint, load_checkpoint
@@ -64,23 +63,6 @@ def at(monkeypatch):
         monkeypatch.setattr(Trainer, "step", first)
 
     return install
-
-
-@pytest.fixture
-def run(capfd, monkeypatch):
-    """The command line in this process: (exit code, stdout, stderr in one line)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mokd-fast", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capfd.readouterr()
-        return code, out.out, " ".join(out.err.split())
-
-    return call
 
 
 @pytest.fixture
@@ -364,26 +346,46 @@ def test_a_data_set_that_goes_away(run, at, recipe, data, tmp_path, accumulate, 
 # The rest
 
 
-@pytest.mark.slow  # alone: a child of a long test process inherits freed memory that it may use
-def test_out_of_memory_says_what_fits(recipe, tmp_path):
-    """The address space is limited to what the process has and 200 MB; the logits of all pictures
-    take 67, with what is made of them too much. Without oneDNN: it crashes where it gets no page.
+LIMITED = """
+import resource
+from pathlib import Path
+
+import torch
+
+import mokd_fast.train.loop
+from mokd_fast import cli
+
+torch.backends.mkldnn.set_flags(False)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+cli.main()
+"""
+
+
+def limited(*words: object) -> tuple[int, str]:
+    """The command line in the address space that a new process has and 200 MB; code and stderr.
+
+    New, because a fork of a long test process inherits freed memory, which no limit counts. One
+    thread and one arena, whose reservations would be counted. Without oneDNN: it crashes where it
+    gets no page.
     """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", LIMITED, *map(str, words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, " ".join(done.stderr.split())
+
+
+def test_out_of_memory_says_what_fits(recipe, tmp_path):
+    """The logits of all pictures take 67 MB, with what is made of them too much for 200."""
     data = pictures(tmp_path / "many", 64)
-
-    def limit():
-        torch.backends.mkldnn.set_flags(False)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
-
     big = (f"data.root={data}", "train.batch=64", "train.duration=2it", "prototypes=65536")
-    out = tmp_path / "run"
-    code, _, error = Child(tmp_path, "pretrain", recipe, *big, "--run", out, before=limit).wait()
-    assert code == 2 and "out of memory in step 1" in error and "No checkpoint" in error
+    code, error = limited("pretrain", recipe, *big, "--run", tmp_path / "run")
+    assert code == 2 and "out of memory in step 1" in error and "No checkpoint" in error, error
     parts = int(error.split("train.accumulate=")[1].split(",")[0])
     assert parts > 1 and f"Micro-batches of {64 // parts} fit, as just tried here" in error
     fits = (f"train.accumulate={parts}", "--run", tmp_path / "fits")
-    assert Child(tmp_path, "pretrain", recipe, *big, *fits, before=limit).wait()[0] == 0
+    code, error = limited("pretrain", recipe, *big, *fits)
+    assert code == 0, error
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

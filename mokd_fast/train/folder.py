@@ -80,7 +80,10 @@ class RunLock:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file; whoever reads it, or a crash, sees the old or the new one."""
+    """Replaces a text file; whoever reads it, or a crash, sees the old or the new one.
+
+    Raises OSError, with the old file as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w") as file:
@@ -88,5 +91,6 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

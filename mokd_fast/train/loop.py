@@ -135,7 +135,12 @@ class Trainer:
             )
             self.save()  # else a run cut off before its first checkpoint would start without it
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        write_whole(self.run / "recipe.yaml", text)
+        path = self.run / "recipe.yaml"
+        try:
+            write_whole(path, text)
+        except OSError as error:
+            reason = f"{path} cannot be written: {error.strerror}"
+            raise UserError(f"{reason}. {kept(self.run)} Make room there first") from error
 
     def _schedules(self) -> None:
         recipe, total, per_epoch = self.recipe, self.total, self.steps_per_epoch

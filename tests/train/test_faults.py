@@ -102,7 +102,6 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(run, at, recipe, tmp_pat
     assert f"Stopped at step 6 of 8. The last good checkpoint is {out}" in text
     assert "the same command goes on from it" in text and step_of(out) == 6
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    at(5, lambda _: None)
     assert "resuming" in run("pretrain", recipe, "--run", out)[1] and same_end(out, whole)
 
 
@@ -252,7 +251,6 @@ def test_a_run_folder_that_goes_away(run, at, recipe, tmp_path, how):
     assert step_of(out) == 6
     if how == "renamed":
         assert step_of(there) == 4
-    at(5, lambda _: None)
     assert run("pretrain", recipe, "--run", out)[0] == 0 and same_end(out, whole)
 
 
@@ -346,6 +344,22 @@ def test_a_data_set_that_goes_away(run, at, recipe, data, tmp_path, accumulate, 
 # The rest
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_a_full_disk_where_a_run_goes_on(recipe, run, at, tmp_path, name):
+    """It says what is kept, and leaves the file that it could not replace."""
+    out = tmp_path / "run"
+    at(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("pretrain", recipe, "--run", out)[0] == 143
+    before = (out / name).read_text()
+    (out / f"{name}.tmp").symlink_to("/dev/full")
+    code, _, error = run("pretrain", recipe, "--run", out)
+    assert code == 2 and "cannot be written: No space left on device" in error
+    assert "The last good checkpoint is" in error and "Make room" in error
+    assert (out / name).read_text() == before and step_of(out) == 6
+    assert not list(out.glob("*.tmp"))
+    assert run("pretrain", recipe, "--run", out)[0] == 0 and step_of(out) == 8
+
+
 LIMITED = """
 import resource
 from pathlib import Path
@@ -427,7 +441,6 @@ def test_a_clock_that_goes_back(run, recipe, tmp_path, monkeypatch, at):
     out = tmp_path / "run"
     at(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert run("pretrain", recipe, "--run", out)[0] == 143
-    at(5, lambda _: None)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 100_000)
     assert run("pretrain", recipe, "--run", out)[0] == 0

@@ -59,7 +59,7 @@ def t_head_attention(head: THead, tokens: Tensor, grid: tuple[int, int]) -> Tens
 
     tokens [B, N, C] of a backbone's map -> [B, H, N]; the weights of a picture sum to 1.
     """
-    *_, weights = _each_block(head, head._embed(tokens, grid))
+    *_, weights = _each_block(head, head.embed(tokens, grid))
     return weights.mean(dim=2)
 
 
@@ -71,8 +71,7 @@ def search_attention(head: THead, tokens: Tensor, grid: tuple[int, int], queries
     search's output, which drops the query's own token; the rows before it do, through what the
     query has become when the next block's tokens look at it.
     """
-    x = head._embed(tokens, grid).expand(len(queries), -1, -1, -1)  # [Q, B, N, D]
-    x = torch.cat([queries.unsqueeze(2).to(x.dtype), x], dim=2).flatten(0, 1)  # [Q*B, 1+N, D]
+    x = head.join(tokens, grid, queries)
     rows = torch.stack([weights[:, :, 0, 1:] for weights in _each_block(head, x)])
     rows = rows / rows.sum(dim=-1, keepdim=True)
     return rows.unflatten(1, queries.shape[:2])

@@ -73,7 +73,7 @@ def extract(
     features: dict[str, Tensor] = {}
     labels: list[int] = []
     bad: list[str] = []
-    with _evaluating(models.values()):
+    with evaluating(models.values()):
         for pictures, good, reasons in loader:
             if pictures is not None:
                 x = normalize(pictures.to(device), tuple(mean), tuple(std))
@@ -105,7 +105,7 @@ def _checked(y: Tensor, name: str, rows: int) -> Tensor:
 
 
 @contextmanager
-def _evaluating(models: Iterable[Model]) -> Iterator[None]:
+def evaluating(models: Iterable[Model]) -> Iterator[None]:
     """Eval mode; afterwards each submodule is put back, as some may be frozen in eval."""
     networks = [model for model in models if isinstance(model, nn.Module)]
     modules = [module for network in networks for module in network.modules()]

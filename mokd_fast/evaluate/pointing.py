@@ -23,7 +23,7 @@ from ..data.sources import Source
 from ..errors import UserError
 from ..nn import MOKD, Features, Model, features
 from .attention import search_attention
-from .features import _evaluating as evaluating
+from .features import evaluating
 
 INSIDE = 0.5  # a crop with less of its area inside the global view is left out
 _Z = 1.96  # of a 95 % confidence interval

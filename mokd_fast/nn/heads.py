@@ -102,7 +102,7 @@ class THead(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Plain embedding of a token map. [B, N, C] -> logits [B, K]"""
-        return self._logits(self._embed(tokens, grid))
+        return self._logits(self.embed(tokens, grid))
 
     def query(self, pooled: Tensor) -> Tensor:
         """What this model asks the other teacher's map for. [B, C] -> [B, D]
@@ -118,11 +118,16 @@ class THead(nn.Module):
         The official search is joint self-attention: the query (without position) joins the tokens
         in every block, its own output is dropped and the tokens are averaged.
         """
-        x = self._embed(tokens, grid).expand(len(queries), -1, -1, -1)  # [Q, B, N, D]
-        x = torch.cat([queries.unsqueeze(2).to(x.dtype), x], dim=2).flatten(0, 1)  # [Q*B, 1+N, D]
+        x = self.join(tokens, grid, queries)
         return self._logits(x, skip=1).unflatten(0, queries.shape[:2])
 
-    def _embed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def join(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
+        """Each query before the tokens of the map: what the blocks see. -> [Q*B, 1+N, D]"""
+        x = self.embed(tokens, grid).expand(len(queries), -1, -1, -1)  # [Q, B, N, D]
+        return torch.cat([queries.unsqueeze(2).to(x.dtype), x], dim=2).flatten(0, 1)
+
+    def embed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens of a map, projected and with their positions. [B, N, C] -> [B, N, D]"""
         return self.stem(tokens) + resize_positions(self.pos_embed, self.grid, grid)
 
     def _logits(self, x: Tensor, skip: int = 0) -> Tensor:

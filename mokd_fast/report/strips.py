@@ -34,6 +34,7 @@ class Plate(NamedTuple):
 
 
 def strip(label: str, cells: Sequence[Image.Image], columns: Sequence[str] = ()) -> Strip:
+    """Pictures side by side as one PNG; `columns` are written above them, one each."""
     row = Image.new("RGB", (len(cells) * (_SIDE + _GAP) - _GAP, _SIDE), "white")
     for i, one in enumerate(cells):
         row.paste(one, (i * (_SIDE + _GAP), 0))

@@ -90,7 +90,7 @@ def test_search_is_the_literal_concatenation():
     queries = torch.randn(3, 2, 12, dtype=torch.float64)
     found = head.search(tokens, (2, 3), queries)
     for q in range(3):
-        x = torch.cat([queries[q].unsqueeze(1), head._embed(tokens, (2, 3))], dim=1)
+        x = torch.cat([queries[q].unsqueeze(1), head.embed(tokens, (2, 3))], dim=1)
         for block in head.blocks:
             x = block(x)
         expected = head.last_layer(head.norm(x)[:, 1:].mean(1))

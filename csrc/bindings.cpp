@@ -122,7 +122,7 @@ void cuda_forward(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t 
 void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int tile, int device,
                    uintptr_t stream) {
   py::gil_scoped_release unlocked;
-  cuda::backward(cuda_call(d), {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)},
+  cuda::backward(cuda_call(d), {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out), false},
                  plan(d, tile), {device, pointer<void>(stream)});
 }
 
@@ -166,18 +166,27 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
                     const std::vector<int>&, const std::vector<bool>&, std::vector<double>,
                     int, uintptr_t, int64_t, int64_t, int>())
+      .def("state_size", [](const Distill& d) { return mokd::state_size(d.call.shape); },
+           "fp64 numbers an image that `running` holds.")
       .def("forward",
-           [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name) {
+           [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name,
+              uintptr_t running, bool first, bool last) {
              const auto& kernels = level(name);
              py::gil_scoped_release unlocked;
-             kernels.forward(d.call, {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)});
-           })
+             kernels.forward(d.call, {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
+                             pointer<double>(running), {first, last});
+           },
+           py::arg("stats"), py::arg("terms"), py::arg("loss"), py::arg("level"), py::arg("running") = 0,
+           py::arg("first") = true, py::arg("last") = true)
       .def("backward",
-           [](const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, const std::string& name) {
+           [](const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, const std::string& name,
+              bool reused) {
              const auto& kernels = level(name);
              py::gil_scoped_release unlocked;
-             kernels.backward(d.call, {pointer<const void>(stats), pointer<const void>(grad), pointer<void>(out)});
-           });
+             kernels.backward(d.call, {pointer<const void>(stats), pointer<const void>(grad),
+                                       pointer<void>(out), reused});
+           },
+           py::arg("stats"), py::arg("grad"), py::arg("out"), py::arg("level"), py::arg("reused") = false);
 #ifdef MOKD_CUDA
   bind_cuda(m, distill);
 #endif

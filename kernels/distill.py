@@ -254,7 +254,7 @@ def _table(
     return torch.tensor(lines, dtype=torch.float32, device=device)
 
 
-def why_not(student: Tensor, *rows: Tensor) -> str | None:
+def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
     """Why these kernels cannot take the student and its targets' logits or probs, or None."""
     device = student.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):

@@ -57,6 +57,13 @@ struct Backward {
   const void* stats;
   const void* grad_output;
   void* gradient;
+  bool reused;  // read again at once, as a chunk of columns is by two products: it stays in the caches
+};
+
+// A chunk of the K columns of a call, from the left to the right. It needs no more of the others than
+// what forward keeps between two chunks.
+struct Chunk {
+  bool first, last;
 };
 
 // One piece of work: columns [begin, end) of one image. Pieces count along the columns first.

@@ -321,21 +321,15 @@ void each_item(const Distill& d, int64_t items, const Work& work) {
   });
 }
 
+// Loss, terms and stats from the state of every image.
 template <typename A>
-void forward(const Call& d, const Forward& out) {
+void finish(const Distill& d, const Forward& out, double* states, int64_t step, double* sums) {
   const int T = d.shape.teachers, V = d.shape.views;
-  const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
-  const Buffer memory((B * cut * size + d.targets) * sizeof(double));
-  double *states = reinterpret_cast<double*>(memory.get()), *sums = states + B * cut * size;
-  each_item<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
-    forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
-  });
-
+  const int64_t B = d.shape.images;
   A* stats = static_cast<A*>(out.stats);
   for (int i = 0; i < d.targets; ++i) sums[i] = 0;
   for (int64_t b = 0; b < B; ++b) {
-    State s = state_at(states + b * cut * size, d.shape);
-    for (int64_t i = 1; i < cut; ++i) merge(d, s, state_at(states + (b * cut + i) * size, d.shape));
+    const State s = state_at(states + b * step, d.shape);
     for (int v = 0; v < V; ++v) {
       A* at = stats + student_stats(d.shape, v, b);
       at[0] = A(s.student[v].max / rate_of<A>(d, -1));
@@ -361,6 +355,28 @@ void forward(const Call& d, const Forward& out) {
     loss += weight<A>(d, i) * term;
   }
   *static_cast<A*>(out.loss) = A(loss);
+}
+
+template <typename A>
+void forward(const Call& d, const Forward& out, double* running, Chunk chunk) {
+  const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
+  const Buffer memory((B * cut * size + d.targets) * sizeof(double));
+  double *states = reinterpret_cast<double*>(memory.get()), *sums = states + B * cut * size;
+  each_item<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
+    forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
+  });
+  for (int64_t b = 0; b < B; ++b) {
+    double* own = states + b * cut * size;
+    for (int64_t i = 1; i < cut; ++i)
+      merge(d, state_at(own, d.shape), state_at(own + i * size, d.shape));
+    if (!running) continue;
+    double* all = running + b * size;
+    if (chunk.first)
+      std::memcpy(all, own, size * sizeof(double));
+    else
+      merge(d, state_at(all, d.shape), state_at(own, d.shape));
+  }
+  if (chunk.last) finish<A>(d, out, running ? running : states, running ? size : cut * size, sums);
 }
 
 // gradient[v] = f_v 2^(..) - sum_t c_tv e_t: f_v = grad_output n_v / (tau_s B sum_v) and
@@ -491,16 +507,21 @@ void backward_student(const Call& d, const Backward& io, Tile tile, Block at, in
   if (!in_place) {
     gradient_in_scratch(d, at, v, t, m, f.pair, q, wide, g);
     narrow(student.type, at.n, g);
-    stream(to, g, at.n * item_size(student.type));
+    const int64_t bytes = at.n * item_size(student.type);
+    io.reused ? void(std::memcpy(to, g, bytes)) : stream(to, g, bytes);
     return;
   }
-  const auto run = [&](auto row, auto u, auto streamed) {
-    if (lone < 0) return gradient_in_place<decltype(streamed)>(m, tile, at, row, NoLone());
+  const auto put = [&](auto row, auto u, auto written) {
+    using Written = decltype(written);
+    if (lone < 0) return gradient_in_place<Written>(m, tile, at, row, NoLone());
     m.c[m.count] = A(f.pair[lone * V + v]);
     const A* own = stats + teacher_stats(d.shape, lone, at.image);
-    gradient_in_place<decltype(streamed)>(
+    gradient_in_place<Written>(
         m, tile, at, row,
         Lone<A, decltype(u)>{u, own[0], A(rate_of<A>(d, lone) * LOG2_E), next_row(d, at, lone)});
+  };
+  const auto run = [&](auto row, auto u, auto streamed) {
+    io.reused ? put(row, u, row) : put(row, u, streamed);
   };
   const Rows& own = lone < 0 ? student : d.teacher[lone].rows;
   if constexpr (sizeof(A) == 4) {
@@ -595,8 +616,9 @@ void run_column_mean(const ColumnMean& m) {
   m.rows.type == F64 ? column_mean<double>(m) : column_mean<float>(m);
 }
 
-void run_forward(const Distill& d, const Forward& io) {
-  d.student[0].type == F64 ? forward<double>(Call(d), io) : forward<float>(Call(d), io);
+void run_forward(const Distill& d, const Forward& io, double* running, Chunk chunk) {
+  d.student[0].type == F64 ? forward<double>(Call(d), io, running, chunk)
+                           : forward<float>(Call(d), io, running, chunk);
 }
 
 void run_backward(const Distill& d, const Backward& io) {

@@ -24,7 +24,9 @@ struct ColumnMean {
 
 struct Kernels {
   const char* level;
-  void (*forward)(const Distill&, const Forward&);
+  // All columns at once or, with `running`, a chunk of them: `running` [B, state_size] (core/distill.h)
+  // goes from one to the next, and the last writes what `Forward` asks for.
+  void (*forward)(const Distill&, const Forward&, double* running, Chunk);
   void (*backward)(const Distill&, const Backward&);
   void (*column_mean)(const ColumnMean&);
 };

@@ -5,9 +5,11 @@ from .column_mean import column_mean
 from .dispatch import explain
 from .distill import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
 from .foreach import clip_grad_per_tensor_, ema_update_
+from .linear_distill import LinearTarget, linear_distill_cross_entropy
 
 __all__ = [
     "Center",
+    "LinearTarget",
     "Target",
     "clip_grad_per_tensor_",
     "column_mean",
@@ -15,6 +17,7 @@ __all__ = [
     "distill_cross_entropy",
     "ema_update_",
     "explain",
+    "linear_distill_cross_entropy",
     "matched_pairs",
     "sinkhorn_center",
 ]

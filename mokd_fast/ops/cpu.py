@@ -33,9 +33,9 @@ LEVEL, LEVELS = "MOKD_FAST_CPU_LEVEL", ("baseline", "v3", "v4")
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def why_not(*tensors: Tensor) -> str | None:
+def why_not(student: Tensor, rows: Sequence[Tensor] = ()) -> str | None:
     """Why the CPU kernels cannot take these tensors, or None."""
-    for tensor in tensors:
+    for tensor in (student, *rows):
         if tensor.device.type != "cpu":
             return f"it takes tensors on the CPU, one is on {tensor.device}"
         if tensor.dtype not in TYPES:
@@ -55,12 +55,39 @@ def distill_forward(
     return loss, terms, stats
 
 
-def distill_backward(grad: Tensor, stats: Tensor, student: Tensor, *rest: Any) -> Tensor:
-    """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
-    out = torch.empty(student.shape, dtype=student.dtype)
+class ForwardChunks:
+    """`distill_forward` for K columns that come in chunks, from left to right."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns, self._done = columns, 0
+
+    def add(self, student: Tensor, rows: Sequence[Tensor], *rest: Any) -> None:
+        """Some columns of all arguments of `distill_forward`, centers too."""
+        call, _alive = native_call(student, rows, *rest)
+        first, size = not self._done, (student.shape[1], call.state_size())
+        if first:
+            self.outputs = results(student, rows)
+            self._running = torch.empty(size, dtype=torch.float64)
+        self._done += student.shape[2]
+        loss, terms, stats = (t.data_ptr() for t in self.outputs)
+        last = self._done == self._columns
+        call.forward(stats, terms, loss, _level(), self._running.data_ptr(), first, last)
+
+
+def distill_backward(
+    grad: Tensor, stats: Tensor, student: Tensor, *rest: Any, out: Tensor | None = None
+) -> Tensor:
+    """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward.
+
+    It needs no more of other columns than the stats say. With `out`, contiguous, what is written
+    there stays in the caches: it is a chunk of columns for the next product.
+    """
+    reused = out is not None
+    if out is None:
+        out = torch.empty(student.shape, dtype=student.dtype)
     grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
     call, _alive = native_call(student, *rest)
-    call.backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), _level())
+    call.backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), _level(), reused)
     return out
 
 

@@ -281,34 +281,29 @@ def _transformed(student: Tensor) -> str | None:
     return None
 
 
-def _cpu_why_not(
-    student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
+def why_not(backend: str, student: Tensor, rows: Sequence[Tensor]) -> str | None:
+    """Why the kernels of a backend cannot take student [V, B, ..] and rows [T_i, B, ..], or None.
+    The last dimension does not matter."""
+    if backend == "triton":
+        # A GPU first, so that triton is not imported for tensors on the CPU, its interpreter aside.
+        if student.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it takes tensors on a GPU, the student is on {student.device}"
+        try:
+            kernels = _kernels("triton")
+        except ImportError as error:
+            return f"triton cannot be imported: {error}"
+        return _transformed(student) or kernels.why_not(student, rows)
+    return _transformed(student) or _kernels(backend).why_not(student, rows)
+
+
+def _why_not(
+    backend: str, student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
 ) -> str | None:
-    return _transformed(student) or cpu.why_not(student, *(t.rows for t in targets))
+    return why_not(backend, student, [t.rows for t in targets])
 
 
-def _cuda_why_not(
-    student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
-) -> str | None:
-    return _transformed(student) or cuda.why_not(student, [t.rows for t in targets])
-
-
-def _triton_why_not(
-    student: Tensor, targets: Sequence[Target], temperature: float | Tensor = 0.1
-) -> str | None:
-    # A GPU first, so that triton is not imported for tensors on the CPU, its interpreter aside.
-    if student.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it takes tensors on a GPU, the student is on {student.device}"
-    try:
-        kernels = _kernels("triton")
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    return _transformed(student) or kernels.why_not(student, *(t.rows for t in targets))
-
-
-register("distill_cross_entropy", "cuda", partial(_run, "cuda"), _cuda_why_not)
-register("distill_cross_entropy", "triton", partial(_run, "triton"), _triton_why_not)
-register("distill_cross_entropy", "cpu", partial(_run, "cpu"), _cpu_why_not)
+for _name in ("cuda", "triton", "cpu"):
+    register("distill_cross_entropy", _name, partial(_run, _name), partial(_why_not, _name))
 register("distill_cross_entropy", "reference", reference.distill_cross_entropy)
 
 
@@ -321,46 +316,54 @@ def _check(student: Tensor, targets: Sequence[Target], temperature: float | Tens
     if student.shape[-1] == 0:
         raise ValueError("student has no prototypes: K is 0, a distribution takes at least one")
     check_temperature("temperature", temperature)
-    if isinstance(targets, Target):
+    check_list(targets)
+    for i, target in enumerate(targets):
+        check_rows(f"targets[{i}]", target, student.shape)
+        check_target(f"targets[{i}]", target, student.shape, student.device)
+
+
+def check_list(targets: Any) -> None:
+    if not isinstance(targets, Sequence):
         raise ValueError("targets must be a list of Target, got a single one: pass [target]")
     if not targets:
         raise ValueError("targets is empty: there is nothing to pair the student with")
-    for i, target in enumerate(targets):
-        _check_target(f"targets[{i}]", target, student)
 
 
-def _check_target(name: str, target: Target, student: Tensor) -> None:
-    views, images, prototypes = student.shape
+def check_rows(name: str, target: Target, shape: Sequence[int]) -> None:
+    """The logits or probabilities of a target for a student of shape [V, B, K]."""
     if (target.logits is None) == (target.probs is None):
         raise ValueError(f"{name} takes either logits or probs [T, B, K]")
     rows = target.rows
-    if rows.ndim != 3 or rows.shape[1:] != student.shape[1:] or not rows.is_floating_point():
+    _, images, prototypes = shape
+    if rows.ndim != 3 or rows.shape[1:] != shape[1:] or not rows.is_floating_point():
         raise ValueError(
             f"{name} must hold floating [T, {images}, {prototypes}] like the student's "
-            f"[V, B, K] = {list(student.shape)}, got {rows.dtype} of shape {list(rows.shape)}"
+            f"[V, B, K] = {list(shape)}, got {rows.dtype} of shape {list(rows.shape)}"
         )
-    if len(target.pairs) != len(rows) or any(len(row) != views for row in target.pairs):
-        shape = [len(target.pairs), *sorted({len(row) for row in target.pairs})]
-        raise ValueError(f"{name}.pairs must be [T, V] = [{len(rows)}, {views}], got {shape}")
-    if not any(weight != 0 for row in target.pairs for weight in row):
-        raise ValueError(f"{name}.pairs is zero everywhere: there is nothing to pair")
     if target.probs is not None and target.center is not None:
         raise ValueError(f"{name} has probs, which take no center: centre the logits instead")
+
+
+def check_target(name: str, target: Any, shape: Sequence[int], device: torch.device) -> None:
+    """What every kind of target has, for a student of shape [V, B, K] on `device`."""
+    views, images, prototypes = shape
+    pairs = target.pairs
+    if len(pairs) != len(target.rows) or any(len(row) != views for row in pairs):
+        found = [len(pairs), *sorted({len(row) for row in pairs})]
+        expected = [len(target.rows), views]
+        raise ValueError(f"{name}.pairs must be [T, V] = {expected}, got {found}")
+    if not any(weight != 0 for row in pairs for weight in row):
+        raise ValueError(f"{name}.pairs is zero everywhere: there is nothing to pair")
     for label, tensor, size in (
         ("center", target.center, prototypes),
         ("row_weight", target.row_weight, images),
     ):
         if tensor is not None and tensor.shape != (size,):
             raise ValueError(f"{name}.{label} must be [{size}], got {list(tensor.shape)}")
-    for label, tensor in (
-        ("logits" if target.probs is None else "probs", rows),
-        ("center", target.center),
-        ("row_weight", target.row_weight),
-    ):
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(
-                f"{name}.{label} is on {tensor.device}, the student on {student.device}"
-            )
+    for label in ("logits", "probs", "features", "prototypes", "center", "row_weight"):
+        tensor = getattr(target, label, None)
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}.{label} is on {tensor.device}, the student on {device}")
     check_temperature(f"{name}.temperature", target.temperature)
     _check_scalar(f"{name}.weight", target.weight)
 

@@ -3,17 +3,18 @@
     s_v = x_v W^T     z_t = h_t W_t^T     L = distill_cross_entropy(s, z)     (ops/distill.py)
 
 K is walked in chunks that stay in the caches. Forward makes a chunk of the logits, adds it to the
-running (max, sum, dots) of every row and drops it; backward makes it again and from it
+running (max, sum, dots) of every row and drops it; backward goes back, makes it again and from it
 
     dS = n softmax(s / tau) - Q     dX += dS W_chunk     dW_chunk = dS^T X
 
-Exact: no entry is left out. With T teacher rows of V views this takes 4 + 2 T/V products where
+The last chunk is kept, so that the turn is free; for K up to a chunk nothing is made twice. Exact:
+no entry is left out. With T teacher rows and V views this takes up to 4 + 2 T/V products where
 stored logits take 3 + T/V; the memory beyond inputs and gradients does not depend on K.
 
 Letters: V student views, T teacher rows, B images, K prototypes, D features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -147,14 +148,15 @@ class Call(NamedTuple):
     backend: str
 
 
-# A chunk of the student's logits. Two cores with 1 MiB of L2 each (bench/linear_distill.py --sweep).
-CHUNK_BYTES = 5 << 18
+# A chunk of the student's logits: of two cores with 1 MiB of L2 each, 32 MiB of L3 and B = 4 to 32
+# all do well with it (bench/linear_distill.py).
+CHUNK_BYTES = 5 << 19
 
 
 def chunk_size(rows: int, dtype: torch.dtype) -> int:
     """Columns of a chunk for so many student rows V * B: a power of two, from 512 on."""
     columns = CHUNK_BYTES // (max(rows, 1) * dtype.itemsize)
-    return 1 << max(9, min(columns.bit_length() - 1, 14))
+    return 1 << max(9, min(columns.bit_length() - 1, 16))
 
 
 class Chunk(NamedTuple):
@@ -167,28 +169,56 @@ class Chunk(NamedTuple):
     centers: list[Tensor]  # [chunk] or empty
 
 
-def _chunks(call: Call) -> Iterator[Chunk]:
-    """All columns, from left to right; what was yielded before is overwritten."""
-    weight, chunk, dtype = call.weight, call.chunk, call.dtype
-    groups: dict[tuple[Any, ...], list[int]] = {}  # targets by their prototypes
-    for i, prototypes in enumerate(call.prototypes):
-        if prototypes.numel():
-            groups.setdefault(_identity(prototypes), []).append(i)
-    inputs = {key: _matrix([call.rows[i] for i in own], dtype) for key, own in groups.items()}
-    student = _Product(_matrix([call.features], dtype), chunk)
-    products = {key: _Product(rows, chunk) for key, rows in inputs.items()}
-    for start in range(0, len(weight), chunk):
-        at = slice(start, start + chunk)
-        w = weight[at].to(dtype)
+class _Walk:
+    """The chunks of a call. The student and all targets of the same prototypes are one product."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, self.starts = call, range(0, len(call.weight), call.chunk)
+        groups: dict[tuple[Any, ...], list[int]] = {}  # targets by their prototypes
+        for i, prototypes in enumerate(call.prototypes):
+            if prototypes.numel():
+                groups.setdefault(_identity(prototypes), []).append(i)
+        self.x = _matrix([call.features], call.dtype)
+        self._targets = list(groups.values())
+        self._student = _Product(self.x, call.chunk)
+        self._teachers = [
+            _Product(_matrix([call.rows[i] for i in own], call.dtype), call.chunk)
+            for own in self._targets
+        ]
+        self._made: list[Tensor] = []  # the products of the last chunk
+
+    def chunk(self, start: int, kept: Tensor | None = None) -> Chunk:
+        """The columns from `start` on; the logits of those before are overwritten."""
+        call = self.call
+        at = slice(start, start + call.chunk)
+        weight = call.weight[at].to(call.dtype)
+        if kept is None:
+            self._made = [self._student(weight)]
+            for own, product in zip(self._targets, self._teachers, strict=True):
+                matrix = call.prototypes[own[0]]
+                same = _identity(matrix) == _identity(call.weight)
+                self._made.append(product(weight if same else matrix[at].to(call.dtype)))
+        else:
+            sizes = [len(p.rows) for p in (self._student, *self._teachers)]
+            self._made = list(kept.view(-1, len(weight)).split(sizes))
+        student, *teachers = self._made
         rows = [r[..., at] for r in call.rows]
-        for key, own in groups.items():
-            matrix = call.prototypes[own[0]]
-            part = w if key == _identity(weight) else matrix[at].to(dtype)
-            logits = products[key](part).split([len(call.rows[i].flatten(0, 1)) for i in own])
-            for i, found in zip(own, logits, strict=True):
-                rows[i] = found.unflatten(0, call.rows[i].shape[:2])
-        logits = student(w).unflatten(0, call.features.shape[:2])
-        yield Chunk(at, w, logits, rows, [c[at] if c.numel() else c for c in call.centers])
+        for own, logits in zip(self._targets, teachers, strict=True):
+            parts = logits.split([call.rows[i].shape[0] * call.rows[i].shape[1] for i in own])
+            for i, part in zip(own, parts, strict=True):
+                rows[i] = part.unflatten(0, call.rows[i].shape[:2])
+        centers = [c[at] if c.numel() else c for c in call.centers]
+        return Chunk(at, weight, student.unflatten(0, call.features.shape[:2]), rows, centers)
+
+    def keep(self) -> Tensor:
+        """The logits of the last chunk, for `chunk` in the backward pass."""
+        return torch.cat([logits.flatten() for logits in self._made])
+
+
+def _kept_size(call: Call) -> int:
+    columns = len(call.weight) - range(0, len(call.weight), call.chunk)[-1]
+    teachers = (r for r, p in zip(call.rows, call.prototypes, strict=True) if p.numel())
+    return sum(r.shape[0] * r.shape[1] for r in (call.features, *teachers)) * columns
 
 
 def _identity(matrix: Tensor) -> tuple[Any, ...]:
@@ -200,51 +230,62 @@ def _matrix(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([r.flatten(0, 1) for r in rows]).to(dtype)
 
 
+def _linear(a: Tensor, weight: Tensor) -> Tensor | None:
+    """a @ weight.T by oneDNN, or None where it cannot. For fp32 it takes 0.7 of the time of `mm`
+    (bench/linear_distill.py), which leaves this to another library."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not a.numel():
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
+    return found
+
+
 class _Product:
     """rows @ weight.T for one chunk of a weight after the other, in one place."""
 
     def __init__(self, rows: Tensor, chunk: int) -> None:
-        self._rows = rows
-        # oneDNN's product of two row-major matrices takes 0.7 of the time of the one that mm calls
-        # for fp32 (bench/linear_distill.py), but has nowhere to put it.
-        self._onednn = (
-            rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 0
-            and torch.backends.mkldnn.is_available()
-        )  # fmt: skip
-        self._place = rows.new_empty(0 if self._onednn else len(rows) * chunk)
+        self.rows = rows
+        self._place: Tensor | None = None
+        self._size = len(rows) * chunk
 
     def __call__(self, weight: Tensor) -> Tensor:
-        if self._onednn:
-            linear = torch.ops.mkldnn._linear_pointwise
-            found: Tensor = linear(self._rows, weight.contiguous(), None, "none", [], "")
+        found = _linear(self.rows, weight.contiguous())
+        if found is not None:
             return found
-        out = self._place[: len(self._rows) * len(weight)].view(-1, len(weight))
-        return torch.mm(self._rows, weight.t(), out=out)
+        if self._place is None:
+            self._place = self.rows.new_empty(self._size)
+        out = self._place[: len(self.rows) * len(weight)].view(-1, len(weight))
+        return torch.mm(self.rows, weight.t(), out=out)
 
 
-def _forward_pass(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_pass(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], terms [targets], stats [V + T, B, 2], and the logits of the last chunk, flat."""
     kernels = distill._kernels(call.backend).ForwardChunks(len(call.weight))
     rest = call.row_weights, call.scalars, call.pairs, call.probabilities
     with torch.autocast(call.features.device.type, enabled=False):
-        for chunk in _chunks(call):
+        walk = _Walk(call)
+        for start in walk.starts:
+            chunk = walk.chunk(start)
             kernels.add(chunk.student, chunk.rows, chunk.centers, *rest)
-    outputs: tuple[Tensor, Tensor, Tensor] = kernels.outputs
-    return outputs
+        return *kernels.outputs, walk.keep()
 
 
 def _backward_pass(
-    grad: Tensor, stats: Tensor, call: Call, needs: Sequence[bool]
+    grad: Tensor, stats: Tensor, kept: Tensor, call: Call, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients [V, B, D] and [K, D], those that are needed; else empty."""
     kernels = distill._kernels(call.backend)
     features, weight = call.features, call.weight
     rest = call.row_weights, call.scalars, call.pairs, call.probabilities
-    x = _matrix([features], call.dtype)
-    total = x.new_zeros(x.shape, dtype=reference.accumulation_dtype(x))
     dw = weight.new_empty(weight.shape if needs[1] else 0)
-    place = x.new_empty(len(x) * call.chunk)
     with torch.autocast(features.device.type, enabled=False):
-        for chunk in _chunks(call):
+        walk = _Walk(call)
+        x = walk.x
+        total = x.new_zeros(x.shape, dtype=reference.accumulation_dtype(x))
+        place = x.new_empty(len(x) * min(call.chunk, len(weight)))
+        for start in reversed(walk.starts):
+            chunk = walk.chunk(start, kept if start == walk.starts[-1] else None)
             out = place[: chunk.student.numel()].view(chunk.student.shape)
             args = chunk.student, chunk.rows, chunk.centers, *rest
             ds = kernels.distill_backward(grad, stats, *args, out=out).flatten(0, 1)
@@ -258,7 +299,9 @@ def _backward_pass(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. On the CPU a product of 16-bit matrices is rounded before it is added."""
-    if total.dtype == a.dtype:
+    if (found := _linear(a, b.t())) is not None:
+        total += found
+    elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, total.dtype, out=total)
@@ -290,8 +333,8 @@ def _forward(
     dtype: torch.dtype,
     chunk: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], terms [targets], stats [V + T, B, 2] of the arithmetic's dtype. See `Call`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_forward_pass` of a `Call`."""
     return _forward_pass(
         Call(features, weight, rows, prototypes, centers, row_weights, scalars, pairs,
              probabilities, dtype, chunk, backend)
@@ -301,12 +344,15 @@ def _forward(
 @_forward.register_fake
 def _(features, weight, rows, prototypes, centers, row_weights, scalars, pairs, probabilities,
       dtype, chunk, backend):  # fmt: skip
+    call = Call(features, weight, rows, prototypes, centers, row_weights, scalars, pairs,
+                probabilities, dtype, chunk, backend)  # fmt: skip
     accumulated = torch.promote_types(dtype, torch.float32)
     count = features.shape[0] + sum(r.shape[0] for r in rows)
     return (
         features.new_empty((), dtype=accumulated),
         features.new_empty(len(rows), dtype=accumulated),
         features.new_empty(count, features.shape[1], 2, dtype=accumulated),
+        features.new_empty(_kept_size(call), dtype=dtype),
     )
 
 
@@ -314,6 +360,7 @@ def _(features, weight, rows, prototypes, centers, row_weights, scalars, pairs, 
 def _backward(
     grad: Tensor,
     stats: Tensor,
+    kept: Tensor,
     features: Tensor,
     weight: Tensor,
     rows: list[Tensor],
@@ -331,11 +378,11 @@ def _backward(
     """Gradients for features [V, B, D] and weight [K, D]; empty where `needs` says no."""
     call = Call(features, weight, rows, prototypes, centers, row_weights, scalars, pairs,
                 probabilities, dtype, chunk, backend)  # fmt: skip
-    return _backward_pass(grad, stats, call, needs)
+    return _backward_pass(grad, stats, kept, call, needs)
 
 
 @_backward.register_fake
-def _(grad, stats, features, weight, *rest):
+def _(grad, stats, kept, features, weight, *rest):
     needs = rest[-1]
     return (
         features.new_empty(features.shape if needs[0] else 0),
@@ -346,18 +393,18 @@ def _(grad, stats, features, weight, *rest):
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, weight, rows, prototypes, centers, row_weights, scalars, *ctx.numbers = inputs
     ctx.save_for_backward(
-        output[2], features, weight, scalars, *rows, *prototypes, *centers, *row_weights
+        *output[2:], features, weight, scalars, *rows, *prototypes, *centers, *row_weights
     )
     ctx.targets = len(rows)
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Call]:
-    """Stats and the call."""
-    stats, features, weight, scalars, *lists = ctx.saved_tensors
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Call]:
+    """Stats, the last chunk's logits, and the call."""
+    stats, kept, features, weight, scalars, *lists = ctx.saved_tensors
     n = ctx.targets
     rows, prototypes, centers, row_weights = (lists[i * n : (i + 1) * n] for i in range(4))
-    return stats, Call(
+    return stats, kept, Call(
         features, weight, rows, prototypes, centers, row_weights, scalars, *ctx.numbers
     )
 
@@ -368,9 +415,9 @@ def _results(ctx: Any, gradients: tuple[Tensor, Tensor], none: Any) -> tuple[Any
 
 
 def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-    stats, call = _saved(ctx)
+    stats, kept, call = _saved(ctx)
     needs = list(ctx.needs_input_grad[:2])
-    return _results(ctx, _backward(grad, stats, *call, needs), [None] * ctx.targets)
+    return _results(ctx, _backward(grad, stats, kept, *call, needs), [None] * ctx.targets)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -394,7 +441,7 @@ def _run(
     logits = features.new_empty(0, dtype=dtype)  # of the student, for their dtype and device
     empty = logits.new_empty(0, dtype=reference.accumulation_dtype(logits))
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
-    loss, terms, _ = _forward(
+    loss, terms, *_ = _forward(
         features,
         weight,
         [t.rows.detach() for t in targets],

@@ -272,7 +272,7 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
     return _get_current_dispatch_mode() is None and all(type(t) in known for t in tensors)
 
 
-def _transformed(student: Tensor) -> str | None:
+def transformed(student: Tensor) -> str | None:
     """torch.func's transforms differentiate or vectorise the reference alone."""
     if torch.compiler.is_compiling():
         return None
@@ -292,8 +292,8 @@ def why_not(backend: str, student: Tensor, rows: Sequence[Tensor]) -> str | None
             kernels = _kernels("triton")
         except ImportError as error:
             return f"triton cannot be imported: {error}"
-        return _transformed(student) or kernels.why_not(student, rows)
-    return _transformed(student) or _kernels(backend).why_not(student, rows)
+        return transformed(student) or kernels.why_not(student, rows)
+    return transformed(student) or _kernels(backend).why_not(student, rows)
 
 
 def _why_not(

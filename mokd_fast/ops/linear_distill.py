@@ -404,8 +404,10 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, Call]:
     stats, kept, features, weight, scalars, *lists = ctx.saved_tensors
     n = ctx.targets
     rows, prototypes, centers, row_weights = (lists[i * n : (i + 1) * n] for i in range(4))
-    return stats, kept, Call(
-        features, weight, rows, prototypes, centers, row_weights, scalars, *ctx.numbers
+    return (
+        stats,
+        kept,
+        Call(features, weight, rows, prototypes, centers, row_weights, scalars, *ctx.numbers),
     )
 
 
@@ -444,7 +446,7 @@ def _run(
     loss, terms, *_ = _forward(
         features,
         weight,
-        [t.rows.detach() for t in targets],
+        [t.rows.detach().resolve_neg() for t in targets],
         [t.prototypes.detach() if isinstance(t, LinearTarget) else empty for t in targets],
         [empty if t.center is None else t.center.detach() for t in targets],
         [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
@@ -467,7 +469,8 @@ def _why_not(
     chunk: int | None = None,
 ) -> str | None:
     """Whether the kernels of `distill_cross_entropy` take the chunks."""
-    return distill.why_not(backend, features, [t.rows for t in targets])
+    rows = [t.rows for t in targets]
+    return distill.transformed(weight) or distill.why_not(backend, features, rows)
 
 
 register(OP, "cpu", partial(_run, "cpu"), partial(_why_not, "cpu"))

@@ -66,16 +66,48 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    now = peak = 0
+    for event in _allocations(run):
+        now += event.alloc_size
+        peak = max(peak, now)
+    return peak
+
+
+def extra_bytes(run: Callable[[], Any]) -> int:
+    """The same, but what is still there when `run` is over does not count at any time. CPU only."""
+    events = _allocations(run)
+    freed_at = {}  # by address, the last time
+    for i, event in enumerate(events):
+        if event.alloc_size < 0:
+            freed_at[event.ptr] = i
+    now = peak = 0
+    counted = {}
+    for i, event in enumerate(events):
+        if event.alloc_size > 0 and freed_at.get(event.ptr, -1) > i:
+            counted[event.ptr] = event.alloc_size
+            now += event.alloc_size
+        elif event.alloc_size < 0:
+            now -= counted.pop(event.ptr, 0)
+        peak = max(peak, now)
+    return peak
+
+
+def _allocations(run: Callable[[], Any]) -> list[Any]:
+    """What PyTorch allocates (alloc_size > 0) and frees on the CPU, in order."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    found = []
+
+    def walk(events: Any) -> None:
+        for event in events:
+            if isinstance(event.extra_fields, torch._C._profiler._ExtraFields_Allocation):
+                found.append((event.start_time_ns, event.extra_fields))
+            walk(event.children)
+
+    walk(profile.profiler.kineto_results.experimental_event_tree())
+    return [fields for _, fields in sorted(found, key=lambda pair: pair[0])]
 
 
 def keep_memory() -> None:

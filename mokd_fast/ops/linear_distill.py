@@ -7,9 +7,10 @@ running (max, sum, dots) of every row and drops it; backward goes back, makes it
 
     dS = n softmax(s / tau) - Q     dX += dS W_chunk     dW_chunk = dS^T X
 
-The last chunk is kept, so that the turn is free; for K up to a chunk nothing is made twice. Exact:
-no entry is left out. With T teacher rows and V views this takes up to 4 + 2 T/V products where
-stored logits take 3 + T/V; the memory beyond inputs and gradients does not depend on K.
+The last chunks are kept, up to KEEP_BYTES: a small K is stored, of a large one the way back begins
+with them. Exact: no entry is left out. With T teacher rows and V views this takes up to 4 + 2 T/V
+products where stored logits take 3 + T/V; the memory beyond inputs and gradients does not depend
+on K.
 
 Letters: V student views, T teacher rows, B images, K prototypes, D features.
 """
@@ -145,80 +146,115 @@ class Call(NamedTuple):
     probabilities: list[bool]
     dtype: torch.dtype  # of the products
     chunk: int
+    first_kept: int  # column from which on the logits are kept for backward: where a chunk begins
     backend: str
 
 
-# A chunk of the student's logits: of two cores with 1 MiB of L2 each, 32 MiB of L3 and B = 4 to 32
-# all do well with it (bench/linear_distill.py).
-CHUNK_BYTES = 5 << 19
+# Measured on two cores with 32 MiB of L3 (`chunks` of bench/linear_distill.py): shorter products
+# take longer, and what does not stay in L3 too.
+COLUMNS, CHUNK_BYTES, KEEP_BYTES = 8192, 16 << 20, 7 << 19
 
 
 def chunk_size(rows: int, dtype: torch.dtype) -> int:
-    """Columns of a chunk for so many student rows V * B: a power of two, from 512 on."""
+    """Columns of a chunk: COLUMNS, fewer where the student's logits [rows, columns] would take more
+    than CHUNK_BYTES."""
     columns = CHUNK_BYTES // (max(rows, 1) * dtype.itemsize)
-    return 1 << max(9, min(columns.bit_length() - 1, 16))
+    return min(COLUMNS, max(256, columns // 256 * 256))
+
+
+def first_kept(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
+    """The column from which on logits [rows, columns] are kept: as many chunks of them as
+    KEEP_BYTES hold, and one at least."""
+    chunks = -(-columns // chunk)
+    keep = max(1, KEEP_BYTES // (max(rows, 1) * chunk * dtype.itemsize))
+    return max(0, chunks - keep) * chunk
 
 
 class Chunk(NamedTuple):
     """Some columns of everything that has columns."""
 
     at: slice
-    weight: Tensor  # [chunk, D] in the products' dtype
+    weight: Tensor  # [chunk, D] in the products' dtype; the next chunk overwrites it
     student: Tensor  # [V, B, chunk]
     rows: list[Tensor]  # [T, B, chunk]
     centers: list[Tensor]  # [chunk] or empty
 
 
 class _Walk:
-    """The chunks of a call. The student and all targets of the same prototypes are one product."""
+    """The chunks of a call. Rows of the same prototypes share a product, the student's with any.
 
-    def __init__(self, call: Call) -> None:
+    The logits of a chunk are a block [rows, chunk]. Those of the last chunks stay in `kept`, block
+    after block; the others lie in one place, one after the other.
+    """
+
+    def __init__(self, call: Call, kept: Tensor | None = None) -> None:
         self.call, self.starts = call, range(0, len(call.weight), call.chunk)
-        groups: dict[tuple[Any, ...], list[int]] = {}  # targets by their prototypes
+        self._stored = [i for i, p in enumerate(call.prototypes) if not p.numel()]
+        groups: dict[tuple[Any, ...], list[int]] = {}  # by their prototypes; -1 is the student
         for i, prototypes in enumerate(call.prototypes):
             if prototypes.numel():
                 groups.setdefault(_identity(prototypes), []).append(i)
-        self.x = _matrix([call.features], call.dtype)
-        self._targets = list(groups.values())
-        self._student = _Product(self.x, call.chunk)
-        self._teachers = [
-            _Product(_matrix([call.rows[i] for i in own], call.dtype), call.chunk)
-            for own in self._targets
+        last = groups.pop(_identity(call.weight), [])  # its prototypes are needed afterwards
+        groups[_identity(call.weight)] = [*last, -1]
+        rows, matrices = [*call.rows, call.features], [*call.prototypes, call.weight]
+        self._groups = [
+            (
+                _matrix([rows[i] for i in own], call.dtype),
+                matrices[own[-1]],
+                [(i, *rows[i].shape[:2]) for i in own],
+            )
+            for own in groups.values()
         ]
-        self._made: list[Tensor] = []  # the products of the last chunk
-
-    def chunk(self, start: int, kept: Tensor | None = None) -> Chunk:
-        """The columns from `start` on; the logits of those before are overwritten."""
-        call = self.call
-        at = slice(start, start + call.chunk)
-        weight = call.weight[at].to(call.dtype)
+        self.x = _matrix([call.features], call.dtype)
+        self._rows = _row_count(call.features, call.rows, call.prototypes)
+        self._made = kept is not None
         if kept is None:
-            self._made = [self._student(weight)]
-            for own, product in zip(self._targets, self._teachers, strict=True):
-                matrix = call.prototypes[own[0]]
-                same = _identity(matrix) == _identity(call.weight)
-                self._made.append(product(weight if same else matrix[at].to(call.dtype)))
-        else:
-            sizes = [len(p.rows) for p in (self._student, *self._teachers)]
-            self._made = list(kept.view(-1, len(weight)).split(sizes))
-        student, *teachers = self._made
-        rows = [r[..., at] for r in call.rows]
-        for own, logits in zip(self._targets, teachers, strict=True):
-            parts = logits.split([call.rows[i].shape[0] * call.rows[i].shape[1] for i in own])
-            for i, part in zip(own, parts, strict=True):
-                rows[i] = part.unflatten(0, call.rows[i].shape[:2])
+            kept = self.x.new_empty(self._rows * (len(call.weight) - call.first_kept))
+        self.kept = kept
+        self._place = self.x.new_empty(self._rows * call.chunk if call.first_kept else 0)
+        widths = [m.shape[1] for _, m, _ in self._groups if m.dtype != call.dtype]
+        self.cast = self.x.new_empty(call.chunk * max(widths, default=0))
+
+    def chunk(self, start: int) -> Chunk:
+        """The columns from `start` on; logits that are not kept are overwritten by the next."""
+        call = self.call
+        at = slice(start, min(start + call.chunk, len(call.weight)))
+        columns, kept, end = at.stop - at.start, start >= call.first_kept, 0
+        place, offset = self._place, 0
+        if kept:
+            place, offset = self.kept, self._rows * (start - call.first_kept)
+        block = place[offset : offset + self._rows * columns].view(-1, columns)
+        rows = [*call.rows, call.features]
+        for inputs, matrix, members in self._groups:
+            begin, end = end, end + len(inputs)
+            logits = block[begin:end]
+            if not (kept and self._made):
+                weight = self._cast(matrix[at])
+                logits = _product(inputs, weight, logits, kept)
+            elif matrix is call.weight:
+                weight = self._cast(matrix[at])
+            first = 0
+            for i, count, images in members:
+                last = first + count * images
+                rows[i] = logits[first:last].view(count, images, columns)
+                first = last
+        for i in self._stored:
+            rows[i] = rows[i][..., at]
         centers = [c[at] if c.numel() else c for c in call.centers]
-        return Chunk(at, weight, student.unflatten(0, call.features.shape[:2]), rows, centers)
+        *rows, student = rows
+        return Chunk(at, weight, student, rows, centers)
 
-    def keep(self) -> Tensor:
-        """The logits of the last chunk, for `chunk` in the backward pass."""
-        return torch.cat([logits.flatten() for logits in self._made])
+    def _cast(self, weight: Tensor) -> Tensor:
+        """Some prototypes in the products' dtype, in one place."""
+        if weight.dtype == self.call.dtype:
+            return weight
+        return self.cast[: weight.numel()].view(weight.shape).copy_(weight)
 
 
-def _kept_size(call: Call) -> int:
-    columns = len(call.weight) - range(0, len(call.weight), call.chunk)[-1]
-    teachers = (r for r, p in zip(call.rows, call.prototypes, strict=True) if p.numel())
-    return sum(r.shape[0] * r.shape[1] for r in (call.features, *teachers)) * columns
+def _row_count(features: Tensor, rows: Sequence[Tensor], prototypes: Sequence[Tensor]) -> int:
+    """Rows of logits that are products."""
+    teachers = [r for r, p in zip(rows, prototypes, strict=True) if p.numel()]
+    return sum(r.shape[0] * r.shape[1] for r in (features, *teachers))
 
 
 def _identity(matrix: Tensor) -> tuple[Any, ...]:
@@ -230,37 +266,29 @@ def _matrix(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([r.flatten(0, 1) for r in rows]).to(dtype)
 
 
-def _linear(a: Tensor, weight: Tensor) -> Tensor | None:
-    """a @ weight.T by oneDNN, or None where it cannot. For fp32 it takes 0.7 of the time of `mm`
-    (bench/linear_distill.py), which leaves this to another library."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not a.numel():
-        return None
-    if not torch.backends.mkldnn.is_available():
-        return None
+def _onednn(a: Tensor) -> bool:
+    """Whether `_linear` can and should: `mm` leaves fp32 to another library, which takes 1.4 times
+    as long for these shapes (bench/linear_distill.py)."""
+    cpu = a.device.type == "cpu" and a.dtype == torch.float32
+    return cpu and a.numel() > 0 and torch.backends.mkldnn.is_available()
+
+
+def _product(a: Tensor, weight: Tensor, place: Tensor, kept: bool) -> Tensor:
+    """a @ weight.T, at `place` where it has to be there."""
+    if not _onednn(a):
+        return torch.mm(a, weight.t(), out=place)
+    found = _linear(a, weight)
+    return place.copy_(found) if kept else found
+
+
+def _linear(a: Tensor, weight: Tensor) -> Tensor:
+    """a @ weight.T by oneDNN."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
     return found
 
 
-class _Product:
-    """rows @ weight.T for one chunk of a weight after the other, in one place."""
-
-    def __init__(self, rows: Tensor, chunk: int) -> None:
-        self.rows = rows
-        self._place: Tensor | None = None
-        self._size = len(rows) * chunk
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        found = _linear(self.rows, weight.contiguous())
-        if found is not None:
-            return found
-        if self._place is None:
-            self._place = self.rows.new_empty(self._size)
-        out = self._place[: len(self.rows) * len(weight)].view(-1, len(weight))
-        return torch.mm(self.rows, weight.t(), out=out)
-
-
 def _forward_pass(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], terms [targets], stats [V + T, B, 2], and the logits of the last chunk, flat."""
+    """Loss [], terms [targets], stats [V + T, B, 2], and the logits that are kept, flat."""
     kernels = distill._kernels(call.backend).ForwardChunks(len(call.weight))
     rest = call.row_weights, call.scalars, call.pairs, call.probabilities
     with torch.autocast(call.features.device.type, enabled=False):
@@ -268,7 +296,7 @@ def _forward_pass(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for start in walk.starts:
             chunk = walk.chunk(start)
             kernels.add(chunk.student, chunk.rows, chunk.centers, *rest)
-        return *kernels.outputs, walk.keep()
+        return *kernels.outputs, walk.kept
 
 
 def _backward_pass(
@@ -280,27 +308,27 @@ def _backward_pass(
     rest = call.row_weights, call.scalars, call.pairs, call.probabilities
     dw = weight.new_empty(weight.shape if needs[1] else 0)
     with torch.autocast(features.device.type, enabled=False):
-        walk = _Walk(call)
+        walk = _Walk(call, kept)
         x = walk.x
         total = x.new_zeros(x.shape, dtype=reference.accumulation_dtype(x))
         place = x.new_empty(len(x) * min(call.chunk, len(weight)))
         for start in reversed(walk.starts):
-            chunk = walk.chunk(start, kept if start == walk.starts[-1] else None)
+            chunk = walk.chunk(start)
             out = place[: chunk.student.numel()].view(chunk.student.shape)
             args = chunk.student, chunk.rows, chunk.centers, *rest
             ds = kernels.distill_backward(grad, stats, *args, out=out).flatten(0, 1)
             if needs[0]:
                 _add_product(total, ds, chunk.weight)
             if needs[1]:
-                _put_product(dw[chunk.at], ds.t(), x)
+                _put_product(dw[chunk.at], ds.t(), x, walk.cast)
     dx = total.to(features.dtype).view(features.shape) if needs[0] else features.new_empty(0)
     return dx, dw
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. On the CPU a product of 16-bit matrices is rounded before it is added."""
-    if (found := _linear(a, b.t())) is not None:
-        total += found
+    if _onednn(a):
+        total += _linear(a, b.t())
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.device.type == "cuda":
@@ -309,14 +337,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
-def _put_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, in out's dtype."""
+def _put_product(out: Tensor, a: Tensor, b: Tensor, place: Tensor) -> None:
+    """out = a @ b, in out's dtype; of another one it is made in `place` first."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.device.type == "cuda" and out.dtype == torch.float32:
         torch.mm(a, b, torch.float32, out=out)
     else:
-        out.copy_(torch.mm(a, b))
+        out.copy_(torch.mm(a, b, out=place[: out.numel()].view(out.shape)))
 
 
 @torch.library.custom_op("mokd_fast::linear_distill_forward", mutates_args=())
@@ -332,27 +360,27 @@ def _forward(
     probabilities: list[bool],
     dtype: torch.dtype,
     chunk: int,
+    first_kept: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_forward_pass` of a `Call`."""
     return _forward_pass(
         Call(features, weight, rows, prototypes, centers, row_weights, scalars, pairs,
-             probabilities, dtype, chunk, backend)
+             probabilities, dtype, chunk, first_kept, backend)
     )  # fmt: skip
 
 
 @_forward.register_fake
 def _(features, weight, rows, prototypes, centers, row_weights, scalars, pairs, probabilities,
-      dtype, chunk, backend):  # fmt: skip
-    call = Call(features, weight, rows, prototypes, centers, row_weights, scalars, pairs,
-                probabilities, dtype, chunk, backend)  # fmt: skip
+      dtype, chunk, first_kept, backend):  # fmt: skip
+    kept = _row_count(features, rows, prototypes) * (weight.shape[0] - first_kept)
     accumulated = torch.promote_types(dtype, torch.float32)
     count = features.shape[0] + sum(r.shape[0] for r in rows)
     return (
         features.new_empty((), dtype=accumulated),
         features.new_empty(len(rows), dtype=accumulated),
         features.new_empty(count, features.shape[1], 2, dtype=accumulated),
-        features.new_empty(_kept_size(call), dtype=dtype),
+        features.new_empty(kept, dtype=dtype),
     )
 
 
@@ -372,12 +400,13 @@ def _backward(
     probabilities: list[bool],
     dtype: torch.dtype,
     chunk: int,
+    first_kept: int,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients for features [V, B, D] and weight [K, D]; empty where `needs` says no."""
     call = Call(features, weight, rows, prototypes, centers, row_weights, scalars, pairs,
-                probabilities, dtype, chunk, backend)  # fmt: skip
+                probabilities, dtype, chunk, first_kept, backend)  # fmt: skip
     return _backward_pass(grad, stats, kept, call, needs)
 
 
@@ -396,11 +425,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         *output[2:], features, weight, scalars, *rows, *prototypes, *centers, *row_weights
     )
     ctx.targets = len(rows)
+    ctx.set_materialize_grads(False)  # or zeros of the size of what was kept would be made
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, Call]:
-    """Stats, the last chunk's logits, and the call."""
+    """Stats, the logits that were kept, and the call."""
     stats, kept, features, weight, scalars, *lists = ctx.saved_tensors
     n = ctx.targets
     rows, prototypes, centers, row_weights = (lists[i * n : (i + 1) * n] for i in range(4))
@@ -411,12 +441,14 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor, Call]:
     )
 
 
-def _results(ctx: Any, gradients: tuple[Tensor, Tensor], none: Any) -> tuple[Any, ...]:
+def _results(ctx: Any, gradients: tuple[Any, Any], none: Any) -> tuple[Any, ...]:
     found = [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:2], strict=True)]
-    return *found, *[none] * 4, *[None] * 6
+    return *found, *[none] * 4, *[None] * 7
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return _results(ctx, (None, None), [None] * ctx.targets)
     stats, kept, call = _saved(ctx)
     needs = list(ctx.needs_input_grad[:2])
     return _results(ctx, _backward(grad, stats, kept, *call, needs), [None] * ctx.targets)
@@ -443,18 +475,23 @@ def _run(
     logits = features.new_empty(0, dtype=dtype)  # of the student, for their dtype and device
     empty = logits.new_empty(0, dtype=reference.accumulation_dtype(logits))
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
+    rows = [t.rows.detach().resolve_neg() for t in targets]
+    prototypes = [t.prototypes.detach() if isinstance(t, LinearTarget) else empty for t in targets]
+    chunk = chunk or chunk_size(features.shape[0] * features.shape[1], dtype)
+    count = _row_count(features, rows, prototypes)
     loss, terms, *_ = _forward(
         features,
         weight,
-        [t.rows.detach().resolve_neg() for t in targets],
-        [t.prototypes.detach() if isinstance(t, LinearTarget) else empty for t in targets],
+        rows,
+        prototypes,
         [empty if t.center is None else t.center.detach() for t in targets],
         [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
         torch.stack([reference.scalar(number, logits) for number in numbers]),
         [pair for t in targets for row in t.pairs for pair in row],
         [isinstance(t, Target) and t.probs is not None for t in targets],
         dtype,
-        chunk or chunk_size(features.shape[0] * features.shape[1], dtype),
+        chunk,
+        first_kept(count, weight.shape[0], chunk, dtype),
         backend,
     )
     return loss, terms.detach()

@@ -1,5 +1,7 @@
 """The two heads of a MOKD model: MLPHead (DINO's) and THead (transformer, with the search).
 
+Both give features; their logits are head.last_layer(features), which the losses need not make.
+
 Letters: B images, N tokens, C backbone width, D T-Head width, K prototypes, Q queries.
 """
 
@@ -11,25 +13,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .backbones import resize_positions
-
-
-class Prototypes(nn.Module):
-    """Weight-normed linear layer without bias: logits = x @ (g * v / |v|).T. [.., D] -> [.., K]
-
-    Key names, start (g = 1, v as nn.Linear's weight) and the frozen g are DINO's `last_layer`.
-    """
-
-    def __init__(self, dim: int, prototypes: int, *, train_norm: bool) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_norm)
-        self.weight_v = nn.Parameter(nn.Linear(dim, prototypes, bias=False).weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+from .prototypes import Prototypes
 
 
 class MLPHead(nn.Module):
-    """Linear-GELU, ..., Linear to a bottleneck, L2 norm, prototypes. [B, C] -> logits [B, K]"""
+    """Linear-GELU, ..., Linear to a bottleneck of D, L2 norm. [B, C] -> [B, D]"""
 
     def __init__(
         self,
@@ -55,14 +43,14 @@ class MLPHead(nn.Module):
         self.last_layer = Prototypes(bottleneck, prototypes, train_norm=train_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        return F.normalize(self.mlp(x), dim=-1)
 
 
 class THead(nn.Module):
     """Transformer head over a token map; also the place where the other model's queries search.
 
-    [stem C -> D,] + position embedding, pre-norm blocks, LayerNorm, mean over tokens, prototypes;
-    no L2 norm before the prototypes, whose g is trained (official MOKD).
+    [stem C -> D,] + position embedding, pre-norm blocks, LayerNorm, mean over tokens; no L2 norm
+    before the prototypes, whose g is trained (official MOKD).
 
     Args:
         width: C of the tokens.
@@ -101,8 +89,8 @@ class THead(nn.Module):
         self.last_layer = Prototypes(dim, prototypes, train_norm=True)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Plain embedding of a token map. [B, N, C] -> logits [B, K]"""
-        return self._logits(self.embed(tokens, grid))
+        """Plain embedding of a token map. [B, N, C] -> [B, D]"""
+        return self._pool(self.embed(tokens, grid))
 
     def query(self, pooled: Tensor) -> Tensor:
         """What this model asks the other teacher's map for. [B, C] -> [B, D]
@@ -113,13 +101,13 @@ class THead(nn.Module):
         return self.stem(pooled.detach()).detach()
 
     def search(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
-        """Embedding of a map as seen with each query. [B, N, C], [Q, B, D] -> logits [Q, B, K]
+        """Embedding of a map as seen with each query. [B, N, C], [Q, B, D] -> [Q, B, D]
 
         The official search is joint self-attention: the query (without position) joins the tokens
         in every block, its own output is dropped and the tokens are averaged.
         """
         x = self.join(tokens, grid, queries)
-        return self._logits(x, skip=1).unflatten(0, queries.shape[:2])
+        return self._pool(x, skip=1).unflatten(0, queries.shape[:2])
 
     def join(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
         """Each query before the tokens of the map: what the blocks see. -> [Q*B, 1+N, D]"""
@@ -130,9 +118,9 @@ class THead(nn.Module):
         """Tokens of a map, projected and with their positions. [B, N, C] -> [B, N, D]"""
         return self.stem(tokens) + resize_positions(self.pos_embed, self.grid, grid)
 
-    def _logits(self, x: Tensor, skip: int = 0) -> Tensor:
+    def _pool(self, x: Tensor, skip: int = 0) -> Tensor:
         x = self.norm(self.blocks(x))[:, skip:]
-        return self.last_layer(x.mean(dim=1))
+        return x.mean(dim=1)
 
 
 def _init(module: nn.Module) -> None:

@@ -5,27 +5,33 @@ Learning", CVPR 2023, as the authors' code runs it. With one model it is DINO (M
 self-distillation with both heads.
 
 Letters: V student views (2 global, L local), T = 2 teacher views, B images, K prototypes,
-D T-Head width, C backbone width, N tokens, Q queries.
+D width of a head's features, C backbone width, N tokens, Q queries.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
     Center,
+    LinearTarget,
     Target,
     column_mean,
     cross_view_pairs,
-    distill_cross_entropy,
     matched_pairs,
+    prototype_loss,
 )
+from ..ops.center import LinearLogits
+from ..ops.dispatch import pick
 from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
+from ..ops.prototype_loss import OP
 from .backbones import Features, features
 from .heads import MLPHead, THead
+from .prototypes import Prototypes
 
 GLOBALS = 2
 
@@ -33,10 +39,29 @@ GLOBALS = 2
 class Embedding(NamedTuple):
     """What one model says of a batch of views. The T-Head's two are None without a T-Head."""
 
-    mlp: Tensor  # [views, B, K]
-    t: Tensor | None  # [views, B, K]
-    query: Tensor | None  # [views, B, D]
+    mlp: Tensor  # [views, B, D of the MLP-Head]
+    t: Tensor | None  # [views, B, D of the T-Head]
+    query: Tensor | None  # [views, B, D of the T-Head]
     features: Features
+
+
+class TeacherRows(NamedTuple):
+    """A teacher's two views in one of its heads."""
+
+    features: Tensor  # [2, B, D]
+    prototypes: Tensor  # [K, D]
+    logits: Tensor | None  # [2, B, K], where logits are stored
+
+    def target(
+        self,
+        pairs: Pairs,
+        temperature: float | Tensor,
+        center: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> Target | LinearTarget:
+        if self.logits is not None:
+            return Target(pairs, self.logits, None, temperature, center, weight)
+        return LinearTarget(pairs, self.features, self.prototypes, temperature, center, weight)
 
 
 class Temperatures(NamedTuple):
@@ -50,8 +75,8 @@ class Temperatures(NamedTuple):
 class StepLosses(NamedTuple):
     totals: list[Tensor]  # one 0-d loss a model, with gradient
     terms: dict[str, Tensor]  # every unscaled loss, detached: self_mlp_1, self_t_1, cross_1 ...
-    center_means: dict[str, Tensor]  # mean teacher logits [K] a head, for `MOKD.centers.update`
-    teacher_logits: dict[str, Tensor]  # [2, B, K] a head: mlp_1, t_1, mlp_2, t_2
+    center_means: dict[str, LinearLogits]  # features [D] and prototypes, for `centers.update`
+    teachers: dict[str, TeacherRows]  # a head: mlp_1, t_1, mlp_2, t_2
     teacher_features: list[Tensor]  # pooled [2B, C] a model
 
 
@@ -83,6 +108,8 @@ class MOKD(nn.Module):
             without drop-path and dropout; they start as copies of the students here.
         cross_weights: lambda of each model's cross-distillation and search losses.
         student_temperature, center_momentum: as in DINO.
+        prototype_loss: how logits are made, "fused" (stored), "fused-linear" (not) or "reference";
+            None for the automatic choice of `mokd_fast.ops.prototype_loss`.
     """
 
     def __init__(
@@ -94,6 +121,7 @@ class MOKD(nn.Module):
         cross_weights: Sequence[float] = (1.0, 1.0),
         student_temperature: float = 0.1,
         center_momentum: float = 0.9,
+        prototype_loss: str | None = None,
     ) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
@@ -103,6 +131,7 @@ class MOKD(nn.Module):
             teacher.requires_grad_(False)
         self.cross_weights = tuple(cross_weights)
         self.student_temperature = student_temperature
+        self.prototype_loss = prototype_loss
         # The official code keeps six centres; two of them always equal the self-loss ones.
         heads = [
             f"{head}_{i}"
@@ -121,23 +150,48 @@ class MOKD(nn.Module):
                 or None.
             temperatures: teacher temperatures for each model's losses.
         """
-        teachers = self._teach(global_views)
+        self.centers.wait()  # the last update holds prototypes, which may go now
+        found = self._teach(global_views)
         students = [self._study(student, global_views, local_views) for student in self.students]
-        totals, terms, logits = [], {}, {}
+        way = self.way(students[0].mlp)
+        teachers = self._rows(found, stored=way != "fused-linear")
+        totals, terms = [], {}
         for i in range(len(students)):
-            total, found = self._losses(i, students, teachers, temperatures[i])
+            maps = found[1 - i].features if len(found) == 2 else None
+            total, named = self._losses(i, students[i], teachers, maps, temperatures[i], way)
             totals.append(total)
-            terms.update(found)
-            logits[f"mlp_{i + 1}"] = teachers[i].mlp
-            if (t := teachers[i].t) is not None:
-                logits[f"t_{i + 1}"] = t
-        means = {head: column_mean(rows) for head, rows in logits.items()}
-        pooled = [teacher.features.pooled for teacher in teachers]
-        return StepLosses(totals, terms, means, logits, pooled)
+            terms.update(named)
+        means = {
+            h: LinearLogits(column_mean(r.features), r.prototypes) for h, r in teachers.items()
+        }
+        pooled = [teacher.features.pooled for teacher in found]
+        return StepLosses(totals, terms, means, teachers, pooled)
+
+    def way(self, features: Tensor) -> str:
+        """How `prototype_loss` is computed for students' MLP-Head features [V, B, D]."""
+        return pick(OP, *self.example(features), backend=self.prototype_loss).name
+
+    def example(self, features: Tensor) -> tuple[Tensor, Tensor, list[LinearTarget]]:
+        """Arguments of a `prototype_loss` like this one's; no numbers are read."""
+        weight = self.students[0].mlp_head.last_layer.weight_v  # type: ignore[union-attr]
+        pairs = cross_view_pairs(GLOBALS, len(features))
+        rows = LinearTarget(pairs, features[:GLOBALS], weight)  # type: ignore[arg-type]
+        return features, weight, [rows] * len(self.students)  # type: ignore[return-value]
 
     @torch.no_grad()  # not inference mode: the losses save these tensors for backward
     def _teach(self, global_views: Tensor) -> list[Embedding]:
         return [teacher(global_views) for teacher in self.teachers]
+
+    @torch.no_grad()
+    def _rows(self, found: list[Embedding], *, stored: bool) -> dict[str, TeacherRows]:
+        rows = {}
+        for i, (teacher, embedding) in enumerate(zip(self.teachers, found, strict=True), start=1):
+            for head in ("mlp", "t"):
+                if (features := getattr(embedding, head)) is not None:
+                    matrix = getattr(teacher, f"{head}_head").last_layer.matrix()
+                    logits = F.linear(features, matrix) if stored else None
+                    rows[f"{head}_{i}"] = TeacherRows(features, matrix, logits)
+        return rows
 
     @staticmethod
     def _study(student: nn.Module, global_views: Tensor, local_views: Tensor | None) -> Embedding:
@@ -146,57 +200,70 @@ class MOKD(nn.Module):
         if local_views is None:
             return first
         second: Embedding = student(local_views)
-        mlp = torch.cat([first.mlp, second.mlp])  # [V, B, K]
+        mlp = torch.cat([first.mlp, second.mlp])  # [V, B, D]
         t = None
         if first.t is not None and second.t is not None:
             t = torch.cat([first.t, second.t])
         return Embedding(mlp, t, second.query, first.features)
 
     def _losses(
-        self, i: int, students: list[Embedding], teachers: list[Embedding], taus: Temperatures
+        self,
+        i: int,
+        own: Embedding,
+        teachers: dict[str, TeacherRows],
+        maps: Features | None,
+        taus: Temperatures,
+        way: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses of model i, one fused call a head."""
-        own, number, weight = students[i], i + 1, self.cross_weights[i]
+        """The losses of model i, one call a head. maps: of the other teacher's global views."""
+        number, other, weight = i + 1, 2 - i, self.cross_weights[i]
+        student: Model = self.students[i]  # type: ignore[assignment]
         V = len(own.mlp)
         every = cross_view_pairs(GLOBALS, V)
-        other = 1 - i
-        names = [f"self_mlp_{number}"]
-        targets = [self._target("mlp", i, teachers, every, taus.self)]
-        if len(teachers) == 2:
-            names.append(f"cross_{number}")
-            targets.append(self._target("mlp", other, teachers, every, taus.cross, weight))
-        total, found = distill_cross_entropy(own.mlp, targets, temperature=self.student_temperature)
-        terms = dict(zip(names, found.unbind(), strict=True))
+
+        def centred(head: str, tau: float | Tensor, weight: float = 1.0) -> Target | LinearTarget:
+            return teachers[head].target(every, tau, self.centers[head], weight)
+
+        targets = {f"self_mlp_{number}": centred(f"mlp_{number}", taus.self)}
+        if maps is not None:
+            targets[f"cross_{number}"] = centred(f"mlp_{other}", taus.cross, weight)
+        total, terms = self._loss(own.mlp, student.mlp_head.last_layer, targets, way)
         if own.t is None:
             return total, terms
-        names, targets = [f"self_t_{number}"], [self._target("t", i, teachers, every, taus.self)]
-        if len(teachers) == 2:
+        assert student.t_head is not None
+        targets = {f"self_t_{number}": centred(f"t_{number}", taus.self)}
+        if maps is not None:
             assert own.query is not None
             first = V - len(own.query)  # 2 with local crops, 0 without
-            searched = self._search(other, teachers[other].features, own.query, crossed=first == 0)
-            pairs = matched_pairs(V, first)
-            names.append(f"search_{number}")
+            found = self._search(other - 1, maps, own.query, crossed=first == 0)
+            matrix = teachers[f"t_{other}"].prototypes
             # No centre, as official.
-            targets.append(Target(pairs, searched, temperature=taus.search, weight=weight))
-        t_total, found = distill_cross_entropy(own.t, targets, temperature=self.student_temperature)
-        return total + t_total, terms | dict(zip(names, found.unbind(), strict=True))
+            targets[f"search_{number}"] = LinearTarget(
+                matched_pairs(V, first), found, matrix, taus.search, weight=weight
+            )
+        t_total, t_terms = self._loss(own.t, student.t_head.last_layer, targets, way)
+        return total + t_total, terms | t_terms
 
-    def _target(
+    def _loss(
         self,
-        head: str,
-        teacher: int,
-        teachers: list[Embedding],
-        pairs: Pairs,
-        temperature: float | Tensor,
-        weight: float = 1.0,
-    ) -> Target:
-        logits = getattr(teachers[teacher], head)
-        center = self.centers[f"{head}_{teacher + 1}"]
-        return Target(pairs, logits, None, temperature, center, weight)
+        features: Tensor,
+        prototypes: Prototypes,
+        targets: dict[str, Target | LinearTarget],
+        way: str,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """All losses of one head: features [V, B, D] with every target."""
+        total, terms = prototype_loss(
+            features,
+            prototypes.matrix(),
+            list(targets.values()),
+            temperature=self.student_temperature,
+            backend=way,
+        )
+        return total, dict(zip(targets, terms.unbind(), strict=True))
 
     @torch.no_grad()
     def _search(self, teacher: int, found: Features, queries: Tensor, *, crossed: bool) -> Tensor:
-        """Logits [Q, B, K] of the teacher's map as each query finds it.
+        """Features [Q, B, D] of the teacher's map as each query finds it.
 
         Local crops search the first global view. Without local crops (`crossed`) view 1 searches
         the map of view 2 and the other way round.

@@ -6,6 +6,7 @@ from .dispatch import explain
 from .distill import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
 from .foreach import clip_grad_per_tensor_, ema_update_
 from .linear_distill import LinearTarget, linear_distill_cross_entropy
+from .prototype_loss import prototype_loss
 
 __all__ = [
     "Center",
@@ -19,5 +20,6 @@ __all__ = [
     "explain",
     "linear_distill_cross_entropy",
     "matched_pairs",
+    "prototype_loss",
     "sinkhorn_center",
 ]

@@ -9,7 +9,7 @@ Letters: T teacher rows, B images, K prototypes, N = T * B samples.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,13 @@ from .distill import check_temperature
 from .reference import accumulation_dtype
 
 SINGLE = "center"  # the buffer of a Center of one head: the name it has in DINO
+
+
+class LinearLogits(NamedTuple):
+    """Teacher logits features @ prototypes.T that are not there."""
+
+    features: Tensor  # [..., D]
+    prototypes: Tensor  # [K, D]
 
 
 @torch.no_grad()
@@ -38,6 +45,22 @@ def moved_center(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
         batch, ranks = mean[:-1], mean[-1]
         moved = center * momentum + batch / ranks.clamp(min=1) * (1 - momentum)
         return torch.where(ranks > 0, moved, center)
+
+
+class _Pending(NamedTuple):
+    """An update that is not applied yet, one entry a head."""
+
+    heads: list[str]
+    prototypes: list[Tensor | None]  # of `LinearLogits`
+    means: list[Tensor]  # [K + 1], or [D + 1] of `LinearLogits`: as `rank_mean`
+    work: dist.Work | None
+
+
+@torch.no_grad()
+def _mean_logits(mean: Tensor, prototypes: Tensor) -> Tensor:
+    """`rank_mean` [K + 1] of features @ prototypes.T from that of the features [D + 1]."""
+    with torch.autocast(mean.device.type, enabled=False):
+        return torch.cat([prototypes.to(mean.dtype) @ mean[:-1], mean[-1:]])
 
 
 class Center(nn.Module):
@@ -79,7 +102,7 @@ class Center(nn.Module):
         if not heads or not all(type(k) is int and k >= 1 for k in heads.values()):
             raise ValueError(f"prototypes must be a size K >= 1 for each head, got {prototypes}")
         self.momentum = momentum
-        self._pending: tuple[list[str], Tensor, dist.Work | None] | None = None
+        self._pending: _Pending | None = None
         for name in heads:
             if fault := self._fault(name):
                 raise ValueError(f"a head cannot be called {name!r}: {fault}")
@@ -98,7 +121,7 @@ class Center(nn.Module):
 
     def update(
         self,
-        logits: Tensor | Mapping[str, Tensor],
+        logits: Tensor | LinearLogits | Mapping[str, Tensor | LinearLogits],
         *,
         group: dist.ProcessGroup | None = None,
         skip: Tensor | None = None,
@@ -107,7 +130,10 @@ class Center(nn.Module):
 
         Args:
             logits: floating [..., K], or {head: [..., K]} for some or all heads; a mean [K] counts
-                as one row. The mean is fp32 (fp64 for fp64), under autocast too.
+                as one row. The mean is fp32 (fp64 for fp64), under autocast too. Instead of a
+                tensor `LinearLogits`: their mean is prototypes @ mean of the features, so that no
+                logits are made and the all-reduce carries D numbers. The prototypes must stay as
+                they are until the update is applied.
             group: the processes that share the centre, by default all. They update the same heads,
                 each rank's mean weighs the same (as in the official code), and one asynchronous
                 all-reduce serves all heads.
@@ -117,32 +143,42 @@ class Center(nn.Module):
         rows on any rank the centre stays.
 
         Raises:
-            ValueError: an unknown head, logits that are not floating, of another K or device.
+            ValueError: an unknown head, logits that are not floating, of another K or device;
+                features and prototypes that do not fit.
         """
         given = logits if isinstance(logits, Mapping) else {self._only(): logits}
-        for name, rows in given.items():
-            self._check(name, rows)
+        for name, found in given.items():
+            self._check(name, found)
         self.wait()
         heads = [name for name in self._buffers if name in given]  # one order on every rank
         if not heads:
             return
-        flat = torch.cat([rank_mean(given[n]).to(self.get_buffer(n).dtype) for n in heads])
+        prototypes, means = [], []
+        for name in heads:
+            rows, weight = given[name], None
+            if isinstance(rows, LinearLogits):
+                rows, weight = rows
+            prototypes.append(weight)
+            means.append(rank_mean(rows).to(self.get_buffer(name).dtype))
+        flat = torch.cat(means)
         if skip is not None:
             flat.masked_fill_(skip, 0)  # the number of means too
         work = dist.all_reduce(flat, group=group, async_op=True) if _is_shared(group) else None
-        self._pending = heads, flat, work
+        sizes = [len(mean) for mean in means]
+        self._pending = _Pending(heads, prototypes, list(flat.split(sizes)), work)
 
     def wait(self) -> None:
         """Applies the last update now, if that has not happened yet."""
         if self._pending is None:
             return
-        heads, flat, work = self._pending
+        heads, prototypes, means, work = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        parts = flat.split([len(self.get_buffer(name)) + 1 for name in heads])
-        for name, part in zip(heads, parts, strict=True):
-            setattr(self, name, moved_center(self.get_buffer(name), part, self.momentum))
+        for name, weight, mean in zip(heads, prototypes, means, strict=True):
+            if weight is not None:
+                mean = _mean_logits(mean, weight)
+            setattr(self, name, moved_center(self.get_buffer(name), mean, self.momentum))
 
     def _fault(self, name: str) -> str | None:
         """Why no buffer can have this name, or None. The properties are not read: there is no
@@ -164,8 +200,10 @@ class Center(nn.Module):
             raise ValueError(f"no head {head!r}; there are {', '.join(self._buffers)}")
         return self.get_buffer(head)
 
-    def _check(self, name: str, logits: Tensor) -> None:
+    def _check(self, name: str, logits: Tensor | LinearLogits) -> None:
         center = self._find(name)
+        if isinstance(logits, LinearLogits):
+            return self._check_linear(name, center, *logits)
         if logits.ndim < 1 or logits.shape[-1] != len(center) or not logits.is_floating_point():
             raise ValueError(
                 f"logits of {name!r} must be floating [..., {len(center)}], "
@@ -173,6 +211,24 @@ class Center(nn.Module):
             )
         if logits.device != center.device:
             raise ValueError(f"logits of {name!r} are on {logits.device}, it is on {center.device}")
+
+    def _check_linear(self, name: str, center: Tensor, features: Tensor, weight: Tensor) -> None:
+        if features.ndim < 1 or not features.is_floating_point():
+            raise ValueError(
+                f"features of {name!r} must be floating [..., D], "
+                f"got {features.dtype} of shape {list(features.shape)}"
+            )
+        want = [len(center), features.shape[-1]]
+        if list(weight.shape) != want or not weight.is_floating_point():
+            raise ValueError(
+                f"prototypes of {name!r} must be floating {want} for features "
+                f"{list(features.shape)}, got {weight.dtype} of shape {list(weight.shape)}"
+            )
+        for what, tensor in (("features", features), ("prototypes", weight)):
+            if tensor.device != center.device:
+                raise ValueError(
+                    f"{what} of {name!r} are on {tensor.device}, it is on {center.device}"
+                )
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.wait()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.configs import Config, choose
 from . import cpu
+from .dispatch import constant
 from .reference import accumulation_dtype
 
 
@@ -26,13 +27,7 @@ def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
     return _native_why_not(len(student), sum(len(r) for r in rows), student.get_device())
 
 
-def _constant(function: Any) -> Any:
-    """torch.compiler.assume_constant_result, which would import Dynamo and Triton at start-up."""
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_constant  # Dynamo cannot trace the native module
+@constant  # Dynamo cannot trace the native module
 def _native_why_not(views: int, teachers: int, device: int) -> str | None:
     """Whether the module, the driver and the GPU take so many rows."""
     if cpu.native is None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-PRIORITY = ("cuda", "triton", "cpu", "reference")
+# The last three are ways of `prototype_loss`, of which "reference" is every operator's.
+PRIORITY = ("cuda", "triton", "cpu", "fused", "fused-linear", "reference")
 ENVIRONMENT = "MOKD_FAST_BACKEND"
 
 
@@ -18,19 +19,34 @@ class Backend:
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]  # None: it can run. Otherwise a sentence for the user.
+    avoid: Callable[..., str | None]  # why the automatic choice passes over one that can run
 
 
 _BACKENDS: dict[str, list[Backend]] = {}
 
 
+def constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import Dynamo and Triton at start-up."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def _no_reason(*args: Any, **options: Any) -> None:
+    return None
+
+
 def register(
-    op: str, name: str, run: Callable[..., Any], why_not: Callable[..., str | None] | None = None
+    op: str,
+    name: str,
+    run: Callable[..., Any],
+    why_not: Callable[..., str | None] = _no_reason,
+    avoid: Callable[..., str | None] = _no_reason,
 ) -> None:
     """Adds a backend called `name` (one of PRIORITY) to the operator `op`."""
     if name not in PRIORITY:
         raise ValueError(f"backend {name!r} of {op}: the names are {', '.join(PRIORITY)}")
     backends = _BACKENDS.setdefault(op, [])
-    backends.append(Backend(name, run, why_not or (lambda *args, **options: None)))
+    backends.append(Backend(name, run, why_not, avoid))
     backends.sort(key=lambda backend: PRIORITY.index(backend.name))
 
 
@@ -48,7 +64,7 @@ def pick(op: str, *args: Any, backend: str | None = None) -> Backend:
         forced = None
     if not forced:
         for candidate in _backends(op):
-            if candidate.why_not(*args) is None:
+            if candidate.why_not(*args) is None and candidate.avoid(*args) is None:
                 return candidate
         raise RuntimeError(f"no backend can run {op}:\n{explain(op, *args)}")
     for candidate in _backends(op):
@@ -70,7 +86,9 @@ def explain(op: str, *args: Any, **options: Any) -> str:
     lines, chosen = [], False
     for candidate in _backends(op):
         reason = candidate.why_not(*args, **options)
-        if reason is None:
+        if reason is None and (passed := candidate.avoid(*args, **options)):
+            reason = f"can run, {passed}"
+        elif reason is None:
             reason = "can run too" if chosen else "chosen"
             chosen = True
         lines.append(f"{candidate.name}: {reason}")

@@ -101,7 +101,7 @@ def linear_distill_cross_entropy(
         >>> loss.shape, terms.shape
         (torch.Size([]), torch.Size([1]))
     """
-    _check(features, weight, targets, temperature, chunk)
+    check_linear(features, weight, targets, temperature, chunk)
     chosen = pick(OP, features, weight, targets, temperature, chunk, backend=backend)
     loss, per_target = chosen.run(features, weight, targets, temperature, chunk)
     return loss, per_target
@@ -152,14 +152,14 @@ class Call(NamedTuple):
 
 # Measured on two cores with 32 MiB of L3 (`chunks` of bench/linear_distill.py): shorter products
 # take longer, and what does not stay in L3 too.
-COLUMNS, CHUNK_BYTES, KEEP_BYTES = 8192, 16 << 20, 7 << 19
+ROW_BYTES, CHUNK_BYTES, KEEP_BYTES = 16 << 10, 16 << 20, 7 << 19
 
 
 def chunk_size(rows: int, dtype: torch.dtype) -> int:
-    """Columns of a chunk: COLUMNS, fewer where the student's logits [rows, columns] would take more
-    than CHUNK_BYTES."""
-    columns = CHUNK_BYTES // (max(rows, 1) * dtype.itemsize)
-    return min(COLUMNS, max(256, columns // 256 * 256))
+    """Columns of a chunk: ROW_BYTES a row, fewer where the student's logits [rows, columns] would
+    take more than CHUNK_BYTES."""
+    columns = min(ROW_BYTES, CHUNK_BYTES // max(rows, 1)) // dtype.itemsize
+    return max(256, columns // 256 * 256)
 
 
 def first_kept(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
@@ -270,7 +270,8 @@ def _onednn(a: Tensor) -> bool:
     """Whether `_linear` can and should: `mm` leaves fp32 to another library, which takes 1.4 times
     as long for these shapes (bench/linear_distill.py)."""
     cpu = a.device.type == "cpu" and a.dtype == torch.float32
-    return cpu and a.numel() > 0 and torch.backends.mkldnn.is_available()
+    onednn = torch.backends.mkldnn
+    return cpu and a.numel() > 0 and onednn.is_available() and bool(onednn.enabled)
 
 
 def _product(a: Tensor, weight: Tensor, place: Tensor, kept: bool) -> Tensor:
@@ -514,13 +515,14 @@ register(OP, "cpu", partial(_run, "cpu"), partial(_why_not, "cpu"))
 register(OP, "reference", _reference)
 
 
-def _check(
+def check_linear(
     features: Tensor,
     weight: Tensor,
     targets: Sequence[LinearTarget | Target],
     temperature: float | Tensor,
-    chunk: int | None,
+    chunk: int | None = None,
 ) -> None:
+    """ValueError for what `linear_distill_cross_entropy` does not take."""
     if features.ndim != 3 or not features.is_floating_point():
         raise ValueError(
             "features must be floating [V, B, D], "
@@ -537,13 +539,13 @@ def _check(
     for i, target in enumerate(targets):
         name = f"targets[{i}]"
         if isinstance(target, LinearTarget):
-            _check_linear(name, target, shape)
+            _check_target(name, target, shape)
         else:
             check_rows(name, target, shape)
         check_target(name, target, shape, features.device)
 
 
-def _check_linear(name: str, target: LinearTarget, shape: tuple[int, int, int]) -> None:
+def _check_target(name: str, target: LinearTarget, shape: tuple[int, int, int]) -> None:
     rows = target.features
     if rows.ndim != 3 or rows.shape[1] != shape[1] or not rows.is_floating_point():
         raise ValueError(

@@ -1,13 +1,15 @@
 """Is a run collapsing? The diagnostics of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn.mokd import StepLosses, Temperatures
+from ..nn.mokd import StepLosses, TeacherRows, Temperatures
 from ..ops import Center
+
+BLOCK = 1 << 20  # numbers: 4 MiB, and as much for each thing that is made of them
 
 
 @torch.no_grad()
@@ -31,18 +33,31 @@ def diagnose(
         feature_std_i       sqrt(C) * mean_c std_n f                 0 constant, 1 all directions
     """
     found = {}
-    for head, logits in out.teacher_logits.items():
-        z = logits.flatten(0, 1).float()  # [N, K]
+    for head, rows in out.teachers.items():
         center = centers[head]
         temperature = temperatures[int(head[-1]) - 1].self
-        z = (z - center) / temperature
-        entropy = torch.special.entr(F.softmax(z, dim=-1)).sum(dim=-1).mean()
-        used = torch.zeros_like(z[0]).index_fill_(0, z.argmax(dim=-1), 1).sum()
+        entropies, winners = [], []
+        for z in _blocks(rows):
+            z = (z.float() - center) / temperature
+            entropies.append(torch.special.entr(F.softmax(z, dim=-1)).sum(dim=-1))
+            winners.append(z.argmax(dim=-1))
+        entropy, winner = torch.cat(entropies).mean(), torch.cat(winners)
+        used = torch.zeros_like(center).index_fill_(0, winner, 1).sum()
         found[f"teacher_entropy_{head}"] = entropy
         found[f"kl_{head}"] = out.terms[f"self_{head}"] - entropy
         found[f"center_norm_{head}"] = center.norm()
-        found[f"prototypes_used_{head}"] = used / min(z.shape)
+        found[f"prototypes_used_{head}"] = used / min(len(center), len(winner))
     for i, pooled in enumerate(out.teacher_features, start=1):
         f = F.normalize(pooled.float(), dim=-1)  # [N, C]
         found[f"feature_std_{i}"] = f.std(dim=0, correction=0).mean() * f.shape[1] ** 0.5
     return found
+
+
+def _blocks(rows: TeacherRows) -> Iterator[Tensor]:
+    """The teacher's logits, some rows [n, K] at a time: so many must not be stored."""
+    features = rows.features.flatten(0, 1).to(rows.prototypes.dtype)
+    stored = None if rows.logits is None else rows.logits.flatten(0, 1)
+    step = max(1, BLOCK // len(rows.prototypes))
+    for start in range(0, len(features), step):
+        at = slice(start, start + step)
+        yield F.linear(features[at], rows.prototypes) if stored is None else stored[at]

@@ -15,9 +15,11 @@ from ..data.loader import ViewLoader, Views, normalize
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
-from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs
+from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
+from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
 from ..ops.foreach import Snapshot
+from ..ops.prototype_loss import OP
 from .alarms import Alarms
 from .checkpoint import find_checkpoint, kept, save_checkpoint, way_out
 from .diagnose import diagnose
@@ -115,6 +117,7 @@ class Trainer:
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
         self._schedules()
+        self.way = self._prototype_loss()
         # fp16: one a student, so that each looks for its own scale.
         fp16 = train.precision == "fp16"
         self.scalers = [torch.amp.GradScaler(self.device.type) for _ in recipe.models if fp16]
@@ -165,6 +168,20 @@ class Trainer:
             for config in recipe.models
         ]
 
+    def _prototype_loss(self) -> str:
+        """Whether logits are stored, said once with the reason."""
+        train, views = self.recipe.train, 2 + self.recipe.augment.locals
+        prototypes = self.mokd.students[0].mlp_head.last_layer.weight_v  # type: ignore[union-attr]
+        features = prototypes[:1].expand(views, train.batch // train.accumulate, -1)  # type: ignore
+        with self._autocast():
+            way = self.mokd.way(features)
+            reasons = explain(OP, *self.mokd.example(features)).splitlines()
+        text = f"loss.prototypes={self.recipe.loss.prototypes}: {way}"
+        if self.mokd.prototype_loss is None:
+            text += f" ({'; '.join(r for r in reasons if ': can run, but ' in r)})"
+        self.say(text)
+        return way
+
     def fit(self) -> None:
         """Runs to the end of the recipe, with a checkpoint at intervals and at the end."""
         fit(self)
@@ -189,8 +206,10 @@ class Trainer:
         losses: dict[str, Tensor] = {}
         means: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
+        prototypes: dict[str, Tensor] = {}
         statistics = Snapshot(self.mokd.statistics())
         for _ in range(parts):
+            prototypes.clear()  # the next micro-batch makes the same again
             global_views, local_views = self.to_device(next(batches))
             with self._autocast():
                 out = self.mokd(global_views, local_views, taus)
@@ -202,13 +221,15 @@ class Trainer:
             for i, total in enumerate(out.totals, start=1):
                 out.terms[f"loss_{i}"] = total.detach()
             accumulate(losses, out.terms, parts)
-            accumulate(means, out.center_means, parts)
+            accumulate(means, {h: mean.features for h, mean in out.center_means.items()}, parts)
+            prototypes |= {head: mean.prototypes for head, mean in out.center_means.items()}
             del out  # or the teachers' logits would live on into the next micro-batch
         skip = ~torch.stack(list(losses.values())).isfinite().all()
         skip = self._update_students(k, skip)
         momentum = torch.full_like(skip, float(self.momentum[k]), dtype=torch.float64)
         self.mokd.update_teachers(momentum.masked_fill_(skip, 1))
-        self.mokd.centers.update(means, skip=skip)
+        logits = {head: LinearLogits(mean, prototypes[head]) for head, mean in means.items()}
+        self.mokd.centers.update(logits, skip=skip)
         statistics.restore_(skip)
         if diagnostics:
             for i in range(len(self.scalers)):
@@ -301,6 +322,7 @@ def build(recipe: Recipe) -> MOKD:
         cross_weights=[model.cross_weight for model in recipe.models],
         student_temperature=loss.student_temperature,
         center_momentum=loss.center_momentum,
+        prototype_loss=None if loss.prototypes == "auto" else loss.prototypes,
     )
 
 

@@ -29,13 +29,22 @@ def advice(trainer: Trainer) -> str:
 
     The pictures of an optimizer step stay the same, so the learning rates do too.
     """
-    recipe = trainer.recipe
-    for parts in range(recipe.train.accumulate + 1, recipe.train.batch + 1):
-        if recipe.train.batch % parts:
+    # Every step a logged one: its diagnostics need memory too.
+    train = trainer.recipe.train.model_copy(update={"log_every": 1})
+    recipe = trainer.recipe = trainer.recipe.model_copy(update={"train": train})
+    if trainer.way != "fused-linear":
+        trainer.mokd.prototype_loss = "fused-linear"
+        if _fits(trainer):
+            return (
+                "It fits without stored logits, as just tried here: set "
+                "loss.prototypes=fused-linear and the run goes on"
+            )
+        trainer.mokd.prototype_loss = trainer.way
+    for parts in range(train.accumulate + 1, train.batch + 1):
+        if train.batch % parts:
             continue
-        # Every step a logged one: its diagnostics need memory too.
-        train = recipe.train.model_copy(update={"accumulate": parts, "log_every": 1})
-        trainer.recipe = recipe.model_copy(update={"train": train})
+        divided = train.model_copy(update={"accumulate": parts})
+        trainer.recipe = recipe.model_copy(update={"train": divided})
         if _fits(trainer):
             return (
                 f"Micro-batches of {train.batch // parts} fit, as just tried here: set "

@@ -85,6 +85,8 @@ class LossConfig(Config):
     warmup_teacher_temperature: PositiveFloat = 0.04
     teacher_temperature: PositiveFloat = 0.07
     center_momentum: Fraction = 0.9
+    # Logits are stored (fused, reference) or not (fused-linear); auto: what is faster and fits.
+    prototypes: Literal["auto", "fused-linear", "fused", "reference"] = "auto"
 
 
 class TeacherConfig(Config):

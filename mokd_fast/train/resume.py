@@ -8,12 +8,13 @@ from ..nn import MOKD
 from .checkpoint import newest
 from .recipe import load_recipe
 
-# What may differ between a checkpoint and the recipe that resumes it: nothing of the result.
-# (Of the data the list of pictures counts, not the path; it has a fingerprint of its own.)
+# What may differ between a checkpoint and the recipe that resumes it: nothing of the result, but
+# for the rounding that loss.prototypes changes (which is said). Of the data the list of pictures
+# counts, not the path; it has a fingerprint of its own.
 FREE_KEYS = (
     *("data.root", "data.workers", "evaluate.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    "train.max_skipped",
+    *("train.max_skipped", "loss.prototypes"),
 )
 _SHOWN = 3  # how many names an error message lists
 

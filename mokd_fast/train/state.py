@@ -22,7 +22,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "recipe": trainer.recipe.model_dump(mode="json"),
         "data": trainer.fingerprint,
         "world": 1,
-        "versions": versions(trainer.device),
+        "versions": versions(trainer),
         "model": trainer.mokd.state_dict(),
         "optimizers": [optimizer.torch.state_dict() for optimizer in trainer.optimizers],
         "scalers": [scaler.state_dict() for scaler in trainer.scalers],
@@ -37,7 +37,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """The inverse of `capture`; what had other versions is said, not refused."""
-    mine, theirs = versions(trainer.device), state.get("versions", {})
+    mine, theirs = versions(trainer), state.get("versions", {})
     other = [f"{k} {theirs[k]} then, {v} now" for k, v in mine.items() if theirs.get(k, v) != v]
     if other:
         trainer.say(f"warning: not bit-equal to a run in one piece: {', '.join(other)}")
@@ -54,14 +54,16 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["rng"]["cuda"], trainer.device)
 
 
-def versions(device: torch.device) -> dict[str, str]:
+def versions(trainer: Trainer) -> dict[str, str]:
     """What else the bits of a result depend on."""
     packages = ("mokd_fast", "torchvision", "timm", "numpy", "pillow")
     found = {"torch": str(torch.__version__)} | {name: version(name) for name in packages}
     found |= {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
-    if device.type == "cuda":
-        return found | {"device": torch.cuda.get_device_name(device)}
-    return found | {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}"}
+    if trainer.device.type == "cuda":
+        name = torch.cuda.get_device_name(trainer.device)
+    else:
+        name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return found | {"device": name, "prototype loss": trainer.way}
 
 
 def not_finite(trainer: Trainer) -> str | None:

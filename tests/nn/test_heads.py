@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baseline.official import THead as OfficialTHead
-from mokd_fast.nn.heads import MLPHead, Prototypes, THead
+from mokd_fast.nn.heads import MLPHead, THead
+from mokd_fast.nn.prototypes import Prototypes
 
 
 def t_head(stem: bool = True) -> THead:
@@ -47,7 +48,9 @@ def test_mlp_head_step_by_step(batch_norm):
         y = F.gelu(head.mlp[i + 1](y) if batch_norm else y)
     y = head.mlp[second](y)
     y = y / y.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(head(x), F.linear(y, F.normalize(head.last_layer.weight_v)))
+    torch.testing.assert_close(head(x), y)
+    logits = F.linear(y, F.normalize(head.last_layer.weight_v))
+    torch.testing.assert_close(head.last_layer(head(x)), logits)
     assert len(MLPHead(6, 9, layers=1).mlp) == 1
 
 
@@ -80,8 +83,9 @@ def test_t_head_is_the_official_one(stem, grid):
     queries = torch.randn(3, 2, 12, dtype=torch.float64)
     plain, _ = official(tokens, grid)
     searched, _ = official(tokens.repeat(3, 1, 1), grid, queries.flatten(0, 1))
-    torch.testing.assert_close(head(tokens, grid), plain, rtol=1e-12, atol=1e-13)
-    found = head.search(tokens, grid, queries).flatten(0, 1)
+    found = head.last_layer(head(tokens, grid))
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
+    found = head.last_layer(head.search(tokens, grid, queries)).flatten(0, 1)
     torch.testing.assert_close(found, searched, rtol=1e-12, atol=1e-13)
 
 
@@ -93,7 +97,7 @@ def test_search_is_the_literal_concatenation():
         x = torch.cat([queries[q].unsqueeze(1), head.embed(tokens, (2, 3))], dim=1)
         for block in head.blocks:
             x = block(x)
-        expected = head.last_layer(head.norm(x)[:, 1:].mean(1))
+        expected = head.norm(x)[:, 1:].mean(1)
         torch.testing.assert_close(found[q], expected, rtol=1e-12, atol=1e-13)
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from timm.layers import DropPath
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.baseline.official import SearchLoss
 from mokd_fast import UserError
@@ -88,7 +90,8 @@ def test_who_searches_which_map(locals_):
             head.search(maps[1 - q if local is None else 0], grid, own.query[q : q + 1])[0]
             for q in range(len(own.query))
         ]
-        expected = SearchLoss([0.04])(own.t.flatten(0, 1), torch.cat(searched), 0)
+        logits = student.t_head.last_layer(own.t).flatten(0, 1)
+        expected = SearchLoss([0.04])(logits, head.last_layer(torch.cat(searched)), 0)
         torch.testing.assert_close(out.terms[f"search_{i + 1}"], expected.detach())
 
 
@@ -147,10 +150,38 @@ def test_centre_is_the_moving_mean_of_teacher_logits():
     mokd = build(small("x")).train()
     out = mokd(*views(), TAUS)
     mokd.centers.update(out.center_means)
-    for name, mean in out.center_means.items():
-        torch.testing.assert_close(mokd.centers[name], 0.1 * mean)
-    logits = mokd.teachers[0](views()[0]).mlp
-    torch.testing.assert_close(out.center_means["mlp_1"], logits.flatten(0, 1).mean(0))
+    assert set(out.center_means) == {"mlp_1", "t_1", "mlp_2", "t_2"}
+    for i, teacher in enumerate(mokd.teachers, start=1):
+        found = teacher(views()[0])
+        for name in ("mlp", "t"):
+            logits = getattr(teacher, f"{name}_head").last_layer(getattr(found, name))
+            mean = logits.flatten(0, 1).mean(0)
+            torch.testing.assert_close(mokd.centers[f"{name}_{i}"], 0.1 * mean)
+
+
+class Wide(TorchDispatchMode):
+    """Most rows of a tensor with K columns."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[-1] == 193:
+                self.rows = max(self.rows, x.numel() // 193)
+        return out
+
+
+@pytest.mark.parametrize("way", ["fused-linear", "fused"])
+def test_no_logits_in_a_whole_step(way):
+    """Loss, backward and centres; `fused` shows that they would be seen."""
+    mokd = build(small("x", "prototypes=193", f"loss.prototypes={way}")).train()
+    with Wide() as wide:
+        out = mokd(*views(), TAUS)
+        torch.stack(out.totals).sum().backward()
+        mokd.centers.update(out.center_means)
+        mokd.centers.wait()
+    assert (wide.rows > 0) == (way == "fused")
 
 
 def test_lambda_scales_the_total_and_not_the_terms():

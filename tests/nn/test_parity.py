@@ -30,11 +30,11 @@ PAIRS = {
 }
 
 
-def both(pair: str, dtype: torch.dtype):
+def both(pair: str, dtype: torch.dtype, way: str = "auto"):
     """Losses and gradients of both steps on the same weights, views and centres."""
     models, more = PAIRS[pair]
     torch.manual_seed(0)
-    recipe = small("unused", models=models, **more)
+    recipe = small("unused", f"loss.prototypes={way}", models=models, **more)
     ours = build(recipe).to(dtype).train()
     taus = [Temperatures(0.05, 0.04, 0.04), Temperatures(0.04, 0.04, 0.04)]
     students = official_students(ours, recipe)
@@ -72,12 +72,15 @@ def _official(students, recipe, dtype):
     return step
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    ("pair", "way"),
+    [*((pair, "fused-linear") for pair in PAIRS), ("cnn+vit", "fused"), ("cnn+vit", "reference")],
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
-def test_losses_and_gradients(pair, dtype, tolerance):
-    ours, official, mine, theirs = both(pair, dtype)
+def test_losses_and_gradients(pair, way, dtype, tolerance):
+    ours, official, mine, theirs = both(pair, dtype, way)
     assert mine.keys() == theirs.keys() and len(mine) == 10
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name].detach(), value.detach(), rtol=tolerance, atol=0)
@@ -111,12 +114,16 @@ def test_the_batch_statistics_are_the_official_ones():
     assert ours.teachers[0].backbone.stem.bn.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("official_groups", [True, False])
-def test_twenty_steps(tmp_path: Path, official_groups: bool):
-    """The curve of a tiny pair: optimizers, groups, clip, freeze, EMA, centres, all of it."""
+@pytest.mark.parametrize(
+    ("official_groups", "way"), [(True, "fused-linear"), (False, "fused"), (True, "reference")]
+)
+def test_twenty_steps(tmp_path: Path, official_groups: bool, way: str):
+    """The curve of a tiny pair: optimizers, groups, clip, freeze, EMA, centres, all of it. With
+    stored logits and without it is the official one."""
     cnn = {**CNN, "t_head_optimizer": T_HEAD} if official_groups else CNN
     cnn = {**cnn, "temperature_warmup": {"self": "3ep", "cross": "2ep", "search": "2ep"}}
-    recipe = small(pictures(tmp_path / "data", 20), "models.0.clip=0.3", models=(cnn, VIT))
+    overrides = "models.0.clip=0.3", f"loss.prototypes={way}"
+    recipe = small(pictures(tmp_path / "data", 20), *overrides, models=(cnn, VIT))
     trainer = Trainer(recipe, tmp_path / "run", silent())
     trainer.mokd.double().train()
     official = official_step(trainer)

@@ -19,6 +19,7 @@ from mokd_fast.ops import (
     distill_cross_entropy,
     sinkhorn_center,
 )
+from mokd_fast.ops.center import LinearLogits
 
 V, T, B, K = 4, 2, 3, 7
 HEADS = {"mlp_1": 5, "t_1": K}
@@ -117,6 +118,46 @@ def test_several_heads_each_with_its_own_mean():
     before = copy.deepcopy(center.state_dict())
     center.update({})
     assert all(torch.equal(before[name], center[name]) for name in HEADS)
+
+
+def features(seed: int) -> tuple[LinearLogits, torch.Tensor]:
+    """Features [T, B, 3] with prototypes [K, 3], and their logits."""
+    h, w = logits(seed, T, B, 3), logits(seed + 100, K, 3)
+    return LinearLogits(h, w), h @ w.T
+
+
+@pytest.mark.parametrize("read", READS)
+def test_the_logits_need_not_be_there(read):
+    """Their mean is prototypes @ mean(features), with the prototypes of that step."""
+    center = Center(HEADS, momentum=0.5).double()
+    linear, z = features(0)
+    mlp = logits(1, T, B, 5)
+    center.update({"t_1": linear, "mlp_1": mlp})
+    center.update({"t_1": features(2)[0]})
+    alone = Center(K).double()
+    alone.update(linear)
+    torch.testing.assert_close(center["mlp_1"], 0.5 * mlp.mean((0, 1)))
+    expected = 0.25 * z.mean((0, 1)) + 0.5 * features(2)[1].mean((0, 1))
+    torch.testing.assert_close(center["t_1"], expected, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(READS[read](alone).double(), 0.1 * z.mean((0, 1)))
+    alone.update(LinearLogits(linear.features[:, :0], linear.prototypes))  # no images
+    torch.testing.assert_close(alone.value, 0.1 * z.mean((0, 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        alone.update(linear)
+    torch.testing.assert_close(alone.value, 0.19 * z.mean((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "message"),
+    [
+        ((2, 3), (K, 4), r"prototypes of 'center' must be floating \[7, 3\] for features \[2, 3\]"),
+        ((2, 3), (5, 3), r"must be floating \[7, 3\] .* got torch.float32 of shape \[5, 3\]"),
+        ((), (K, 3), r"features of 'center' must be floating \[..., D\]"),
+    ],
+)
+def test_features_and_prototypes_that_do_not_fit(h, w, message):
+    with pytest.raises(ValueError, match=message):
+        Center(K).update(LinearLogits(torch.ones(h), torch.ones(w)))
 
 
 @pytest.mark.parametrize("shape", [(T * B, K), (K,), (T, B, K), (1, T, B, 1, K)])
@@ -334,6 +375,13 @@ def _rank(rank: int, folder: str) -> None:
     found["sinkhorn reduced"] = len(reduced)
     found["sinkhorn, one empty"] = sinkhorn_center(z[:, : 3 * (1 - rank)], 0.05)
     reduced.clear()
+    linear = Center(K).double()
+    for step in range(2):
+        linear.update(
+            features(10 * step + rank)[0]._replace(prototypes=features(step)[0].prototypes)
+        )
+    found["linear"], found["linear reduced"] = linear.value, list(reduced)
+    reduced.clear()
     own = [dist.new_group([r]) for r in range(2)][rank]
     alone = Center(K).double()
     alone.update(z, group=own)
@@ -388,6 +436,17 @@ def test_ranks_weigh_equally_and_empty_ones_not_at_all(ranks, case, rows):
                 {name: torch.stack([b[name].mean((0, 1)) for b in batches]) for name in HEADS}
             )
         same(rank[case], one)
+
+
+def test_features_on_two_ranks(ranks):
+    """The all-reduce carries a number for each feature, none for a prototype."""
+    one = Center(K).double()
+    for step in range(2):
+        both = torch.cat([features(10 * step + rank)[0].features for rank in range(2)])
+        one.update(both @ features(step)[0].prototypes.T)
+    for rank in ranks:
+        torch.testing.assert_close(rank["linear"], one.value, rtol=1e-13, atol=1e-15)
+        assert rank["linear reduced"] == [torch.Size([3 + 1])] * 2
 
 
 def test_sinkhorn_on_two_ranks_assigns_all_samples_together(ranks):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from mokd_fast.ops import cuda, dispatch
+from mokd_fast.ops import dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
 
 
 def test_the_order_does_not_depend_on_who_registers_first():
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "fused-linear", "fused", "triton"):
         dispatch.register("op", name, lambda x: None)
     lines = dispatch.explain("op", 0).splitlines()
     assert tuple(line.split(":")[0] for line in lines) == dispatch.PRIORITY
@@ -59,6 +59,15 @@ def test_the_order_does_not_depend_on_who_registers_first():
 def test_explain_takes_keywords_as_the_operator_does():
     assert dispatch.explain("op", x=1) == dispatch.explain("op", 1)
     assert dispatch.explain("op", x=0) == dispatch.explain("op", 0)
+
+
+def test_one_that_is_avoided_runs_when_it_is_forced():
+    dispatch.register("op", "triton", lambda x: "worse", avoid=lambda x: "but it is slow" * x)
+    assert dispatch.pick("op", 1).name == "reference"
+    assert dispatch.pick("op", 1, backend="triton").run(1) == "worse"
+    lines = ["cuda: x is not on a GPU", "triton: can run, but it is slow", "reference: chosen"]
+    assert dispatch.explain("op", 1) == "\n".join(lines)
+    assert "triton: can run too" in dispatch.explain("op", 0)
 
 
 def test_when_none_can_run_every_reason_is_said():
@@ -79,5 +88,5 @@ def test_the_operators_import_torch_alone():
 
 
 def test_a_function_is_marked_constant_as_torch_does_it():
-    ours, theirs = cuda._constant(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    ours, theirs = dispatch.constant(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
     assert vars(ours) == vars(theirs) != {}

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from mokd_fast.nn import Temperatures
-from mokd_fast.nn.mokd import StepLosses
+from mokd_fast.nn.mokd import StepLosses, TeacherRows
 from mokd_fast.ops import Center
+from mokd_fast.train import diagnose as diagnose_module
 from mokd_fast.train.diagnose import diagnose
 from mokd_fast.train.loop import Trainer, build
 from tests.train.recipes import VIT, pictures, silent, small
@@ -17,12 +18,16 @@ K, B, C = 32, 6, 8
 TAUS = [Temperatures(0.5, 0.04, 0.04)]
 
 
+def teacher_rows(logits):
+    return TeacherRows(logits.new_zeros(*logits.shape[:2], 1), logits.new_zeros(K, 1), logits)
+
+
 def found(logits, features, center=None):
     centers = Center({"mlp_1": K})
     if center is not None:
         centers.mlp_1 = center
     terms = {"self_mlp_1": torch.tensor(4.0)}
-    out = StepLosses([], terms, {}, {"mlp_1": logits}, [features])
+    out = StepLosses([], terms, {}, {"mlp_1": teacher_rows(logits)}, [features])
     return diagnose(out, centers, TAUS)
 
 
@@ -63,10 +68,14 @@ def test_dtypes(dtype):
     assert all(value.isfinite() for value in values.values())
 
 
-def test_kl_is_the_one_of_the_pairs():
-    """self = H(teacher) + KL, with the KL of every pair written out; of a model alone."""
+@pytest.mark.parametrize("way", ["fused", "fused-linear"])
+def test_kl_is_the_one_of_the_pairs(way, monkeypatch):
+    """self = H(teacher) + KL, with the KL of every pair written out; of a model alone. The rows
+    come in blocks, whether their logits are stored or not."""
+    monkeypatch.setattr(diagnose_module, "BLOCK", 3 * 64)
     torch.manual_seed(0)
-    mokd = build(small("x", models=[VIT], t_head={"depth": 1, "heads": 4})).train()
+    override = f"loss.prototypes={way}"
+    mokd = build(small("x", override, models=[VIT], t_head={"depth": 1, "heads": 4})).train()
     mokd.centers.update({"mlp_1": torch.randn(1, 64), "t_1": torch.randn(1, 64)})
     views, local_views = torch.randn(2, 4, 1, 28, 28), torch.randn(2, 4, 1, 14, 14)
     out = mokd(views, local_views, [Temperatures(0.3, 0.3, 0.3)])
@@ -74,15 +83,24 @@ def test_kl_is_the_one_of_the_pairs():
     student = mokd.students[0]
     for head in ("mlp", "t"):
         with torch.no_grad():
-            s = torch.cat([getattr(student(x), head) for x in (views, local_views)])
+            x = torch.cat([getattr(student(x), head) for x in (views, local_views)])
+            s = getattr(student, f"{head}_head").last_layer(x)
+            rows = out.teachers[f"{head}_1"]
+            z = F.linear(rows.features, rows.prototypes)
         log_p = F.log_softmax(s / 0.1, dim=-1)
-        q = F.softmax((out.teacher_logits[f"{head}_1"] - mokd.centers[f"{head}_1"]) / 0.3, dim=-1)
+        q = F.softmax((z - mokd.centers[f"{head}_1"]) / 0.3, dim=-1)
+        assert (rows.logits is None) == (way == "fused-linear")
         kls = [
             F.kl_div(log_p[v], q[t], reduction="batchmean")
             for t in range(2) for v in range(4) if t != v
         ]  # fmt: skip
+        assert values[f"prototypes_used_{head}_1"] == q.argmax(-1).unique().numel() / 8
         assert values[f"kl_{head}_1"] == pytest.approx(torch.stack(kls).mean().item(), rel=1e-4)
     assert "feature_std_1" in values and "feature_std_2" not in values
+    with torch.autocast("cpu", torch.bfloat16):
+        half = mokd(views, local_views, [Temperatures(0.3, 0.3, 0.3)])
+    for key, value in diagnose(half, mokd.centers, [Temperatures(0.3, 0.3, 0.3)]).items():
+        torch.testing.assert_close(value, values[key], rtol=0.05, atol=0.05)
 
 
 def test_only_steps_that_are_logged_are_diagnosed(tmp_path):

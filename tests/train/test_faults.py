@@ -389,10 +389,23 @@ def limited(*words: object) -> tuple[int, str]:
     return done.returncode, " ".join(done.stderr.split())
 
 
-def test_out_of_memory_says_what_fits(recipe, tmp_path):
-    """The logits of all pictures take 67 MB, with what is made of them too much for 200."""
+def test_out_of_memory_by_stored_logits(tmp_path):
+    """With them a step takes 340 MiB, without 100."""
     data = pictures(tmp_path / "many", 64)
-    big = (f"data.root={data}", "train.batch=64", "train.duration=2it", "prototypes=65536")
+    words = ("train.batch=64", "train.duration=2it", "train.warmup=0it", "prototypes=65536")
+    recipe = write(small(data, *words, models=[VIT], t_head=None), tmp_path / "wide.yaml")
+    where = ("--run", tmp_path / "run")
+    code, error = limited("pretrain", recipe, "loss.prototypes=fused", *where)
+    assert code == 2 and "out of memory in step 1" in error and "No checkpoint" in error, error
+    assert "It fits without stored logits, as just tried here: set loss.prototypes=fused" in error
+    code, error = limited("pretrain", recipe, "loss.prototypes=fused-linear", *where)
+    assert code == 0, error
+
+
+def test_out_of_memory_says_what_fits(recipe, tmp_path):
+    """The crops of all pictures and what the networks make of them are too much for 200 MB."""
+    data = pictures(tmp_path / "many", 64)
+    big = (f"data.root={data}", "train.batch=64", "train.duration=2it", "augment.global_size=84")
     code, error = limited("pretrain", recipe, *big, "--run", tmp_path / "run")
     assert code == 2 and "out of memory in step 1" in error and "No checkpoint" in error, error
     parts = int(error.split("train.accumulate=")[1].split(",")[0])
@@ -405,7 +418,10 @@ def test_out_of_memory_says_what_fits(recipe, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precision):
     """A GradScaler has unscaled by then; and what is tried are steps with diagnostics."""
-    words = (f"train.precision={precision}", "train.duration=8it", "train.log_every=8")
+    words = (
+        *(f"train.precision={precision}", "train.duration=8it", "train.log_every=8"),
+        "loss.prototypes=fused-linear",
+    )
     recipe = write(small(data, *words, models=[VIT], t_head=None), tmp_path / "small.yaml")
     step, add, calls, diagnosed = ScheduledOptimizer.step, loop.accumulate, [], []
 
@@ -461,7 +477,7 @@ def test_a_reader_that_leaves(recipe, tmp_path):
 
     child = Child(tmp_path, "pretrain", recipe, "--run", out, before=every_line, stdout=writes)
     os.close(writes)
-    assert os.read(reads, 5) == b"step "
+    assert os.read(reads, 5) == b"loss."  # the first line says whether logits are stored
     os.close(reads)
     code, _, error = child.wait()
     assert (code, error) == (0, "") and step_of(out) == 8

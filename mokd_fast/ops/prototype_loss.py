@@ -1,0 +1,130 @@
+"""prototype_loss: a prototype layer and its distillation cross-entropy, whichever way is best here.
+
+    fused         the logits are stored: a product, then distill_cross_entropy
+    fused-linear  they are not: linear_distill_cross_entropy
+    reference     they are stored, and the loss is plain PyTorch
+
+The automatic choice stores logits where that was measured faster and memory allows.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import constant, pick, register
+from .distill import Target, distill_cross_entropy
+from .linear_distill import (
+    LinearTarget,
+    check_linear,
+    linear_distill_cross_entropy,
+    product_dtype,
+)
+
+OP = "prototype_loss"
+# A step of MOKD has four such calls alive at once: together they may take a quarter.
+SHARE = 16  # logits of a call may take this fraction of the device's memory
+
+
+def prototype_loss(
+    features: Tensor,
+    weight: Tensor,
+    targets: Sequence[LinearTarget | Target],
+    *,
+    temperature: float | Tensor = 0.1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_distill_cross_entropy`, with or without stored logits; arguments and results are its.
+
+    backend: "fused", "fused-linear" or "reference" (above); None for the automatic choice, which
+        `explain("prototype_loss", features, weight, targets)` gives the reasons of.
+    """
+    check_linear(features, weight, targets, temperature)
+    chosen = pick(OP, features, weight, targets, temperature, backend=backend)
+    loss, per_target = chosen.run(features, weight, targets, temperature)
+    return loss, per_target
+
+
+def _stored(
+    features: Tensor,
+    weight: Tensor,
+    targets: Sequence[LinearTarget | Target],
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    dtype = product_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.linear(features.to(dtype), weight.to(dtype))
+    stored = [t.stored(dtype) if isinstance(t, LinearTarget) else t for t in targets]
+    return distill_cross_entropy(logits, stored, temperature=temperature)
+
+
+def _chunked(
+    features: Tensor,
+    weight: Tensor,
+    targets: Sequence[LinearTarget | Target],
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    return linear_distill_cross_entropy(features, weight, targets, temperature=temperature)
+
+
+def _reference(
+    features: Tensor,
+    weight: Tensor,
+    targets: Sequence[LinearTarget | Target],
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    return linear_distill_cross_entropy(
+        features, weight, targets, temperature=temperature, backend="reference"
+    )
+
+
+def _slower(
+    features: Tensor,
+    weight: Tensor,
+    targets: Sequence[LinearTarget | Target],
+    temperature: float | Tensor = 0.1,
+) -> str | None:
+    """Why stored logits are avoided, or None."""
+    views, images, _ = features.shape
+    dtype = product_dtype(features)
+    if features.device.type == "cpu" and dtype == torch.float32:
+        return "but it was measured slower in fp32 on a CPU (bench/linear_distill.py)"
+    rows = 2 * views + sum(len(t.rows) for t in targets if isinstance(t, LinearTarget))
+    size = rows * images * len(weight) * dtype.itemsize  # with the student's gradient
+    memory = device_memory(features.device.type, features.get_device())
+    if size * SHARE > memory:
+        return f"but its logits take {_gib(size)}, more than 1/{SHARE} of {_gib(memory)}"
+    return None
+
+
+def _smaller(
+    features: Tensor,
+    weight: Tensor,
+    targets: Sequence[LinearTarget | Target],
+    temperature: float | Tensor = 0.1,
+) -> str | None:
+    """Why the chunks are avoided, or None."""
+    if _slower(features, weight, targets, temperature):
+        return None
+    if features.device.type == "cpu":
+        return "but storing was measured faster on a CPU (bench/linear_distill.py)"
+    return "but the logits fit; which is faster has not been measured on a GPU"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+@constant
+def device_memory(kind: str, index: int) -> int:
+    """Bytes of memory that a device has, used or not."""
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(index).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+register(OP, "fused", _stored, avoid=_slower)
+register(OP, "fused-linear", _chunked, avoid=_smaller)
+register(OP, "reference", _reference)

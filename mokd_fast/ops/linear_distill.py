@@ -510,7 +510,8 @@ def _why_not(
     return distill.transformed(weight) or distill.why_not(backend, features, rows)
 
 
-register(OP, "cpu", partial(_run, "cpu"), partial(_why_not, "cpu"))
+for _name in ("cuda", "triton", "cpu"):
+    register(OP, _name, partial(_run, _name), partial(_why_not, _name))
 register(OP, "reference", _reference)
 
 

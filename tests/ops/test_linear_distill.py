@@ -28,17 +28,18 @@ V, T, B, K, D = 4, 2, 3, 97, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch):
+@pytest.fixture(autouse=True, params=["cpu", "cpu, kept", "cuda"])
+def backend(request, monkeypatch):
+    """Forced; with bytes of logits that are not made twice: of a chunk at least, or more of these
+    small calls. On the CPU, where they are emulated or from where they travel, CUDA's kernels find
+    chunks of the CPU's sizes."""
+    name, *kept = request.param.split(", ")
+    if name == "cuda":
+        request.getfixturevalue("cuda_kernels")
     torch.manual_seed(0)
-    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
-
-
-@pytest.fixture(autouse=True, params=[0, 50_000], ids=["kept once", "kept"])
-def keep(request, monkeypatch):
-    """Bytes of logits that are not made twice: a chunk at least, or some of these small calls."""
-    monkeypatch.setattr(linear_distill, "KEEP_BYTES", request.param)
-    return request.param
+    monkeypatch.setenv("MOKD_FAST_BACKEND", name)
+    monkeypatch.setattr(linear_distill, "KEEP_BYTES", 50_000 if kept else 0)
+    return name
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
@@ -249,7 +250,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_all_logits_is_made(dtype, keep, monkeypatch):
+def test_no_tensor_of_all_logits_is_made(dtype, monkeypatch):
     x, w, targets = dino(v=10, b=4, k=4096, d=8, dtype=dtype)
     largest = Largest()
     for name in ("_forward_pass", "_backward_pass", "_reference"):  # inside the operators
@@ -261,7 +262,7 @@ def test_no_tensor_of_all_logits_is_made(dtype, keep, monkeypatch):
 
         monkeypatch.setattr(linear_distill, name, watched)
     run(x, w, targets, chunk=512)
-    assert 4096 * 8 <= largest.numbers <= 4096 * 8 + 48 * 512 + keep // 2  # dW, or some chunks
+    assert 4096 * 8 <= largest.numbers <= 4096 * 8 + 48 * 512 + linear_distill.KEEP_BYTES // 2  # dW, or some chunks
     linear_distill._reference(x, w, targets, 0.1, None)
     assert largest.numbers >= 40 * 4096  # it would have been seen
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import distill, reference
+from .cuda import _constant
 from .dispatch import pick, register
 from .distill import Pairs, Target, check_list, check_rows, check_target, check_temperature
 
@@ -155,18 +156,37 @@ class Call(NamedTuple):
 COLUMNS, CHUNK_BYTES, KEEP_BYTES = 8192, 16 << 20, 7 << 19
 
 
-def chunk_size(rows: int, dtype: torch.dtype) -> int:
-    """Columns of a chunk: COLUMNS, fewer where the student's logits [rows, columns] would take more
-    than CHUNK_BYTES."""
-    columns = CHUNK_BYTES // (max(rows, 1) * dtype.itemsize)
+def chunk_size(features: Tensor, rows: int, dtype: torch.dtype) -> int:
+    """Columns of a chunk of logits [rows, columns], those of the student and its teachers.
+
+    On the CPU COLUMNS, fewer where the student's would take more than CHUNK_BYTES. On a GPU as many
+    as half of the L2 holds with all that they touch, the student's gradient and the prototypes: no
+    GPU has measured it. So much is the memory beyond inputs and gradients, too.
+    """
+    views, images, width = features.shape
+    if features.device.type == "cuda":
+        numbers = rows + views * images + width  # of a column
+        columns = l2_bytes(features.get_device()) // 2 // (numbers * dtype.itemsize)
+        return max(512, columns // 256 * 256)
+    columns = CHUNK_BYTES // (max(views * images, 1) * dtype.itemsize)
     return min(COLUMNS, max(256, columns // 256 * 256))
 
 
-def first_kept(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
+@_constant  # Dynamo would have a graph's guards hold the device's properties
+def l2_bytes(index: int) -> int:
+    """Of the last-level cache of a GPU."""
+    size: int = torch.cuda.get_device_properties(index).L2_cache_size
+    return size
+
+
+def first_kept(features: Tensor, rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
     """The column from which on logits [rows, columns] are kept: as many chunks of them as
-    KEEP_BYTES hold, and one at least."""
+    KEEP_BYTES hold, and one at least. On a GPU that one would stay in memory while the backbones
+    go back, which costs more than to make it again: nothing is kept unless one chunk is all."""
     chunks = -(-columns // chunk)
     keep = max(1, KEEP_BYTES // (max(rows, 1) * chunk * dtype.itemsize))
+    if features.device.type == "cuda" and chunks > 1:
+        return columns
     return max(0, chunks - keep) * chunk
 
 
@@ -341,8 +361,8 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, place: Tensor) -> None:
     """out = a @ b, in out's dtype; of another one it is made in `place` first."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.device.type == "cuda" and out.dtype == torch.float32:
-        torch.mm(a, b, torch.float32, out=out)
+    elif a.device.type == "cuda" and a.dtype.itemsize == 2 and out.dtype == torch.float32:
+        torch.mm(a, b, out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b, out=place[: out.numel()].view(out.shape)))
 
@@ -477,8 +497,8 @@ def _run(
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
     rows = [t.rows.detach().resolve_neg() for t in targets]
     prototypes = [t.prototypes.detach() if isinstance(t, LinearTarget) else empty for t in targets]
-    chunk = chunk or chunk_size(features.shape[0] * features.shape[1], dtype)
     count = _row_count(features, rows, prototypes)
+    chunk = chunk or chunk_size(features, count, dtype)
     loss, terms, *_ = _forward(
         features,
         weight,
@@ -491,7 +511,7 @@ def _run(
         [isinstance(t, Target) and t.probs is not None for t in targets],
         dtype,
         chunk,
-        first_kept(count, weight.shape[0], chunk, dtype),
+        first_kept(features, count, weight.shape[0], chunk, dtype),
         backend,
     )
     return loss, terms.detach()

@@ -1,6 +1,6 @@
 """The Triton distill_cross_entropy: its values, and without a GPU what it compiles to.
 
-The values are in `distill_values.py`.
+The values are in `distill_values.py`, those in chunks in `linear_distill_values.py`.
 """
 
 import os
@@ -24,10 +24,11 @@ from .aot import compile_only, resources
 
 
 @pytest.mark.parametrize("device", ["interpreter", "cuda"])
-def test_values(device):
+@pytest.mark.parametrize("name", ["distill_values.py", "linear_distill_values.py"])
+def test_values(name, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    values = Path(__file__).with_name("distill_values.py")
+    values = Path(__file__).with_name(name)
     environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -15,6 +15,7 @@ from mokd_fast.ops import (
     LinearTarget,
     Target,
     cross_view_pairs,
+    distill,
     distill_cross_entropy,
     explain,
     linear_distill,
@@ -163,6 +164,54 @@ def test_gradcheck(chunk):
         return linear_distill_cross_entropy(x, w, [few], temperature=0.5, chunk=chunk)[0]
 
     assert torch.autograd.gradcheck(loss, (x, w))
+
+
+SPLITS = [[97], [1] * 97, [40, 57], [3, 1, 60, 33]]
+
+
+def arguments(b=B, k=K, dtype=torch.float32):
+    """Logits [V, b, k] and all that the kernels take beside them, apart from what has columns."""
+    targets = [torch.randn(T, b, k) * 3, torch.randn(1, b, k).softmax(-1), torch.randn(2, b, k)]
+    empty, pairs = torch.empty(0), [w for t in (T, 1, 2) for row in dense(t, V) for w in row]
+    rest = [empty, torch.rand(b), empty], torch.tensor([0.1, 0.05, 1, 0.3, 1, 2, 0.5])
+    rows = [t.to(dtype) for t in targets]
+    return (randn(V, b, k, dtype=dtype, scale=3), rows, [torch.randn(k), empty, empty],
+            *rest, pairs, [False, True, False])  # fmt: skip
+
+
+def spoil(student, rows, what):
+    if what == "nan":
+        student[1, 2, 60], rows[2][0, 1, 3] = torch.nan, torch.nan
+    elif what == "inf":
+        rows[0][:, :, 5:90] = rows[2][1, 0] = -torch.inf  # several chunks, and a whole row
+        student[2, 1, 41] = -torch.inf
+    elif what == "offset":
+        student[..., 41:] += 1e4  # so that the maxima move from one chunk to the next
+        rows[0][..., :41] -= 1e4
+
+
+@pytest.mark.parametrize("what", ["finite", "nan", "inf", "offset"])
+@pytest.mark.parametrize("split", SPLITS, ids=["one", "single columns", "two", "four"])
+def test_chunks_of_any_sizes_give_what_the_whole_gives(backend, split, what):
+    """Forward but for the order of sums; the gradient, from the same stats, but for nothing."""
+    kernels = distill._kernels(backend)
+    student, rows, centers, *rest = arguments()
+    spoil(student, rows, what)
+    whole = kernels.distill_forward(student, rows, centers, *rest)
+    chunks, grad, start = kernels.ForwardChunks(K), torch.tensor(2.0), 0
+    exact = kernels.distill_backward(grad, whole[2], student, rows, centers, *rest)
+    for columns in split:
+        at, start = slice(start, start + columns), start + columns
+        part = [c[at] if c.numel() else c for c in centers]
+        call = student[..., at].contiguous(), [r[..., at] for r in rows], part, *rest
+        chunks.add(*call)
+        out = torch.full((V, B, columns), torch.nan)
+        found = kernels.distill_backward(grad, whole[2], *call, out=out)
+        assert found.data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out, exact[..., at], rtol=0, atol=0, equal_nan=True)
+    for have, want in zip(chunks.outputs, whole, strict=True):
+        torch.testing.assert_close(have, want, rtol=3e-6, atol=1e-6, equal_nan=True)
+    assert whole[0].isfinite() == (what in ("finite", "offset"))
 
 
 def test_strides_and_types_of_all_arguments():

@@ -12,26 +12,25 @@ from ..ops.oracle import dense
 from .distill_values import DEVICE, DTYPES, _bfloat16_rounds_to_nearest  # noqa: F401
 
 
-@pytest.fixture(autouse=True, params=[0, 50_000], ids=["kept once", "kept"])
-def _triton(request, monkeypatch):
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "triton")
-    monkeypatch.setattr(linear_distill, "KEEP_BYTES", request.param)
+    monkeypatch.setattr(linear_distill, "KEEP_BYTES", 0)
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk", [1, 32, 96, 97, 98, None])
-def test_chunks(chunk, dtype):
-    tests.check(*tests.dino(dtype=dtype), chunk=chunk)
+@pytest.mark.parametrize(("k", "chunk"), [(5, 1), (97, 32), (97, 96), (97, 97), (97, 98)])
+def test_chunks(k, chunk, dtype):
+    tests.check(*tests.dino(k=k, dtype=dtype), chunk=chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [1, 64, 384])
-def test_widths_and_more_than_one_tile_a_chunk(d, dtype):
-    tests.check(*tests.dino(k=4097, d=d, dtype=dtype), chunk=1500)
+def test_more_than_one_tile_a_chunk(dtype):
+    tests.check(*tests.dino(k=4097, d=256, dtype=dtype), chunk=1500)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +50,7 @@ def test_one_chunk_is_the_operator_on_stored_logits(dtype):
 
 
 @pytest.mark.parametrize("what", ["finite", "nan", "inf", "offset"])
-@pytest.mark.parametrize("split", tests.SPLITS, ids=["one", "single columns", "two", "four"])
+@pytest.mark.parametrize("split", tests.SPLITS[2:], ids=["two", "four"])
 def test_chunks_of_any_sizes_give_what_the_whole_gives(split, what):
     tests.test_chunks_of_any_sizes_give_what_the_whole_gives("triton", split, what)
 

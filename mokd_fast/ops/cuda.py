@@ -128,7 +128,7 @@ def distill_backward(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Gradient [V, B, K] of the student's dtype, in `out`, contiguous, where there is one; arguments
+    """Gradient [V, B, K] of the student's dtype, in `out`, contiguous, if there is one; arguments
     after `student` as in the forward. It needs no more of other columns than the stats say."""
     if out is None:
         out = student.new_empty(student.shape)

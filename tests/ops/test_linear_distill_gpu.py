@@ -1,5 +1,5 @@
-"""What linear_distill_cross_entropy does on a GPU beside its kernels, for machines without one: tensors
-of a device that is not there, in PyTorch's own checks of types and shapes."""
+"""What linear_distill_cross_entropy does on a GPU beside its kernels, for machines without one:
+tensors of a device that is not there, in PyTorch's own checks of types and shapes."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -82,7 +82,8 @@ def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
 
 def test_checks_pass_in_the_triton_interpreter():
     pytest.importorskip("triton")
-    command = "bench/gpu_check.py --device cpu --backends triton --small --only values,extremes,linear_bad"
+    command = "bench/gpu_check.py --device cpu --backends triton --small --only "
+    command += "values,extremes,linear_bad"
     ended = run([sys.executable, *command.split()], TRITON_INTERPRET="1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "3 of 3 checks passed" in ended.stdout

@@ -9,6 +9,7 @@ V student views, T teacher rows, B images, K prototypes (columns). Two streaming
 (image, tile of columns): forward reads (V + T) B K logits, backward reads them again and writes
 V B K. A program loads the teacher tiles once and loops over the views. What the tiles of an image
 say is merged exactly by a second, small kernel in a fixed order: no lock, no atomic, same bits.
+The columns may come in chunks (mokd_fast/ops/linear_distill.py): their tiles are merged together.
 
 Maxima are those of the logits, before the temperature: s - max is exact where s / tau is not, and
 (s - max) / tau leaves the compiler nothing to contract in one pass and not in the other.

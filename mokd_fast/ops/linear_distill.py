@@ -10,7 +10,8 @@ running (max, sum, dots) of every row and drops it; backward goes back, makes it
 The last chunks are kept, up to KEEP_BYTES: a small K is stored, of a large one the way back begins
 with them. Exact: no entry is left out. With T teacher rows and V views this takes up to 4 + 2 T/V
 products where stored logits take 3 + T/V; the memory beyond inputs and gradients does not depend
-on K.
+on K, but for what forward keeps of each tile on a GPU (the largest: 88 bytes a column at B = 64,
+V = 10, T = 2, twice that as they are merged; dW has 1024).
 
 Letters: V student views, T teacher rows, B images, K prototypes, D features.
 """
@@ -160,11 +161,11 @@ def chunk_size(features: Tensor, rows: int, dtype: torch.dtype) -> int:
     """Columns of a chunk of logits [rows, columns], those of the student and its teachers.
 
     On the CPU COLUMNS, fewer where the student's would take more than CHUNK_BYTES. On a GPU as many
-    as half of the L2 holds with all that they touch, the student's gradient and the prototypes: no
-    GPU has measured it. So much is the memory beyond inputs and gradients, too.
+    as half of the L2 holds with all that they touch, the student's gradient and the prototypes;
+    that is what backward needs beyond inputs and gradients, too.
     """
     views, images, width = features.shape
-    if features.device.type == "cuda":
+    if features.device.type == "cuda":  # no GPU has measured it
         numbers = rows + views * images + width  # of a column
         columns = l2_bytes(features.get_device()) // 2 // (numbers * dtype.itemsize)
         return max(512, columns // 256 * 256)
@@ -181,12 +182,12 @@ def l2_bytes(index: int) -> int:
 
 def first_kept(features: Tensor, rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
     """The column from which on logits [rows, columns] are kept: as many chunks of them as
-    KEEP_BYTES hold, and one at least. On a GPU that one would stay in memory while the backbones
-    go back, which costs more than to make it again: nothing is kept unless one chunk is all."""
+    KEEP_BYTES hold, and one at least. On a GPU one of several saves little and is half as much
+    memory again: there nothing is kept, unless one chunk is all."""
     chunks = -(-columns // chunk)
-    keep = max(1, KEEP_BYTES // (max(rows, 1) * chunk * dtype.itemsize))
     if features.device.type == "cuda" and chunks > 1:
         return columns
+    keep = max(1, KEEP_BYTES // (max(rows, 1) * chunk * dtype.itemsize))
     return max(0, chunks - keep) * chunk
 
 

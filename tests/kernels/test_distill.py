@@ -122,11 +122,8 @@ def test_numbers_that_change_do_not_compile_again():
 
 def test_chunks_take_the_kernels_of_the_whole():
     """Nothing compiles again for columns that come in chunks, but for those left over."""
-    whole, (views, images, columns), chunk = (
-        compiled(90, torch.bfloat16, (2,)),
-        (10, 2, 65536),
-        8192,
-    )
+    whole, chunk = compiled(90, torch.bfloat16, (2,)), 8192
+    views, images, columns = 10, 2, 65536
     new = partial(torch.empty, dtype=torch.bfloat16)
     rest = [torch.empty(0)], torch.empty(3), [1.0] * 2 * views, [False]
     gpu = mock.patch.object(configs, "gpu", lambda index: (90, 1))

@@ -49,7 +49,7 @@ def operator(views: int, columns: int) -> Form:
     return run
 
 
-def official_loop(columns: int = K, center: float = 0.0, device: Any = "cpu") -> Form:
+def official_loop(columns: int, center: float = 0.0, device: Any = "cpu") -> Form:
     """The official loss without the update of its centre."""
     with torch.device(device):
         loss = Official(columns, V, [0.04])
@@ -123,7 +123,7 @@ def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]
     alone = {
         "copy": copy,
         "operator": step(operator(V, K), student, teacher),
-        "loop": step(official_loop(), student, teacher),
+        "loop": step(official_loop(K), student, teacher),
     }
     times = interleave({**alone, **runs}, rounds, CALLS)
     floor = floor_bytes(V, images, K, dtype) / (moved / times["copy"])

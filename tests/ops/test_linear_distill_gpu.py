@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from mokd_fast.ops import LinearTarget, cpu, distill, linear_distill
+from mokd_fast.ops.dispatch import pick
 
 from .oracle import dense
 
@@ -96,3 +97,20 @@ def test_the_cache_is_a_constant_in_a_compiled_graph(l2):
     with FakeTensorMode():
         compiled = torch.compile(columns, backend="eager", fullgraph=True)
         assert compiled(new(10, 64, 256)).shape == (7680,)
+
+
+@pytest.mark.parametrize(("able", "name"), [(3, "cuda"), (2, "triton"), (0, "reference")])
+def test_what_runs_is_what_distill_cross_entropy_would_take(able, name, monkeypatch):
+    asked = []
+
+    def why_not(backend, student, rows):
+        asked.append(backend)
+        return None if backend in ("cpu", "triton", "cuda")[:able] else "it is not there"
+
+    monkeypatch.setattr(distill, "why_not", why_not)
+    monkeypatch.delenv("MOKD_FAST_BACKEND", raising=False)
+    with FakeTensorMode():
+        x, w = new(V, B, D), new(97, D)
+        target = LinearTarget(dense(T, V), new(T, B, D), w)
+        assert pick(linear_distill.OP, x, w, [target], 0.1, None).name == name
+    assert asked == ["cuda", "triton", "cpu"][: len(asked)]

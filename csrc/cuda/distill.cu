@@ -35,8 +35,8 @@ struct Parameters {
   Forward forward;
   Backward backward;
   int tile;
-  double* states;      // State [B, tiles]: of the columns of this call, or in the end of all columns
-  int64_t all;         // tiles of an image in the end
+  double* states;       // State [B, tiles]: of the columns of this call, or in the end of all columns
+  int64_t all;          // tiles of an image in the end
   double* image_terms;  // [targets, B]
 };
 static_assert(sizeof(Parameters) <= 4096, "more than a kernel takes");

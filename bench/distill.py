@@ -49,9 +49,10 @@ def operator(views: int, columns: int) -> Form:
     return run
 
 
-def official_loop(columns: int = K, center: float = 0.0) -> Form:
+def official_loop(columns: int, center: float = 0.0, device: Any = "cpu") -> Form:
     """The official loss without the update of its centre."""
-    loss = Official(columns, V, [0.04])
+    with torch.device(device):
+        loss = Official(columns, V, [0.04])
     loss.center.fill_(center)
     loss.update_center = lambda teacher: None  # type: ignore[method-assign, assignment]
     return lambda s, t: loss(s.flatten(0, 1), t.flatten(0, 1), 0)
@@ -122,7 +123,7 @@ def compare(dtype: torch.dtype, images: int, rounds: int) -> list[dict[str, Any]
     alone = {
         "copy": copy,
         "operator": step(operator(V, K), student, teacher),
-        "loop": step(official_loop(), student, teacher),
+        "loop": step(official_loop(K), student, teacher),
     }
     times = interleave({**alone, **runs}, rounds, CALLS)
     floor = floor_bytes(V, images, K, dtype) / (moved / times["copy"])

@@ -1,11 +1,11 @@
-"""What distill_cross_entropy must do on a device, checked without pytest.
+"""What the fused losses must do on a device, checked without pytest.
 
     python bench/gpu_check.py [--device cuda] [--backends cuda,triton] [--only NAME,NAME] [--small]
 
 Every check is a function of a backend; each runs, whatever the ones before it did, and the exit
-status says whether all passed. Those in `bench/gpu_stream.py` need a GPU: they are left out, and
-named, for --device cpu. --small takes few and short rows, for slow machines, compute-sanitizer and
-Triton's interpreter.
+status says whether all passed. Those in `bench/gpu_stream.py` and `linear_graph` need a GPU: they
+are left out, and named, for --device cpu. --small takes few and short rows, for slow machines,
+compute-sanitizer and Triton's interpreter.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
+from bench import gpu_linear, gpu_stream
 from bench.baseline.losses import DINOLoss as Official
-from bench.gpu_stream import CHECKS as ON_GPU
 from mokd_fast.interop.dino import DINOLoss
 from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
 
@@ -197,6 +197,8 @@ def compiled(at: Where) -> None:
 
 Check = Callable[[Where], None]
 CHECKS: tuple[Check, ...] = (values, targets, strides, extremes, repeats, scaled, drop_in, compiled)
+CHECKS += gpu_linear.CHECKS
+ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU
 
 
 def passes(check: Check, at: Where) -> bool:

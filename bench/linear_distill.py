@@ -64,7 +64,7 @@ def stored(x: Tensor, w: Tensor, h: Tensor, wt: Tensor) -> Tensor:
 def official(x: Tensor, w: Tensor, h: Tensor, wt: Tensor) -> Tensor:
     with torch.no_grad():
         teacher = F.linear(h, wt)
-    return official_loop(len(w), CENTER)(F.linear(x, w), teacher)
+    return official_loop(len(w), CENTER, w.device)(F.linear(x, w), teacher)
 
 
 def soft_targets(x: Tensor, w: Tensor, h: Tensor, wt: Tensor) -> Tensor:
@@ -207,13 +207,14 @@ def compare(kind: str, images: int, columns: int, chosen: dict[str, Form], round
 
 def about(kind: str, images: int, columns: int) -> dict[str, Any]:
     x, w, h, wt = (t.detach()[:1] for t in tensors(kind, 1, 1))
+    features = torch.empty(V, images, D, device="meta")
     target = LinearTarget(((1.0,),), h, wt)
     return {
         "op": "linear_distill_cross_entropy",
         "backend": pick("linear_distill_cross_entropy", x, w, [target], 0.1, None).name,
         "dtype": kind,
         "shape": {"V": V, "T": T, "B": images, "K": columns, "D": D},
-        "chunk": chunk_size(V * images, PRODUCTS[kind]),
+        "chunk": chunk_size(features, (V + T) * images, PRODUCTS[kind]),
     }
 
 

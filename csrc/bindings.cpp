@@ -112,11 +112,16 @@ cuda::Call cuda_call(const Distill& d) {
   return call;
 }
 
-void cuda_forward(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, uintptr_t workspace,
-                  int tile, int device, uintptr_t stream) {
+void cuda_forward(const Distill& d, uintptr_t states, int tile, int device, uintptr_t stream) {
   py::gil_scoped_release unlocked;
-  cuda::forward(cuda_call(d), {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
-                pointer<double>(workspace), plan(d, tile), {device, pointer<void>(stream)});
+  cuda::forward(cuda_call(d), pointer<double>(states), plan(d, tile), {device, pointer<void>(stream)});
+}
+
+void cuda_finish(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, uintptr_t states,
+                 int64_t tiles, uintptr_t image_terms, int device, uintptr_t stream) {
+  py::gil_scoped_release unlocked;
+  cuda::finish(cuda_call(d), {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
+               pointer<double>(states), tiles, pointer<double>(image_terms), {device, pointer<void>(stream)});
 }
 
 void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int tile, int device,
@@ -131,11 +136,12 @@ void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
   m.def("cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::built_version()); },
         "CUDA that the driver takes (0 without one) and CUDA built with: 1000 * major + 10 * minor.");
   distill.def("cuda_forward", &cuda_forward)
+      .def("cuda_finish", &cuda_finish)
       .def("cuda_backward", &cuda_backward)
       .def("cuda_plan", [](const Distill& d, int tile) {
         const cuda::Plan p = plan(d, tile);
-        return py::make_tuple(p.warps, cuda::workspace(d.call.shape, d.call.targets, p));
-      }, "Warps of a block, and fp64 numbers of workspace for a forward pass.");
+        return py::make_tuple(p.warps, mokd::tiles(d.call.shape, p.tile));
+      }, "Warps of a block, and tiles of an image.");
 }
 #endif
 

@@ -9,6 +9,7 @@ V student views, T teacher rows, B images, K prototypes (columns). Two streaming
 (image, tile of columns): forward reads (V + T) B K logits, backward reads them again and writes
 V B K. A program loads the teacher tiles once and loops over the views. What the tiles of an image
 say is merged exactly by a second, small kernel in a fixed order: no lock, no atomic, same bits.
+The columns may come in chunks (mokd_fast/ops/linear_distill.py): their tiles are merged together.
 
 Maxima are those of the logits, before the temperature: s - max is exact where s / tau is not, and
 (s - max) / tau leaves the compiler nothing to contract in one pass and not in the other.
@@ -16,7 +17,7 @@ Not here: fp64 students; more than 24 teacher rows.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -318,46 +319,86 @@ def _pairs(rows: Sequence[Tensor], pairs: Sequence[float], probabilities: Sequen
 
 
 def distill_forward(
-    student: Tensor,
-    rows: Sequence[Tensor],
-    centers: Sequence[Tensor],
-    row_weights: Sequence[Tensor],
-    scalars: Tensor,
-    pairs: Sequence[float],
-    probabilities: Sequence[bool],
-    config: Config | None = None,
+    student: Tensor, rows: Sequence[Tensor], *rest: Any, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
-    make = torch.empty if student.numel() else torch.zeros
-    new = partial(make, dtype=torch.float32, device=student.device)
-    views, images, _ = student.shape
-    teachers = sum(len(r) for r in rows)
-    stats = new(views + teachers, images, 2)
-    loss, terms = new(()), new(len(rows))
-    if not student.numel():
-        return loss, terms, stats
-    if config is None:
-        rest = centers, row_weights, scalars, pairs, probabilities
-        run = partial(_both_passes, student, rows, *rest)
-        config = choose("triton", student, sum(_pad(len(r)) for r in rows), run)
-    common = _arguments(student, rows, centers, scalars, probabilities, config)
-    tiles = common["tiles"]
-    partials = new(views + teachers, images, 2, tiles)
-    dots, entropies = new(teachers, views, images, tiles), new(teachers, images)
-    table = _pairs(rows, pairs, probabilities)
+    chunks = ForwardChunks(student.shape[2])
+    chunks.add(student, rows, *rest, config=config)
+    return chunks.outputs
+
+
+class ForwardChunks:
+    """`distill_forward` for K columns that come in chunks, from left to right.
+
+    All that is kept of a chunk is what its tiles say, which is merged once, in the end:
+    2 (V + T) + V T numbers a tile and image.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._left = columns
+        self._found: list[tuple[Tensor, Tensor]] = []  # partials and dots of each chunk
+
+    def add(
+        self, student: Tensor, rows: Sequence[Tensor], *rest: Any, config: Config | None = None
+    ) -> None:
+        """Some columns of all arguments of `distill_forward`, centers too."""
+        centers, row_weights, scalars, pairs, probabilities = rest
+        if student.numel():
+            run = partial(_both_passes, student, rows, *rest)
+            config = config or _config(student, rows, run)
+            common = _arguments(student, rows, centers, scalars, probabilities, config)
+            views, images, tiles = *student.shape[:2], common["tiles"]
+            teachers = sum(common["COUNTS"])
+            partials = _new(student, views + teachers, images, 2, tiles)
+            dots = _new(student, teachers, views, images, tiles)
+            with torch.cuda.device_of(student):
+                _forward[(images * tiles,)](partials=partials, dots=dots, **common)
+            self._found.append((partials, dots))
+        self._left -= student.shape[2]
+        if not self._left:
+            table = _pairs(rows, pairs, probabilities)
+            self.outputs = _merged(self._found, student, rows, row_weights, scalars, table)
+
+
+def _merged(
+    found: Sequence[tuple[Tensor, Tensor]],
+    student: Tensor,
+    rows: Sequence[Tensor],
+    row_weights: Sequence[Tensor],
+    scalars: Tensor,
+    table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results, from the partials and dots of all chunks."""
+    (views, images, _), counts = student.shape, tuple(len(r) for r in rows)
+    teachers = sum(counts)
+    loss, terms = _new(student), _new(student, len(rows))
+    stats = _new(student, views + teachers, images, 2)
+    if not images:
+        return loss.zero_(), terms.zero_(), stats
+    partials, dots = (torch.cat(x, -1) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+    tiles, entropies = dots.shape[-1], _new(student, teachers, images)
     row_weights = tuple(w.contiguous() for w in row_weights)
     weighted = tuple(w.numel() > 0 for w in row_weights)
     with torch.cuda.device_of(student):
-        _forward[(images * tiles,)](partials=partials, dots=dots, **common)
         _merge[(images * teachers,)](
             scalars, partials, dots, table, stats, entropies, views, teachers, images, tiles,
             _pad(tiles),
         )  # fmt: skip
         _total[(1,)](
-            entropies, row_weights, scalars, loss, terms, images, len(rows), common["COUNTS"],
-            weighted, 256,
-        )  # fmt: skip
+            entropies, row_weights, scalars, loss, terms, images, len(rows), counts, weighted, 256
+        )
     return loss, terms, stats
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _config(
+    student: Tensor, rows: Sequence[Tensor], run: Callable[[Config], Any] | None = None
+) -> Config:
+    """For the columns that one launch covers: a chunk is a case of its own."""
+    return choose("triton", student, sum(_pad(len(r)) for r in rows), run)
 
 
 def distill_backward(
@@ -370,14 +411,18 @@ def distill_backward(
     scalars: Tensor,
     pairs: Sequence[float],
     probabilities: Sequence[bool],
+    out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
-    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    """Gradient [V, B, K] of the student's dtype, in `out`, contiguous, if there is one; arguments
+    after `student` as in the forward. It needs no more of other columns than the stats say."""
+    if out is None:
+        out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if not student.numel():
         return out
-    config = config or choose("triton", student, sum(_pad(len(r)) for r in rows))
-    common = _arguments(student, rows, centers, scalars, probabilities, config)
+    common = _arguments(
+        student, rows, centers, scalars, probabilities, config or _config(student, rows)
+    )
     row_weights = tuple(w.contiguous() for w in row_weights)
     with torch.cuda.device_of(student):
         _backward[(student.shape[1] * common["tiles"],)](

@@ -3,8 +3,8 @@
 // A warp works on one piece: a tile of columns of one image. It reads the T teacher tiles once, keeps
 // their exponentials in shared memory, each lane its own columns (so there is no barrier), and walks
 // over the V student tiles, the next one already on its way.
-//   forward   reads (T + V) B K, writes a State a piece; `merge_tiles` joins them in index order,
-//             `total` sums the images. No locks, no atomics: the same bits every time.
+//   forward   reads (T + V) B K, writes a State a piece; once all columns were read, `merge_tiles` joins
+//             them in index order and `total` sums the images. No locks, no atomics: the same bits.
 //   backward  reads (T + V) B K, writes V B K.
 // Maxima are those of the logits, before the temperature: s - max is exact where s * 1/tau is not.
 #include "distill.h"
@@ -34,8 +34,10 @@ struct Parameters {
   Call call;
   Forward forward;
   Backward backward;
-  double* workspace;  // State [B, tiles], then terms [targets, B]
   int tile;
+  double* states;       // State [B, tiles]: of the columns of this call, or in the end of all columns
+  int64_t all;          // tiles of an image in the end
+  double* image_terms;  // [targets, B]
 };
 static_assert(sizeof(Parameters) <= 4096, "more than a kernel takes");
 
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5)
   if (!my_tile(p, at, item)) return;
   const int n = int(at.end - at.begin);
   const bool first = threadIdx.x % WARP == 0;
-  State out = state_at(p.workspace + item * state_size(d.shape), d.shape);
+  State out = state_at(p.states + item * state_size(d.shape), d.shape);
   Kept<A> e(shared, T, p.tile);
   Lane<A> x;
   for (int t = 0; t < T; ++t) {
@@ -127,11 +129,11 @@ __device__ __forceinline__ Partial from_lane_above(const Partial& x, int i) {
 // A warp joins all tiles of a pair of image b, neighbours first; the result is that of lane 0.
 __device__ Pair join_tiles(const Parameters& p, int64_t b, int t, int v) {
   const Shape& shape = p.call.shape;
-  const int64_t count = tiles(shape, p.tile), run = (count + WARP - 1) / WARP, size = state_size(shape);
+  const int64_t count = p.all, run = (count + WARP - 1) / WARP, size = state_size(shape);
   const int lane = threadIdx.x % WARP, lanes = int((count + run - 1) / run);
   Pair all = {};
   for (int64_t i = lane * run; i < count && i < (lane + 1) * run; ++i) {
-    State s = state_at(p.workspace + (b * count + i) * size, shape);
+    State s = state_at(p.states + (b * count + i) * size, shape);
     Pair one = {s.teacher[t], s.student[v], s.dot[t * shape.views + v]};
     all = i == lane * run ? one : join(all, one);
   }
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, 2) merge_tiles(const __grid_con
     double sum = 0;
     for (int i = 0; i < T * V; ++i)
       if (d.teacher[i / V].target == target) sum += losses[i];
-    p.workspace[B * tiles(d.shape, p.tile) * state_size(d.shape) + target * B + b] = sum;
+    p.image_terms[target * B + b] = sum;
   }
 }
 
@@ -185,12 +187,11 @@ template <typename A>
 __global__ void __launch_bounds__(MERGE_THREADS, 2) total(const __grid_constant__ Parameters p) {
   const Call& d = p.call;
   const int64_t B = d.shape.images;
-  const double* terms = p.workspace + B * tiles(d.shape, p.tile) * state_size(d.shape);
   double* sums = reinterpret_cast<double*>(shared);  // [warps]
   double loss = 0;
   for (int target = 0; target < d.targets; ++target) {
     double sum = 0;
-    for (int64_t b = threadIdx.x; b < B; b += MERGE_THREADS) sum += terms[target * B + b];
+    for (int64_t b = threadIdx.x; b < B; b += MERGE_THREADS) sum += p.image_terms[target * B + b];
     sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = sum;
     __syncthreads();
@@ -247,32 +248,24 @@ __global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_consta
   }
 }
 
-template <typename S>
-void run_forward(const Parameters& p, const Plan& plan, void* stream) {
-  using A = Arithmetic<S>;
+using Kernel = void (*)(Parameters);
+
+// A kernel over the pieces of the call's columns, one for each type of the student.
+void launch_tiles(Kernel f32, Kernel f64, Kernel bf16, Kernel f16, const Parameters& p, const Plan& plan,
+                  void* stream) {
   const Shape& s = p.call.shape;
+  const Type type = p.call.student[0].type;
   const int64_t items = s.images * tiles(s, p.tile);
-  if (items) {
-    const size_t kept = size_t(plan.warps) * s.teachers * plan.tile * sizeof(A);
-    launch(forward_tiles<S>, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
-    launch(merge_tiles<A>, s.images, MERGE_THREADS, s.teachers * s.views * sizeof(double), stream, p);
-  }
+  const size_t kept = size_t(plan.warps) * s.teachers * plan.tile * (type == F64 ? 8 : 4);
+  const Kernel kernel = type == F32 ? f32 : type == F64 ? f64 : type == BF16 ? bf16 : f16;
+  if (items) launch(kernel, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
+}
+
+template <typename A>
+void launch_ends(const Parameters& p, void* stream) {
+  const Shape& s = p.call.shape;
+  if (s.images) launch(merge_tiles<A>, s.images, MERGE_THREADS, s.teachers * s.views * sizeof(double), stream, p);
   launch(total<A>, 1, MERGE_THREADS, MERGE_THREADS / WARP * sizeof(double), stream, p);
-}
-
-template <typename S>
-void run_backward(const Parameters& p, const Plan& plan, void* stream) {
-  const Shape& s = p.call.shape;
-  const int64_t items = s.images * tiles(s, p.tile);
-  const size_t kept = size_t(plan.warps) * s.teachers * plan.tile * sizeof(Arithmetic<S>);
-  if (items)
-    launch(backward_tiles<S>, (items + plan.warps - 1) / plan.warps, plan.warps * WARP, kept, stream, p);
-}
-
-// The function for the student's type.
-template <typename F>
-F by_type(Type type, F f32, F f64, F bf16, F f16) {
-  return type == F32 ? f32 : type == F64 ? f64 : type == BF16 ? bf16 : f16;
 }
 
 }  // namespace
@@ -288,20 +281,24 @@ Plan plan(const Shape& shape, Type student, int tile) {
 }
 static_assert(TEACHERS * CHUNK * sizeof(double) <= 48 << 10, "no warp would fit");
 
-int64_t workspace(const Shape& shape, int targets, const Plan& plan) {
-  return shape.images * (tiles(shape, plan.tile) * state_size(shape) + targets);
+void forward(const Call& call, double* states, const Plan& plan, Place place) {
+  OnDevice device(place.device);
+  launch_tiles(forward_tiles<float>, forward_tiles<double>, forward_tiles<__nv_bfloat16>, forward_tiles<__half>,
+               {call, {}, {}, plan.tile, states, 0, nullptr}, plan, place.stream);
 }
 
-void forward(const Call& call, const Forward& io, double* workspace, const Plan& plan, Place place) {
+void finish(const Call& call, const Forward& io, double* states, int64_t tiles, double* image_terms,
+            Place place) {
   OnDevice device(place.device);
-  by_type(call.student[0].type, run_forward<float>, run_forward<double>, run_forward<__nv_bfloat16>,
-          run_forward<__half>)({call, io, {}, workspace, plan.tile}, plan, place.stream);
+  const Parameters p = {call, io, {}, 0, states, tiles, image_terms};
+  if (call.student[0].type == F64) launch_ends<double>(p, place.stream);
+  else launch_ends<float>(p, place.stream);
 }
 
 void backward(const Call& call, const Backward& io, const Plan& plan, Place place) {
   OnDevice device(place.device);
-  by_type(call.student[0].type, run_backward<float>, run_backward<double>, run_backward<__nv_bfloat16>,
-          run_backward<__half>)({call, {}, io, nullptr, plan.tile}, plan, place.stream);
+  launch_tiles(backward_tiles<float>, backward_tiles<double>, backward_tiles<__nv_bfloat16>,
+               backward_tiles<__half>, {call, {}, io, plan.tile, nullptr, 0, nullptr}, plan, place.stream);
 }
 
 int driver_version() {

@@ -27,15 +27,18 @@ struct Plan {
 // std::invalid_argument for another one, or too many teacher rows for it.
 Plan plan(const Shape& shape, Type student, int tile);
 
-// Numbers (fp64) of workspace that `forward` needs.
-int64_t workspace(const Shape& shape, int targets, const Plan& plan);
-
-// Both only launch kernels on `stream` of `device`; std::runtime_error when CUDA refuses.
+// All only launch kernels on `stream` of `device`; std::runtime_error when CUDA refuses.
 struct Place {
   int device;
   void* stream;
 };
-void forward(const Call& call, const Forward& io, double* workspace, const Plan& plan, Place place);
+// The state of every tile of the call's columns, to states [B, tiles, state_size]. The columns of a row
+// may come in several calls, each with states of its own.
+void forward(const Call& call, double* states, const Plan& plan, Place place);
+// The results, from the states [B, tiles, state_size] of all columns; image_terms [targets, B] is
+// workspace. What the call says of columns does not matter here.
+void finish(const Call& call, const Forward& io, double* states, int64_t tiles, double* image_terms,
+            Place place);
 void backward(const Call& call, const Backward& io, const Plan& plan, Place place);
 
 // Version of the CUDA that the driver takes and of the one built with, as 1000 * major + 10 * minor.

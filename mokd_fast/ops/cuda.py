@@ -4,7 +4,7 @@ Importing this, or asking about tensors on the CPU, does not initialise CUDA.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,14 +78,40 @@ def distill_forward(
 
     The maxima in stats are those of the logits, before the temperature (csrc/cuda/distill.cu).
     """
-    run = partial(_both_passes, student, rows, *rest)
-    tile = (config or choose("cuda", student, sum(len(r) for r in rows), run)).columns
-    loss, terms, stats = cpu.results(student, rows)
-    call, _alive = cpu.native_call(student, rows, *rest)
-    workspace = student.new_empty(call.cuda_plan(tile)[1], dtype=torch.float64)
-    outputs = (t.data_ptr() for t in (stats, terms, loss, workspace))
-    call.cuda_forward(*outputs, tile, *_place(student))
-    return loss, terms, stats
+    chunks = ForwardChunks(student.shape[2])
+    chunks.add(student, rows, *rest, config=config)
+    return chunks.outputs
+
+
+class ForwardChunks:
+    """`distill_forward` for K columns that come in chunks, from left to right.
+
+    All that is kept of a chunk are the states of its tiles, which are merged once, in the end:
+    2 (V + T) + V T numbers a tile and image.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._left = columns
+        self._states: list[Tensor] = []  # [B, tiles, state_size] of each chunk
+
+    def add(
+        self, student: Tensor, rows: Sequence[Tensor], *rest: Any, config: Config | None = None
+    ) -> None:
+        """Some columns of all arguments of `distill_forward`, centers too."""
+        tile = _tile(student, rows, config, partial(_both_passes, student, rows, *rest))
+        call, _alive = cpu.native_call(student, rows, *rest)
+        size = student.shape[1], call.cuda_plan(tile)[1], call.state_size()
+        states = student.new_empty(size, dtype=torch.float64)
+        call.cuda_forward(states.data_ptr(), tile, *_place(student))
+        self._states.append(states)
+        self._left -= student.shape[2]
+        if self._left:
+            return
+        states = self._states[0] if len(self._states) == 1 else torch.cat(self._states, 1)
+        self.outputs = loss, terms, stats = cpu.results(student, rows)
+        shares = student.new_empty(len(rows), student.shape[1], dtype=torch.float64)
+        results = (t.data_ptr() for t in (stats, terms, loss, states))
+        call.cuda_finish(*results, states.shape[1], shares.data_ptr(), *_place(student))
 
 
 def distill_backward(
@@ -94,15 +120,28 @@ def distill_backward(
     student: Tensor,
     rows: Sequence[Tensor],
     *rest: Any,
+    out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Gradient [V, B, K] of the student's dtype; arguments after `student` as in the forward."""
-    out = student.new_empty(student.shape)
+    """Gradient [V, B, K] of the student's dtype, in `out`, contiguous, if there is one; arguments
+    after `student` as in the forward. It needs no more of other columns than the stats say."""
+    if out is None:
+        out = student.new_empty(student.shape)
     grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
-    tile = (config or choose("cuda", student, sum(len(r) for r in rows))).columns
+    tile = _tile(student, rows, config)
     call, _alive = cpu.native_call(student, rows, *rest)
     call.cuda_backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), tile, *_place(student))
     return out
+
+
+def _tile(
+    student: Tensor,
+    rows: Sequence[Tensor],
+    config: Config | None,
+    run: Callable[[Config], Any] | None = None,
+) -> int:
+    """Columns of a tile, for the columns that one launch covers: a chunk is a case of its own."""
+    return (config or choose("cuda", student, sum(len(r) for r in rows), run)).columns
 
 
 def _both_passes(*arguments: Any) -> None:

@@ -10,7 +10,8 @@ running (max, sum, dots) of every row and drops it; backward goes back, makes it
 The last chunks are kept, up to KEEP_BYTES: a small K is stored, of a large one the way back begins
 with them. Exact: no entry is left out. With T teacher rows and V views this takes up to 4 + 2 T/V
 products where stored logits take 3 + T/V; the memory beyond inputs and gradients does not depend
-on K.
+on K, but for what forward keeps of each tile on a GPU (the largest: 88 bytes a column at B = 64,
+V = 10, T = 2, twice that as they are merged; dW has 1024).
 
 Letters: V student views, T teacher rows, B images, K prototypes, D features.
 """
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import distill, reference
-from .dispatch import pick, register
+from .dispatch import constant, pick, register
 from .distill import Pairs, Target, check_list, check_rows, check_target, check_temperature
 
 
@@ -155,17 +156,36 @@ class Call(NamedTuple):
 ROW_BYTES, CHUNK_BYTES, KEEP_BYTES = 16 << 10, 16 << 20, 7 << 19
 
 
-def chunk_size(rows: int, dtype: torch.dtype) -> int:
-    """Columns of a chunk: ROW_BYTES a row, fewer where the student's logits [rows, columns] would
-    take more than CHUNK_BYTES."""
-    columns = min(ROW_BYTES, CHUNK_BYTES // max(rows, 1)) // dtype.itemsize
+def chunk_size(features: Tensor, rows: int, dtype: torch.dtype) -> int:
+    """Columns of a chunk of logits [rows, columns], those of the student and its teachers.
+
+    On the CPU ROW_BYTES a row, fewer where the student's would take more than CHUNK_BYTES. On a GPU
+    as many as half of the L2 holds with all that they touch, the student's gradient and the
+    prototypes; that is what backward needs beyond inputs and gradients, too.
+    """
+    views, images, width = features.shape
+    if features.device.type == "cuda":  # no GPU has measured it
+        numbers = rows + views * images + width  # of a column
+        columns = l2_bytes(features.get_device()) // 2 // (numbers * dtype.itemsize)
+        return max(512, columns // 256 * 256)
+    columns = min(ROW_BYTES, CHUNK_BYTES // max(views * images, 1)) // dtype.itemsize
     return max(256, columns // 256 * 256)
 
 
-def first_kept(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
+@constant  # Dynamo would have a graph's guards hold the device's properties
+def l2_bytes(index: int) -> int:
+    """Of the last-level cache of a GPU."""
+    size: int = torch.cuda.get_device_properties(index).L2_cache_size
+    return size
+
+
+def first_kept(features: Tensor, rows: int, columns: int, chunk: int, dtype: torch.dtype) -> int:
     """The column from which on logits [rows, columns] are kept: as many chunks of them as
-    KEEP_BYTES hold, and one at least."""
+    KEEP_BYTES hold, and one at least. On a GPU one of several saves little and is half as much
+    memory again: there nothing is kept, unless one chunk is all."""
     chunks = -(-columns // chunk)
+    if features.device.type == "cuda" and chunks > 1:
+        return columns
     keep = max(1, KEEP_BYTES // (max(rows, 1) * chunk * dtype.itemsize))
     return max(0, chunks - keep) * chunk
 
@@ -342,8 +362,8 @@ def _put_product(out: Tensor, a: Tensor, b: Tensor, place: Tensor) -> None:
     """out = a @ b, in out's dtype; of another one it is made in `place` first."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.device.type == "cuda" and out.dtype == torch.float32:
-        torch.mm(a, b, torch.float32, out=out)
+    elif a.device.type == "cuda" and a.dtype.itemsize == 2 and out.dtype == torch.float32:
+        torch.mm(a, b, out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b, out=place[: out.numel()].view(out.shape)))
 
@@ -478,8 +498,8 @@ def _run(
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
     rows = [t.rows.detach().resolve_neg() for t in targets]
     prototypes = [t.prototypes.detach() if isinstance(t, LinearTarget) else empty for t in targets]
-    chunk = chunk or chunk_size(features.shape[0] * features.shape[1], dtype)
     count = _row_count(features, rows, prototypes)
+    chunk = chunk or chunk_size(features, count, dtype)
     loss, terms, *_ = _forward(
         features,
         weight,
@@ -492,7 +512,7 @@ def _run(
         [isinstance(t, Target) and t.probs is not None for t in targets],
         dtype,
         chunk,
-        first_kept(count, weight.shape[0], chunk, dtype),
+        first_kept(features, count, weight.shape[0], chunk, dtype),
         backend,
     )
     return loss, terms.detach()
@@ -511,7 +531,8 @@ def _why_not(
     return distill.transformed(weight) or distill.why_not(backend, features, rows)
 
 
-register(OP, "cpu", partial(_run, "cpu"), partial(_why_not, "cpu"))
+for _name in ("cuda", "triton", "cpu"):
+    register(OP, _name, partial(_run, _name), partial(_why_not, _name))
 register(OP, "reference", _reference)
 
 

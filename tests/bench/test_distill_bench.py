@@ -32,7 +32,7 @@ def test_rows_compare_every_form(dtype, capsys):
 def test_all_forms_have_one_value():
     student, teacher = (distill.logits(n, 2, 64, torch.float32) for n in (10, 2))
     values = [form(student, teacher) for form in distill.forms().values()]
-    values += [f(student, teacher) for f in (distill.operator(10, 64), distill.official_loop())]
+    values += [f(student, teacher) for f in (distill.operator(10, 64), distill.official_loop(64))]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-5, atol=0)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from mokd_fast.kernels import configs
 
-from bench import distill_gpu, distill_sweep, gpu_check
+from bench import distill_gpu, distill_sweep, gpu_check, linear_distill_gpu
 from mokd_fast.ops import cpu, distill
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "sweep"]
-PARTS += ["step", "initcheck"]
+PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "linear"]
+PARTS += ["sweep", "step", "initcheck"]
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 
 
@@ -40,8 +40,10 @@ class Wrong:
             loss *= 1 + 1e-5
         return loss, terms, stats
 
-    def distill_backward(self, grad, stats, student, *rest):
-        out = cpu.distill_backward(grad, stats, student, *rest)
+    ForwardChunks = staticmethod(cpu.ForwardChunks)
+
+    def distill_backward(self, grad, stats, student, *rest, out=None):
+        out = cpu.distill_backward(grad, stats, student, *rest, out=out)
         if self.what == "last column":
             out[..., -1] = 0
         elif self.what == "scale":
@@ -49,7 +51,7 @@ class Wrong:
         elif self.what == "strides" and not student.is_contiguous():
             out = out.flip(0)
         elif self.what == "nan":
-            out = out.nan_to_num()
+            out = out.nan_to_num_()
         return out
 
 
@@ -65,6 +67,8 @@ class Wrong:
         ("second", "repeats"),
         ("scale", "scaled"),
         ("last column", "drop_in"),
+        ("last column", "linear"),
+        ("nan", "linear_bad"),
     ],
 )
 def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
@@ -78,10 +82,11 @@ def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
 
 def test_checks_pass_in_the_triton_interpreter():
     pytest.importorskip("triton")
-    command = "bench/gpu_check.py --device cpu --backends triton --small --only values,extremes"
+    command = "bench/gpu_check.py --device cpu --backends triton --small --only "
+    command += "values,extremes,linear_bad"
     ended = run([sys.executable, *command.split()], TRITON_INTERPRET="1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "2 of 2 checks passed" in ended.stdout
+    assert "3 of 3 checks passed" in ended.stdout
 
 
 def test_all_forms_are_the_same_loss():
@@ -101,6 +106,19 @@ def test_rows_compare_in_one_run():
         assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
         assert row["GB_per_s"] == pytest.approx((2 * 12 + 10) * 97 * 2 / row["median_s"] / 1e9)
         assert row["floor_fraction"] == pytest.approx(row["GB_per_s"] / row["copy_GB_per_s"])
+
+
+def test_rows_of_the_prototype_layer_compare_in_one_run(monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "")
+    rows = linear_distill_gpu.compare("reference", "autocast", 1, 97, "cpu", 2)
+    assert [row["baseline"] for row in rows] == ["official", "stored"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
+        assert row["extra_share"] == row["extra_bytes"] / row["baseline_extra_bytes"]
+    gradients = [torch.ones(3), torch.ones(3)]
+    linear_distill_gpu.agree("equal", gradients, gradients)
+    with pytest.raises(AssertionError, match="wrong"):
+        linear_distill_gpu.agree("wrong", gradients, [torch.ones(3), torch.full((3,), 1.1)])
 
 
 def test_a_backend_that_cannot_run_is_named():

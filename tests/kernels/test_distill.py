@@ -1,12 +1,13 @@
 """The Triton distill_cross_entropy: its values, and without a GPU what it compiles to.
 
-The values are in `distill_values.py`.
+The values are in `distill_values.py`, those in chunks in `linear_distill_values.py`.
 """
 
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,10 +25,11 @@ from .aot import compile_only, resources
 
 
 @pytest.mark.parametrize("device", ["interpreter", "cuda"])
-def test_values(device):
+@pytest.mark.parametrize("name", ["distill_values.py", "linear_distill_values.py"])
+def test_values(name, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    values = Path(__file__).with_name("distill_values.py")
+    values = Path(__file__).with_name(name)
     environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -116,6 +118,24 @@ def test_numbers_that_change_do_not_compile_again():
     first = compiled(90, torch.bfloat16, (2,))
     again = compiled(90, torch.bfloat16, (2,), (16, 48, 65536), weight=0.25)
     assert all(again[name] is kernel for name, kernel in first.items())
+
+
+def test_chunks_take_the_kernels_of_the_whole():
+    """Nothing compiles again for columns that come in chunks, but for those left over."""
+    whole, chunk = compiled(90, torch.bfloat16, (2,)), 8192
+    views, images, columns = 10, 2, 65536
+    new = partial(torch.empty, dtype=torch.bfloat16)
+    rest = [torch.empty(0)], torch.empty(3), [1.0] * 2 * views, [False]
+    gpu = mock.patch.object(configs, "gpu", lambda index: (90, 1))
+    with gpu, compile_only(90) as found:
+        chunks = kernels.ForwardChunks(columns)
+        for _ in range(0, columns, chunk):
+            call = new(views, images, chunk), [new(2, images, chunk)], [torch.empty(chunk)], *rest
+            chunks.add(*call)
+            assert found["_forward"] is whole["_forward"]
+        out = new(views, images, chunk)
+        grad = kernels.distill_backward(torch.empty(()), chunks.outputs[2], *call, out=out)
+    assert grad is out and found == whole
 
 
 def test_it_is_imported_at_first_use_and_says_why_not():

@@ -52,8 +52,15 @@ class OnGpu:
     def distill_forward(self, *args):
         return tuple(out.cpu() for out in cuda.distill_forward(*map(to_gpu, args)))
 
-    def distill_backward(self, *args):
-        return cuda.distill_backward(*map(to_gpu, args)).cpu()
+    def distill_backward(self, *args, out=None):
+        found = cuda.distill_backward(*map(to_gpu, args))
+        return found.cpu() if out is None else out.copy_(found)
+
+    class ForwardChunks(cuda.ForwardChunks):
+        def add(self, *args):
+            super().add(*map(to_gpu, args))
+            if not self._left:
+                self.outputs = tuple(out.cpu() for out in self.outputs)
 
 
 def to_gpu(value):

@@ -15,6 +15,7 @@ from mokd_fast.ops import (
     LinearTarget,
     Target,
     cross_view_pairs,
+    distill,
     distill_cross_entropy,
     explain,
     linear_distill,
@@ -28,17 +29,18 @@ V, T, B, K, D = 4, 2, 3, 97, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch):
+@pytest.fixture(autouse=True, params=["cpu", "cpu, kept", "cuda"])
+def backend(request, monkeypatch):
+    """Forced; with bytes of logits that are not made twice: of a chunk at least, or more of these
+    small calls. On the CPU, where they are emulated or from where they travel, CUDA's kernels find
+    chunks of the CPU's sizes."""
+    name, *kept = request.param.split(", ")
+    if name == "cuda":
+        request.getfixturevalue("cuda_kernels")
     torch.manual_seed(0)
-    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
-
-
-@pytest.fixture(autouse=True, params=[0, 50_000], ids=["kept once", "kept"])
-def keep(request, monkeypatch):
-    """Bytes of logits that are not made twice: a chunk at least, or some of these small calls."""
-    monkeypatch.setattr(linear_distill, "KEEP_BYTES", request.param)
-    return request.param
+    monkeypatch.setenv("MOKD_FAST_BACKEND", name)
+    monkeypatch.setattr(linear_distill, "KEEP_BYTES", 50_000 if kept else 0)
+    return name
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
@@ -164,6 +166,54 @@ def test_gradcheck(chunk):
     assert torch.autograd.gradcheck(loss, (x, w))
 
 
+SPLITS = [[97], [1] * 97, [40, 57], [3, 1, 60, 33]]
+
+
+def arguments(b=B, k=K, dtype=torch.float32):
+    """Logits [V, b, k] and all that the kernels take beside them, apart from what has columns."""
+    targets = [torch.randn(T, b, k) * 3, torch.randn(1, b, k).softmax(-1), torch.randn(2, b, k)]
+    empty, pairs = torch.empty(0), [w for t in (T, 1, 2) for row in dense(t, V) for w in row]
+    rest = [empty, torch.rand(b), empty], torch.tensor([0.1, 0.05, 1, 0.3, 1, 2, 0.5])
+    rows = [t.to(dtype) for t in targets]
+    return (randn(V, b, k, dtype=dtype, scale=3), rows, [torch.randn(k), empty, empty],
+            *rest, pairs, [False, True, False])  # fmt: skip
+
+
+def spoil(student, rows, what):
+    if what == "nan":
+        student[1, 2, 60], rows[2][0, 1, 3] = torch.nan, torch.nan
+    elif what == "inf":
+        rows[0][:, :, 5:90] = rows[2][1, 0] = -torch.inf  # several chunks, and a whole row
+        student[2, 1, 41] = -torch.inf
+    elif what == "offset":
+        student[..., 41:] += 1e4  # so that the maxima move from one chunk to the next
+        rows[0][..., :41] -= 1e4
+
+
+@pytest.mark.parametrize("what", ["finite", "nan", "inf", "offset"])
+@pytest.mark.parametrize("split", SPLITS, ids=["one", "single columns", "two", "four"])
+def test_chunks_of_any_sizes_give_what_the_whole_gives(backend, split, what):
+    """Forward but for the order of sums; the gradient, from the same stats, but for nothing."""
+    kernels = distill._kernels(backend)
+    student, rows, centers, *rest = arguments()
+    spoil(student, rows, what)
+    whole = kernels.distill_forward(student, rows, centers, *rest)
+    chunks, grad, start = kernels.ForwardChunks(K), torch.tensor(2.0), 0
+    exact = kernels.distill_backward(grad, whole[2], student, rows, centers, *rest)
+    for columns in split:
+        at, start = slice(start, start + columns), start + columns
+        part = [c[at] if c.numel() else c for c in centers]
+        call = student[..., at].contiguous(), [r[..., at] for r in rows], part, *rest
+        chunks.add(*call)
+        out = torch.full((V, B, columns), torch.nan)
+        found = kernels.distill_backward(grad, whole[2], *call, out=out)
+        assert found.data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out, exact[..., at], rtol=0, atol=0, equal_nan=True)
+    for have, want in zip(chunks.outputs, whole, strict=True):
+        torch.testing.assert_close(have, want, rtol=3e-6, atol=1e-6, equal_nan=True)
+    assert whole[0].isfinite() == (what in ("finite", "offset"))
+
+
 def test_strides_and_types_of_all_arguments():
     """Transposed, expanded and shifted; prototypes in fp64 and bf16 beside fp32 features."""
     x, w, (target,) = dino()
@@ -249,7 +299,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_all_logits_is_made(dtype, keep, monkeypatch):
+def test_no_tensor_of_all_logits_is_made(dtype, monkeypatch):
     x, w, targets = dino(v=10, b=4, k=4096, d=8, dtype=dtype)
     largest = Largest()
     for name in ("_forward_pass", "_backward_pass", "_reference"):  # inside the operators
@@ -261,7 +311,8 @@ def test_no_tensor_of_all_logits_is_made(dtype, keep, monkeypatch):
 
         monkeypatch.setattr(linear_distill, name, watched)
     run(x, w, targets, chunk=512)
-    assert 4096 * 8 <= largest.numbers <= 4096 * 8 + 48 * 512 + keep // 2  # dW, or some chunks
+    chunks = 48 * 512 + linear_distill.KEEP_BYTES // 2
+    assert 4096 * 8 <= largest.numbers <= 4096 * 8 + chunks  # dW, or some chunks
     linear_distill._reference(x, w, targets, 0.1, None)
     assert largest.numbers >= 40 * 4096  # it would have been seen
 

@@ -18,8 +18,9 @@ help:
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/mokd-fast demo
 
+# One test a core, which is faster than one test on all.
 test: lint
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) pytest -m slow

@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ PRODUCTS = {**KINDS, "autocast": torch.bfloat16}
 Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x [V,B,D], w, h [T,B,D], w_t -> loss
 
 
-def ours(x: Tensor, w: Tensor, h: Tensor, wt: Tensor) -> Tensor:
+def ours(x: Tensor, w: Tensor, h: Tensor, wt: Tensor, chunk: int | None = None) -> Tensor:
     target = LinearTarget(cross_view_pairs(T, len(x)), h, wt, TAU, w.new_full((len(w),), CENTER))
-    return linear_distill_cross_entropy(x, w, [target])[0]
+    return linear_distill_cross_entropy(x, w, [target], chunk=chunk)[0]
 
 
 def stored(x: Tensor, w: Tensor, h: Tensor, wt: Tensor) -> Tensor:
@@ -218,6 +219,22 @@ def about(kind: str, images: int, columns: int) -> dict[str, Any]:
     }
 
 
+def chunks(kind: str, images: int) -> dict[str, Any]:
+    """Seconds and extra bytes for chunks of so many columns."""
+    inputs = tensors(kind, images, K)
+    columns = [1024 << i for i in range(7)]
+    runs = {str(n): step(partial(ours, chunk=n), kind, inputs) for n in columns}
+    times = interleave(runs, 5)
+    row = {
+        **about(kind, images, K),
+        "seconds": {name: times[name] for name in runs},
+        "extra": {name: extra(run, inputs) for name, run in runs.items()},
+    }
+    cells = (f"{n}: {times[n] * 1e3:.1f} ms, {row['extra'][n] / 2**20:.1f} MiB" for n in runs)
+    print(f"{kind} B={images}, chunks of {'; '.join(cells)}", flush=True)
+    return row
+
+
 # Where stored logits no longer fit: a machine of LIMIT bytes of address space, one run a process.
 LIMIT, FAR = 20 << 30, {"images": 192, "columns": 262144}
 
@@ -287,6 +304,7 @@ def main() -> None:
         result["growth"] = []
         for columns in (4096, 16384, 65536, 262144):
             result["growth"] += compare("float32", 16, columns, few, 3)
+        result["chunks"] = [chunks(kind, 16) for kind in KINDS]
         result["beyond"] = beyond()
     if options.json:
         write_json(options.json, result)

@@ -108,6 +108,41 @@ def distill_table() -> str:
     return "\n".join([*lines, "", measured(result)])
 
 
+def linear_table() -> str:
+    """Our time and memory as shares of each other form's, one line a shape."""
+    result = json.loads((RESULTS / "linear_distill.json").read_text())
+    shapes: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        shapes.setdefault((row["dtype"], row["shape"]["B"]), {})[row["baseline"]] = row
+    names = list(next(iter(shapes.values())))
+    lines = [f"| | ours | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for (dtype, images), rows in shapes.items():
+        cells = []
+        for row in (rows[name] for name in names):
+            smaller = row["baseline_extra_bytes"] / row["extra_bytes"]
+            cells.append(f"{row['median_s'] / row['baseline_s']:.2f}, 1/{smaller:.1f}")
+        own = f"{row['median_s'] * 1e3:.0f} ms, {row['extra_bytes'] / 2**20:.1f} MiB"
+        lines.append(f"| {dtype}, B = {images} | {own} | {' | '.join(cells)} |")
+    growth = [row for row in result["growth"] if row["baseline"] == "official"]
+    grown = (
+        f"{r['shape']['K']}: {r['extra_bytes'] / 2**20:.0f} / "
+        f"{r['baseline_extra_bytes'] / 2**20:.0f} MiB, {r['median_s'] / r['baseline_s']:.2f}"
+        for r in growth
+    )
+    far = result["beyond"]
+    fate = (f"{r['form']} {r['seconds']:.0f} s" if r["seconds"] else f"{r['form']} out of memory"
+            for r in far)  # fmt: skip
+    lines += [
+        "",
+        f"As K grows (fp32, B = 16; ours / official, then time): {'; '.join(grown)}. With B = "
+        f"{far[0]['shape']['B']}, K = {far[0]['shape']['K']} in {far[0]['limit_bytes'] >> 30} GiB: "
+        f"{', '.join(fate)}.",
+        "",
+        measured(result),
+    ]
+    return "\n".join(lines)
+
+
 def alarms_table() -> str:
     """Lowest and highest end value over heads, and over the healthy seeds; the alarms raised."""
     result = json.loads((RESULTS / "alarms.json").read_text())
@@ -184,6 +219,7 @@ PARTS = {
     "alarms-table": alarms_table,
     "distill-table": distill_table,
     "scaling-table": scaling_table,
+    "linear-table": linear_table,
     "step-table": step_table,
 }
 

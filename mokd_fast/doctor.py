@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .ops import Target, cpu, cross_view_pairs, explain
+from .ops import LinearTarget, Target, cpu, cross_view_pairs, explain
 
 PACKAGES = {
     "torch": "needed",
@@ -53,7 +53,13 @@ def backends() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = torch.randn(4, 2, 64, device=device)
     target = Target(cross_view_pairs(2, 4), torch.randn(2, 2, 64, device=device), temperature=0.04)
+    prototypes = torch.randn(32, 64, device=device)
+    linear = LinearTarget(cross_view_pairs(2, 4), student[:2], prototypes, temperature=0.04)
     return {
         "distill_cross_entropy": explain("distill_cross_entropy", student, [target], 0.1),
+        "linear_distill_cross_entropy": explain(
+            "linear_distill_cross_entropy", student, prototypes, [linear], 0.1
+        ),
+        "prototype_loss": explain("prototype_loss", student, prototypes, [linear], 0.1),
         "column_mean": explain("column_mean", student),
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from .dispatch import constant, pick, register
 from .distill import Target, distill_cross_entropy
 from .linear_distill import (
+    KEEP_BYTES,
     LinearTarget,
     check_linear,
     linear_distill_cross_entropy,
@@ -89,10 +90,11 @@ def _slower(
     """Why stored logits are avoided, or None."""
     views, images, _ = features.shape
     dtype = product_dtype(features)
-    if features.device.type == "cpu" and dtype == torch.float32:
+    teachers = sum(len(t.rows) for t in targets if isinstance(t, LinearTarget))
+    logits = (views + teachers) * images * len(weight) * dtype.itemsize
+    if features.device.type == "cpu" and dtype == torch.float32 and logits > KEEP_BYTES:
         return "but it was measured slower in fp32 on a CPU (bench/linear_distill.py)"
-    rows = 2 * views + sum(len(t.rows) for t in targets if isinstance(t, LinearTarget))
-    size = rows * images * len(weight) * dtype.itemsize  # with the student's gradient
+    size = logits + views * images * len(weight) * dtype.itemsize  # the gradient
     memory = device_memory(features.device.type, features.get_device())
     if size * SHARE > memory:
         return f"but its logits take {_gib(size)}, more than 1/{SHARE} of {_gib(memory)}"
@@ -108,9 +110,11 @@ def _smaller(
     """Why the chunks are avoided, or None."""
     if _slower(features, weight, targets, temperature):
         return None
-    if features.device.type == "cpu":
-        return "but storing was measured faster on a CPU (bench/linear_distill.py)"
-    return "but the logits fit; which is faster has not been measured on a GPU"
+    if features.device.type == "cuda":
+        return "but the logits fit; which is faster has not been measured on a GPU"
+    if product_dtype(features) == torch.float32:
+        return "but so few logits are stored as well"  # it would keep them all
+    return "but storing was measured faster on a CPU (bench/linear_distill.py)"
 
 
 def _gib(size: int) -> str:

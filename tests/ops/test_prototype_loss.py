@@ -73,6 +73,11 @@ def chosen(*args):
 
 def test_the_choice_and_its_reasons(monkeypatch):
     fp32, fp64 = example(), example(torch.float64)
+    assert chosen(*fp32) == "fused"
+    assert "fused-linear: can run, but so few logits are stored as well" in explain(OP, *fp32)
+    monkeypatch.setattr(MODULE, "KEEP_BYTES", (V + T) * B * K * 4)
+    assert chosen(*fp32) == "fused"
+    monkeypatch.setattr(MODULE, "KEEP_BYTES", (V + T) * B * K * 4 - 1)
     assert chosen(*fp32) == "fused-linear"
     assert explain(OP, *fp32).splitlines() == [
         "fused: can run, but it was measured slower in fp32 on a CPU (bench/linear_distill.py)",
@@ -117,14 +122,17 @@ def test_forced(monkeypatch):
     monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
     assert chosen(*args) == "reference"
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")  # of the operators below this one
-    assert chosen(*args) == "fused-linear"
+    assert chosen(*args) == "fused"
     with pytest.raises(ValueError, match=r"backend=cpu .* it has fused, fused-linear, reference"):
         run("cpu", *args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # one way each
-def test_compiles_whole(dtype):
-    x, w, targets = example(dtype)
+@pytest.mark.parametrize("way", ["fused", "fused-linear"])
+def test_compiles_whole(way, monkeypatch):
+    """With the automatic choice in the graph."""
+    monkeypatch.setattr(MODULE, "KEEP_BYTES", 0 if way == "fused-linear" else 1 << 20)
+    x, w, targets = example()
+    assert chosen(x, w, targets) == way
 
     def loss(x, w, tau):
         return prototype_loss(x, w, targets, temperature=tau)[0]

@@ -236,7 +236,7 @@ def chunks(kind: str, images: int) -> dict[str, Any]:
 
 
 # Where stored logits no longer fit: a machine of LIMIT bytes of address space, one run a process.
-LIMIT, FAR = 20 << 30, {"images": 192, "columns": 262144}
+LIMIT, FAR = 8 << 30, {"images": 192, "columns": 262144}
 
 
 def beyond() -> list[dict[str, Any]]:

@@ -48,6 +48,10 @@ FAMILIES = (
         "nats", bound=True,
     ),
     Family(
+        "Student entropy", r"student_entropy_\w+", "How undecided the students are about the "
+        "global views. At ln K they say nothing, and the loss sits at ln K.", "nats", bound=True,
+    ),
+    Family(
         "KL(teacher, student)", r"kl_\w+", "What of the self-distillation loss a student can "
         "still lose: the loss minus the teacher's entropy. 0 for long: nothing is learned.",
         "nats",

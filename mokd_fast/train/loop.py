@@ -214,7 +214,7 @@ class Trainer:
             with self._autocast():
                 out = self.mokd(global_views, local_views, taus)
             if self.is_logged(k + 1):
-                accumulate(diagnostics, diagnose(out, self.mokd.centers, taus), parts)
+                accumulate(diagnostics, diagnose(out, self.mokd, taus), parts)
             # The students' graphs are disjoint, so one backward of the sum is exact for both.
             totals = [self._scaled(i, total) for i, total in enumerate(out.totals)]
             (torch.stack(totals).sum() / parts).backward()

@@ -3,19 +3,21 @@ collapse diagnostics, against steps without.
 
     python bench/watch.py [--quick] [--json FILE]
 
-One trainer goes on learning, for ten steps (a logging interval, so that the diagnostics come as
-often as in a run) with, for twenty without and for ten with. The ratio of such four blocks is one
-sample; the interval is a bootstrap over the samples. The pictures are loaded beforehand, since the
-demo loads them in a process of its own.
+One trainer takes every step twice, with and without, in turns of changing order, so that a change
+of the machine's speed meets both. A step in which the system interrupted this process does not
+count, nor does its twin. What a step takes more is a median, of the plain steps and of the one in
+ten that is logged, weighted as they come; its 95 % interval is a bootstrap over the logging
+intervals. The pictures are loaded beforehand, as the demo loads them in a process of its own.
 """
 
 import argparse
 import itertools
 import math
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +36,30 @@ from mokd_fast.train.loop import Trainer
 from mokd_fast.train.meter import Meter
 from mokd_fast.train.recipe import load_recipe
 
-ROUNDS = 60  # of four blocks
+EVERY = 10  # steps of an interval, as in the demo
+INTERVALS = 100
 BATCHES = 16  # loaded beforehand, and given again and again
 
 
-def watched(trainer: Trainer, k: int, batches: Iterator[Views]) -> None:
-    """The logging interval from step k on, as `train.fit` has it, without the files."""
+def watched(trainer: Trainer, batches: Iterator[Views]) -> Iterator[None]:
+    """The steps as `train.fit` has them, without the files."""
     meter = Meter(batches)
-    for done in range(k + 1, k + 1 + trainer.recipe.train.log_every):
+    for done in range(1, trainer.total + 1):
         meter.add(done, trainer.step(done - 1, meter))
-    trainer.alarms.see({"step": done, **meter.read(trainer.recipe.train.max_skipped)})
+        if trainer.is_logged(done):
+            trainer.alarms.see({"step": done, **meter.read(trainer.recipe.train.max_skipped)})
+        yield
 
 
-def bare(trainer: Trainer, k: int, batches: Iterator[Views]) -> None:
+def bare(trainer: Trainer, batches: Iterator[Views]) -> Iterator[None]:
     """The same with neither flag nor diagnostics: the losses are summed and read."""
-    values = [bare_step(trainer, n, batches) for n in range(k, k + trainer.recipe.train.log_every)]
-    torch.stack(values).sum(dim=0).tolist()
+    values = []
+    for done in range(1, trainer.total + 1):
+        values.append(bare_step(trainer, done - 1, batches))
+        if trainer.is_logged(done):
+            torch.stack(values).sum(dim=0).tolist()
+            values.clear()
+        yield
 
 
 def bare_step(trainer: Trainer, k: int, batches: Iterator[Views]) -> Tensor:
@@ -73,44 +83,55 @@ def bare_step(trainer: Trainer, k: int, batches: Iterator[Views]) -> Tensor:
     return values
 
 
-def measure(folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of a step with and without, and the ratio with its 95 % interval."""
-    every = 10
-    overrides = [f"train.log_every={every}", f"train.duration={4 * every * (rounds + 1)}it"]
+def measure(folder: Path, intervals: int) -> dict[str, Any]:
+    """Seconds of a step with and without, and the share that watching adds to it."""
+    overrides = [f"train.duration={EVERY * (intervals + 1)}it", f"train.log_every={EVERY}"]
     overrides += ["data.workers=0", "train.checkpoint_every=100%"]
     trainer = Trainer(load_recipe("fashion-mnist", overrides), folder, Console(quiet=True))
     trainer.mokd.train()
     loader = trainer.loader.batches()
     batches = itertools.cycle([next(loader) for _ in range(BATCHES)])
-    seconds = []  # [rounds, 4]
-    starts = iter(range(0, trainer.total, every))
-    for _ in range(rounds + 1):
-        times = []
-        for block in (watched, bare, bare, watched):
+    runs = [watched(trainer, batches), bare(trainer, batches)]
+    seconds = np.empty((trainer.total, 2))
+    for n in range(trainer.total):
+        before = interruptions()
+        for i in (0, 1) if n % 2 else (1, 0):
             begin = time.perf_counter()
-            block(trainer, next(starts), batches)
-            times.append(time.perf_counter() - begin)
-        seconds.append(times)
-    turns = np.array(seconds[1:]) / every  # the first round allocates
-    ratios = (turns[:, 0] + turns[:, 3]) / (turns[:, 1] + turns[:, 2])
-    low, high = interval(ratios)
+            next(runs[i])
+            seconds[n, i] = time.perf_counter() - begin
+        if interruptions() > before:
+            seconds[n] = np.nan
+    found = seconds.reshape(intervals + 1, EVERY, 2)[1:]  # the first interval allocates
+    rng = np.random.Generator(np.random.Philox(0))
+    drawn = [share(found[rng.integers(intervals, size=intervals)]) for _ in range(2000)]
     return {
-        "rounds": rounds,
-        "steps_per_block": every,
-        "watched_s": float(np.median(turns[:, [0, 3]])),
-        "bare_s": float(np.median(turns[:, [1, 2]])),
-        "ratio": float(np.median(ratios)),
-        "ratio_95": [low, high],
-        "ratios": ratios.tolist(),
+        "intervals": intervals,
+        "steps_per_interval": EVERY,
+        "counted": float(np.isfinite(found[..., 0]).mean()),
+        "watched_s": float(np.nanmedian(found[..., 0])),
+        "bare_s": float(np.nanmedian(found[..., 1])),
+        "plain_more_s": more(found[:, :-1]),
+        "logged_more_s": more(found[:, -1:]),
+        "share": share(found),
+        "share_95": np.quantile(drawn, [0.025, 0.975]).tolist(),
     }
 
 
-def interval(samples: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of their median, by bootstrap."""
-    rng = np.random.Generator(np.random.Philox(0))
-    drawn = rng.choice(np.asarray(samples), size=(10000, len(samples)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(low), float(high)
+def interruptions() -> int:
+    """How often the system took the processor from this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def more(seconds: np.ndarray) -> float:
+    """[intervals, steps, 2], watched and bare; NaN does not count."""
+    return float(np.nanmedian(seconds[..., 0] - seconds[..., 1]))
+
+
+def share(seconds: np.ndarray) -> float:
+    """What the watched steps take more, of a bare step; the last step of an interval is logged."""
+    steps = seconds.shape[1]
+    extra = (steps - 1) * more(seconds[:, :-1]) + more(seconds[:, -1:])
+    return float(extra / steps / np.nanmedian(seconds[..., 1]))
 
 
 def main() -> None:
@@ -120,11 +141,11 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate()}
     with tempfile.TemporaryDirectory() as folder:
-        result |= measure(Path(folder), 5 if options.quick else ROUNDS)
-    low, high = result["ratio_95"]
+        result |= measure(Path(folder), 20 if options.quick else INTERVALS)
+    low, high = result["share_95"]
     print(
         f"{result['watched_s'] * 1e3:.1f} ms a step, {result['bare_s'] * 1e3:.1f} ms without flag "
-        f"and diagnostics: {result['ratio'] - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})"
+        f"and diagnostics: {result['share']:+.2%} ({low:+.2%} to {high:+.2%})"
     )
     if options.json:
         write_json(options.json, result)

@@ -165,7 +165,7 @@ def alarms_table() -> str:
     return "\n".join([*lines, "", f"{text} {machine(result)}"])
 
 
-DIAGNOSTICS = ["self_", "teacher_entropy_", "kl_"]
+DIAGNOSTICS = ["self_", "teacher_entropy_", "student_entropy_", "kl_"]
 DIAGNOSTICS += ["prototypes_used_", "center_norm_", "feature_std_"]
 HEADS = ["official", "lightly", "the better one compiled", "kept for backward an image"]
 

@@ -1,9 +1,11 @@
-"""Do the alarms tell a collapse? Three collapsed runs and five healthy ones of the demo's recipe.
+"""Do the alarms tell a collapse? Five collapsed runs and five healthy ones of the demo's recipe.
 
     python bench/alarms.py [--steps N] [--json FILE] [--runs FOLDER] [NAME ...]
 
-The collapsed ones differ from the demo in one key each: no centre (its momentum is 1, so it stays
-0), a teacher temperature that is too high, and a student that is its own teacher (EMA momentum 0).
+The collapsed ones differ from the demo in one thing each: no centre (its momentum is 1, so it stays
+0), a teacher temperature that is too high, a student that is its own teacher (EMA momentum 0), a
+student temperature that is too high beside a teacher so sharp that its entropy is 0, and a learning
+rate of the ViT that is 1000 times too high.
 --runs keeps the run folders; those that are there are judged again, by the rules of now.
 """
 
@@ -31,6 +33,12 @@ COLLAPSED = {
     "no centre": ["loss.center_momentum=1.0"],
     "hot teacher": ["loss.teacher_temperature=0.3", "loss.warmup_teacher_temperature=0.3"],
     "own teacher": ["teacher.momentum=0.0", "teacher.final_momentum=0.0"],
+    "hot student": [
+        "loss.student_temperature=1000",
+        "loss.teacher_temperature=1e-4",
+        "loss.warmup_teacher_temperature=1e-4",
+    ],
+    "wild rate": ["models.1.optimizer.lr=0.5"],
 }
 RUNS = COLLAPSED | HEALTHY
 

@@ -165,8 +165,22 @@ def alarms_table() -> str:
     return "\n".join([*lines, "", f"{text} {machine(result)}"])
 
 
-DIAGNOSTICS = ["self_", "teacher_entropy_", "kl_"]
+DIAGNOSTICS = ["self_", "teacher_entropy_", "student_entropy_", "kl_"]
 DIAGNOSTICS += ["prototypes_used_", "center_norm_", "feature_std_"]
+
+
+def watch_sentence() -> str:
+    result = json.loads((RESULTS / "watch.json").read_text())
+    low, high = result["share_95"]
+    return (
+        f"That flag and the diagnostics take {result['share']:.1%} of the demo's step "
+        f"(95 % interval {low:.1%} to {high:.1%}, `python bench/watch.py`): "
+        f"{result['plain_more_s'] * 1e3:.1f} ms of {result['watched_s'] * 1e3:.0f}, and "
+        f"{result['logged_more_s'] * 1e3:.1f} ms in the one of {result['steps_per_interval']} that "
+        f"is logged; steps that the system interrupted do not count. {measured(result)}"
+    )
+
+
 HEADS = ["official", "lightly", "the better one compiled", "kept for backward an image"]
 
 
@@ -217,6 +231,7 @@ PARTS = {
     "output": output,
     "demo-table": demo_table,
     "alarms-table": alarms_table,
+    "watch": watch_sentence,
     "distill-table": distill_table,
     "scaling-table": scaling_table,
     "linear-table": linear_table,

@@ -45,8 +45,8 @@ class Embedding(NamedTuple):
     features: Features
 
 
-class TeacherRows(NamedTuple):
-    """A teacher's two views in one of its heads."""
+class HeadRows(NamedTuple):
+    """The two global views in one head of a model."""
 
     features: Tensor  # [2, B, D]
     prototypes: Tensor  # [K, D]
@@ -76,7 +76,8 @@ class StepLosses(NamedTuple):
     totals: list[Tensor]  # one 0-d loss a model, with gradient
     terms: dict[str, Tensor]  # every unscaled loss, detached: self_mlp_1, self_t_1, cross_1 ...
     center_means: dict[str, LinearLogits]  # features [D] and prototypes, for `centers.update`
-    teachers: dict[str, TeacherRows]  # a head: mlp_1, t_1, mlp_2, t_2
+    teachers: dict[str, HeadRows]  # a head: mlp_1, t_1, mlp_2, t_2
+    students: dict[str, Tensor]  # features [2, B, D] of the same views a head, detached
     teacher_features: list[Tensor]  # pooled [2B, C] a model
 
 
@@ -155,17 +156,20 @@ class MOKD(nn.Module):
         students = [self._study(student, global_views, local_views) for student in self.students]
         way = self.way(students[0].mlp)
         teachers = self._rows(found, stored=way != "fused-linear")
-        totals, terms = [], {}
+        totals, terms, own = [], {}, {}
         for i in range(len(students)):
             maps = found[1 - i].features if len(found) == 2 else None
             total, named = self._losses(i, students[i], teachers, maps, temperatures[i], way)
             totals.append(total)
             terms.update(named)
+            for head in ("mlp", "t"):
+                if (rows := getattr(students[i], head)) is not None:
+                    own[f"{head}_{i + 1}"] = rows[:GLOBALS].detach()
         means = {
             h: LinearLogits(column_mean(r.features), r.prototypes) for h, r in teachers.items()
         }
         pooled = [teacher.features.pooled for teacher in found]
-        return StepLosses(totals, terms, means, teachers, pooled)
+        return StepLosses(totals, terms, means, teachers, own, pooled)
 
     def way(self, features: Tensor) -> str:
         """How `prototype_loss` is computed for students' MLP-Head features [V, B, D]."""
@@ -183,14 +187,14 @@ class MOKD(nn.Module):
         return [teacher(global_views) for teacher in self.teachers]
 
     @torch.no_grad()
-    def _rows(self, found: list[Embedding], *, stored: bool) -> dict[str, TeacherRows]:
+    def _rows(self, found: list[Embedding], *, stored: bool) -> dict[str, HeadRows]:
         rows = {}
         for i, (teacher, embedding) in enumerate(zip(self.teachers, found, strict=True), start=1):
             for head in ("mlp", "t"):
                 if (features := getattr(embedding, head)) is not None:
-                    matrix = getattr(teacher, f"{head}_head").last_layer.matrix()
+                    matrix = _prototypes(teacher, head)
                     logits = F.linear(features, matrix) if stored else None
-                    rows[f"{head}_{i}"] = TeacherRows(features, matrix, logits)
+                    rows[f"{head}_{i}"] = HeadRows(features, matrix, logits)
         return rows
 
     @staticmethod
@@ -210,7 +214,7 @@ class MOKD(nn.Module):
         self,
         i: int,
         own: Embedding,
-        teachers: dict[str, TeacherRows],
+        teachers: dict[str, HeadRows],
         maps: Features | None,
         taus: Temperatures,
         way: str,
@@ -274,6 +278,11 @@ class MOKD(nn.Module):
             return search(maps[0], found.grid, queries)
         return torch.cat([search(maps[1 - v], found.grid, queries[v : v + 1]) for v in (0, 1)])
 
+    def student_prototypes(self, head: str) -> Tensor:
+        """[K, D] of a head mlp_1, t_1, mlp_2 or t_2."""
+        name, _, number = head.partition("_")
+        return _prototypes(self.students[int(number) - 1], name)
+
     def statistics(self) -> list[Tensor]:
         """Running statistics (BatchNorm), of students and teachers: what a forward pass moves."""
         return [
@@ -287,3 +296,8 @@ class MOKD(nn.Module):
         """EMA of the parameters. Buffers (BatchNorm statistics) are the teachers' own."""
         for student, teacher in zip(self.students, self.teachers, strict=True):
             ema_update_(list(teacher.parameters()), list(student.parameters()), momentum)
+
+
+def _prototypes(model: nn.Module, head: str) -> Tensor:
+    prototypes: Prototypes = getattr(model, f"{head}_head").last_layer
+    return prototypes.matrix()

@@ -48,29 +48,27 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
 
 
 class Snapshot:
-    """Tensors as they are now, to go back to where a device flag says so.
+    """Tensors as they are at a `take`, to go back to where a device flag says so.
 
-    One copy a dtype, so that hundreds of BatchNorm statistics cost a few launches. All tensors are
-    on one device.
+    One copy a dtype, so that hundreds of BatchNorm statistics cost a few launches. The tensors are
+    contiguous, on one device, and changed in place alone: they are looked up once.
     """
 
     @torch.no_grad()
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._groups: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
-            self._groups.setdefault(tensor.dtype, []).append(tensor)
-        self._then = {dtype: _flat(group) for dtype, group in self._groups.items()}
+            self._groups.setdefault(tensor.dtype, []).append(tensor.view(-1))
+        self._then: dict[torch.dtype, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self) -> None:
+        self._then = {dtype: torch.cat(group) for dtype, group in self._groups.items()}
 
     @torch.no_grad()
     def restore_(self, flag: Tensor) -> None:
-        """In place, every tensor back to its old bits if the 0-d bool `flag` is set."""
+        """In place, every tensor back to its bits of then if the 0-d bool `flag` is set."""
         for dtype, group in self._groups.items():
             # where, not a product: what is to be thrown away may be NaN.
-            kept = torch.where(flag, self._then[dtype], _flat(group))
-            parts = kept.split([tensor.numel() for tensor in group])
-            shaped = [part.view(x.shape) for part, x in zip(parts, group, strict=True)]
-            torch._foreach_copy_(group, shaped)
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+            kept = torch.where(flag, self._then[dtype], torch.cat(group))
+            torch._foreach_copy_(group, kept.split([len(flat) for flat in group]))

@@ -14,6 +14,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FROM_ZERO = ("share", "images/s", "steps", "pictures", "epochs")  # units
+_SPAN = 0.01  # least height of a plot, of its values: a constant's rounding is no curve
 _POINTS = 300  # a curve's longest; a page of 100,000 rows would weigh tens of MB
 _FONT: Any = {"font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "mokd_fast"}
 
@@ -46,6 +47,10 @@ FAMILIES = (
         "At ln K every prototype is alike: collapse. At 0 each view has one; where few "
         "prototypes are used as well it is the same one for all: collapse too.",
         "nats", bound=True,
+    ),
+    Family(
+        "Student entropy", r"student_entropy_\w+", "How undecided the students are about the "
+        "global views. At ln K they say nothing, and the loss sits at ln K.", "nats", bound=True,
     ),
     Family(
         "KL(teacher, student)", r"kl_\w+", "What of the self-distillation loss a student can "
@@ -153,6 +158,10 @@ def _draw(runs: Sequence[Run], family: Family, keys: list[str]) -> tuple[str, st
     axes.grid(color="#dddddd", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     handles = _handles(runs, keys) + (_bound(axes, runs, top) if family.bound else [])
+    low, high = axes.get_ylim()
+    lack = _SPAN * max(abs(low), abs(high)) - (high - low)
+    if family.scale == "linear" and lack > 0:
+        axes.set_ylim(low - lack / 2, high + lack / 2)
     canvas.legend(handles=handles, loc="outside lower center", fontsize=8, frameon=False,
                   ncols=1 if any(len(h.get_label()) > 26 for h in handles) else 2,
                   handlelength=3.2)  # fmt: skip

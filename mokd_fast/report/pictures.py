@@ -28,7 +28,8 @@ _ATTENTION = (
 _PATCHES = (
     "The first three principal components of each teacher's patch features as red, green and "
     "blue, fitted over the pictures shown. Equal colours mean alike features; the colours of two "
-    "models are not comparable."
+    "models are not comparable. Each component is stretched over the whole range of its colour, so "
+    "that features of a collapsed model look as lively as any: their spread is among the curves."
 )
 
 

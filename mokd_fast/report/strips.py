@@ -12,6 +12,7 @@ from torch import Tensor
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right; 0 to 1 of a picture
 _SIDE, _GAP = 128, 8  # pixels of a cell and between two
+_EDGE = "#999999"  # of a picture: a white one would run into the gaps
 _WIDEST = 900  # the page is no wider, and photographs are what makes it heavy
 
 
@@ -49,7 +50,8 @@ def strip(label: str, cells: Sequence[Image.Image], columns: Sequence[str] = ())
 def cell(
     pixels: np.ndarray, boxes: Sequence[Box] = (), shape: tuple[int, int] | None = None
 ) -> Image.Image:
-    """uint8 [h, w, 1 or 3] fitted into a square cell, two `boxes` outlined, the second dashed.
+    """uint8 [h, w, 1 or 3] with a thin edge, fitted into a square cell, two `boxes` outlined, the
+    second dashed.
 
     shape: height and width that give the aspect ratio, where the pixels' own do not (a map).
     Small pictures keep their pixels visible.
@@ -60,6 +62,7 @@ def cell(
     way = Image.Resampling.NEAREST if pixels.shape[0] <= size[1] else Image.Resampling.LANCZOS
     picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2))
     picture = picture.resize(size, way)
+    ImageDraw.Draw(picture).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=_EDGE)
     for box, dashed in zip(boxes, (False, True), strict=False):
         _outline(ImageDraw.Draw(picture), box, size, dashed)
     whole = Image.new("RGB", (_SIDE, _SIDE), "white")

@@ -42,6 +42,14 @@ RULES = (
         "fewer prototypes and teacher.momentum=0.99 help",
     ),
     Rule(
+        "uniform student",
+        "student_entropy_",
+        lambda entropy, rows: entropy > 0.999 * rows.ln_k,
+        "the student's distribution is uniform: the loss sits at ln K, however sharp the teacher "
+        "is. Where the teacher is uniform too (loss at ln K) the student has followed it; else "
+        "lower loss.student_temperature (0.1)",
+    ),
+    Rule(
         "few prototypes",
         "prototypes_used_",
         lambda used, rows: used * rows.most < 3.5 and used <= 1 / 8,
@@ -92,7 +100,7 @@ class Alarms:
     def see(self, row: Row) -> list[Event]:
         """What starts with this row of metrics, and what is over with it."""
         # Without them the interval or its last step was skipped.
-        if row["step"] <= self._warmup or not {"loss_1", "feature_std_1"} <= row.keys():
+        if row["step"] <= self._warmup or not {"loss_1", "student_entropy_mlp_1"} <= row.keys():
             return []
         self._rows.append(row)
         while len(self._rows) > MIN_ROWS and self._rows[1]["step"] <= row["step"] - WINDOW:

@@ -116,6 +116,7 @@ class Trainer:
         self.mokd = build(recipe).to(self.device)
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
+        self.statistics = Snapshot(self.mokd.statistics())
         self._schedules()
         self.way = self._prototype_loss()
         # fp16: one a student, so that each looks for its own scale.
@@ -207,14 +208,14 @@ class Trainer:
         means: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         prototypes: dict[str, Tensor] = {}
-        statistics = Snapshot(self.mokd.statistics())
+        self.statistics.take()
         for _ in range(parts):
             prototypes.clear()  # the next micro-batch makes the same again
             global_views, local_views = self.to_device(next(batches))
             with self._autocast():
                 out = self.mokd(global_views, local_views, taus)
             if self.is_logged(k + 1):
-                accumulate(diagnostics, diagnose(out, self.mokd.centers, taus), parts)
+                accumulate(diagnostics, diagnose(out, self.mokd, taus), parts)
             # The students' graphs are disjoint, so one backward of the sum is exact for both.
             totals = [self._scaled(i, total) for i, total in enumerate(out.totals)]
             (torch.stack(totals).sum() / parts).backward()
@@ -230,7 +231,7 @@ class Trainer:
         self.mokd.update_teachers(momentum.masked_fill_(skip, 1))
         logits = {head: LinearLogits(mean, prototypes[head]) for head, mean in means.items()}
         self.mokd.centers.update(logits, skip=skip)
-        statistics.restore_(skip)
+        self.statistics.restore_(skip)
         if diagnostics:
             for i in range(len(self.scalers)):
                 diagnostics[f"grad_scale_{i + 1}"] = self._scaled(i, torch.ones_like(momentum))

@@ -107,8 +107,9 @@ def test_snapshot():
     """Back to the old bits where the flag says so, whatever is there now."""
     tensors = [torch.randn(3), torch.tensor(7), torch.randn(2, 2), torch.tensor(1.5).double()]
     old = [tensor.clone() for tensor in tensors]
+    snapshot = Snapshot(tensors)
     for flag in (True, False):
-        snapshot = Snapshot(tensors)
+        snapshot.take()
         tensors[0].fill_(torch.nan), tensors[1].add_(1), tensors[2].mul_(2)
         now = [tensor.clone() for tensor in tensors]
         with NoHostRead():

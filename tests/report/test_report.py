@@ -264,3 +264,15 @@ def test_long_curves_are_thinned():
     steps, values = series(rows, "x")
     assert len(steps) <= 300 and steps[-1] == 10_000
     assert values[0] == pytest.approx(17.5)  # the mean of the first 34
+
+
+@pytest.mark.parametrize(("noise", "flat"), [(1e-4, True), (0.1, False)])
+def test_a_constant_is_a_flat_curve(run, noise, flat):
+    """Rounding is not blown up to the height of the plot."""
+    found = read_run(run, "run")
+    found.metrics = [{"step": n, "loss_1": 6.238 + noise * (n % 2)} for n in range(50)]
+    svg = base64.b64decode(curves([found])[0].uri.partition(",")[2]).decode()
+    path = re.search(r'<path d="(M [^"]*)"[^>]*stroke: #0072b2', svg)[1]
+    heights = [float(y) for _, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
+    assert len(heights) == 50
+    assert (max(heights) - min(heights) < 3) if flat else (max(heights) - min(heights) > 100)

@@ -17,26 +17,31 @@ def test_a_small_picture_keeps_its_pixels_and_its_aspect():
     pixels = np.array([[[10], [200]], [[30], [90]], [[0], [255]], [[1], [2]]], np.uint8)
     found = np.asarray(cell(pixels))
     assert found.shape == (SIDE, SIDE, 3)
+    edge = np.concatenate([found[[0, -1], 32:96].ravel(), found[:, [32, 95]].ravel()])
+    assert (edge == 0x99).all(), "or a white picture would run into the gaps"
     assert (found[:, :32] == 255).all() and (found[:, 96:] == 255).all()  # white beside it
-    assert (found[::32, 32::32][:, :2] == pixels).all()
-    assert np.unique(found[:, 32:96]).tolist() == [0, 1, 2, 10, 30, 90, 200, 255]
+    assert (found[16::32, 48::32][:, :2] == pixels).all()
+    assert np.unique(found[1:-1, 33:95]).tolist() == [0, 1, 2, 10, 30, 90, 200, 255]
 
 
 def test_a_maps_cell_has_the_aspect_of_its_view():
     found = np.asarray(cell(np.zeros((3, 3, 1), np.uint8), shape=(20, 40)))
-    assert (found[32:96] == 0).all() and (found[:32] == 255).all() and (found[96:] == 255).all()
+    assert (
+        (found[33:95, 1:-1] == 0).all() and (found[:32] == 255).all() and (found[96:] == 255).all()
+    )
 
 
 def test_boxes_are_seen_on_black_and_on_white():
     for tone in (0, 255):
         flat = np.full((64, 64, 3), tone, np.uint8)
-        solid = np.asarray(cell(flat, [(0.25, 0.25, 0.75, 0.75)]))[:, :, 0] != tone
+        plain = np.asarray(cell(flat))[:, :, 0]
+        solid = np.asarray(cell(flat, [(0.25, 0.25, 0.75, 0.75)]))[:, :, 0] != plain
         rows, columns = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
         for found in (rows, columns):
             assert abs(found[0] - 32) <= 3 and abs(found[-1] - 95) <= 3
         assert not solid[40:88, 40:88].any()
         whole = (0.0, 0.0, 1.0, 1.0)
-        dashed = np.asarray(cell(flat, [whole, (0.25, 0.25, 0.75, 0.75)]))[:, :, 0] != tone
+        dashed = np.asarray(cell(flat, [whole, (0.25, 0.25, 0.75, 0.75)]))[:, :, 0] != plain
         edge = dashed[34, 40:88] | dashed[33, 40:88] | dashed[32, 40:88]
         assert 0.2 < edge.mean() < 0.9, "a dashed line has gaps"
 

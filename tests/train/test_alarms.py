@@ -12,11 +12,12 @@ from tests.train.recipes import VIT, pictures, silent, small
 
 K, ROWS, WARMUP = 512, 64, 20
 HEALTHY = {
-    "teacher_entropy_": 0.6 * math.log(K), "prototypes_used_": 0.2, "self_": 4.0,
-    "feature_std_": 0.05,
+    "teacher_entropy_": 0.6 * math.log(K), "student_entropy_": 0.95 * math.log(K),
+    "prototypes_used_": 0.2, "self_": 4.0, "feature_std_": 0.05,
 }  # fmt: skip
 SICK = {
     "loss at ln K": {"teacher_entropy_": 0.995 * math.log(K), "self_": math.log(K)},
+    "uniform student": {"student_entropy_": 0.9999 * math.log(K), "self_": math.log(K)},
     "few prototypes": {"prototypes_used_": 1 / ROWS},
     "loss at 0": {"self_": 0.01},
     "constant features": {"feature_std_": 0.001},
@@ -125,8 +126,10 @@ def test_in_a_run_and_its_resume(tmp_path, monkeypatch):
 def test_collapsed_runs_raise_the_alarm_and_healthy_ones_none(name, tmp_path):
     expected = {
         "no centre": {"few prototypes", "loss at 0"},
-        "hot teacher": {"loss at ln K"},
+        "hot teacher": {"loss at ln K", "uniform student"},
         "own teacher": {"few prototypes"},
+        "hot student": {"uniform student", "few prototypes"},
+        "wild rate": {"constant features", "few prototypes"},
     }
     found = bench.run(name, 200, tmp_path / "run")
     assert {event["alarm"] for event in found["alarms"]} == expected.get(name, set())

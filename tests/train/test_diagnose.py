@@ -1,13 +1,14 @@
 """The diagnostics of a step against their formulas, at the extremes they are read for."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mokd_fast.nn import Temperatures
-from mokd_fast.nn.mokd import StepLosses, TeacherRows
+from mokd_fast.nn.mokd import HeadRows, StepLosses
 from mokd_fast.ops import Center
 from mokd_fast.train import diagnose as diagnose_module
 from mokd_fast.train.diagnose import diagnose
@@ -19,16 +20,21 @@ TAUS = [Temperatures(0.5, 0.04, 0.04)]
 
 
 def teacher_rows(logits):
-    return TeacherRows(logits.new_zeros(*logits.shape[:2], 1), logits.new_zeros(K, 1), logits)
+    return HeadRows(logits.new_zeros(*logits.shape[:2], 1), logits.new_zeros(K, 1), logits)
 
 
-def found(logits, features, center=None):
+def found(logits, features, center=None, student=None):
+    student = logits if student is None else student
     centers = Center({"mlp_1": K})
     if center is not None:
         centers.mlp_1 = center
     terms = {"self_mlp_1": torch.tensor(4.0)}
-    out = StepLosses([], terms, {}, {"mlp_1": teacher_rows(logits)}, [features])
-    return diagnose(out, centers, TAUS)
+    teacher = {"mlp_1": teacher_rows(logits)}
+    out = StepLosses([], terms, {}, teacher, {"mlp_1": student}, [features])
+    mokd = SimpleNamespace(
+        centers=centers, student_temperature=0.1, student_prototypes=lambda head: torch.eye(K)
+    )
+    return diagnose(out, mokd, TAUS)
 
 
 def test_extremes():
@@ -61,6 +67,20 @@ def test_the_centre_is_subtracted():
     assert plain["prototypes_used_mlp_1"] > 1 / (2 * B)
 
 
+def test_the_student_has_its_own_temperature_and_no_centre():
+    """It can be uniform beside a sharp teacher, and the other way round."""
+    torch.manual_seed(0)
+    sharp, flat = 1e4 * torch.randn(2, B, K), torch.ones(2, B, K)
+    features, center = torch.randn(2 * B, C), 1e4 * torch.eye(K)[3]
+    values = found(sharp, features, center, student=flat)
+    assert values["student_entropy_mlp_1"] == pytest.approx(math.log(K))
+    assert values["teacher_entropy_mlp_1"] < 0.01
+    assert found(flat, features, student=sharp)["student_entropy_mlp_1"] < 0.01
+    p = F.softmax(torch.randn(2, B, K), dim=-1)
+    values = found(flat, features, center, student=0.1 * p.log())
+    assert values["student_entropy_mlp_1"] == pytest.approx(-(p * p.log()).sum().item() / (2 * B))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     values = found(torch.randn(2, B, K).to(dtype), torch.randn(2 * B, C).to(dtype))
@@ -79,7 +99,7 @@ def test_kl_is_the_one_of_the_pairs(way, monkeypatch):
     mokd.centers.update({"mlp_1": torch.randn(1, 64), "t_1": torch.randn(1, 64)})
     views, local_views = torch.randn(2, 4, 1, 28, 28), torch.randn(2, 4, 1, 14, 14)
     out = mokd(views, local_views, [Temperatures(0.3, 0.3, 0.3)])
-    values = diagnose(out, mokd.centers, [Temperatures(0.3, 0.3, 0.3)])
+    values = diagnose(out, mokd, [Temperatures(0.3, 0.3, 0.3)])
     student = mokd.students[0]
     for head in ("mlp", "t"):
         with torch.no_grad():
@@ -88,6 +108,8 @@ def test_kl_is_the_one_of_the_pairs(way, monkeypatch):
             rows = out.teachers[f"{head}_1"]
             z = F.linear(rows.features, rows.prototypes)
         log_p = F.log_softmax(s / 0.1, dim=-1)
+        entropy = -(log_p.exp() * log_p)[:2].sum(dim=-1).mean()  # of the global views
+        assert values[f"student_entropy_{head}_1"] == pytest.approx(entropy.item(), rel=1e-5)
         q = F.softmax((z - mokd.centers[f"{head}_1"]) / 0.3, dim=-1)
         assert (rows.logits is None) == (way == "fused-linear")
         kls = [
@@ -99,7 +121,7 @@ def test_kl_is_the_one_of_the_pairs(way, monkeypatch):
     assert "feature_std_1" in values and "feature_std_2" not in values
     with torch.autocast("cpu", torch.bfloat16):
         half = mokd(views, local_views, [Temperatures(0.3, 0.3, 0.3)])
-    for key, value in diagnose(half, mokd.centers, [Temperatures(0.3, 0.3, 0.3)]).items():
+    for key, value in diagnose(half, mokd, [Temperatures(0.3, 0.3, 0.3)]).items():
         torch.testing.assert_close(value, values[key], rtol=0.05, atol=0.05)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, cuda, reference
@@ -249,8 +250,8 @@ def _run(
     arguments = (
         student.resolve_neg(),  # kernels read memory, where the sign of such a view is another
         [t.rows.detach().resolve_neg() for t in targets],
-        [empty if t.center is None else t.center.detach() for t in targets],
-        [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
+        [empty if t.center is None else t.center.detach().resolve_neg() for t in targets],
+        [empty if t.row_weight is None else t.row_weight.detach().resolve_neg() for t in targets],
         scalars,
         [weight for t in targets for row in t.pairs for weight in row],
         [t.probs is not None for t in targets],
@@ -273,11 +274,13 @@ def _plain(arguments: tuple[Any, ...]) -> bool:
 
 
 def transformed(student: Tensor) -> str | None:
-    """torch.func's transforms differentiate or vectorise the reference alone."""
+    """torch.func's transforms and forward mode take the reference alone."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(student):
         return "it cannot run under torch.func transforms (grad, vmap)"
+    if forward_ad.unpack_dual(student).tangent is not None:  # a custom operator would drop it
+        return "it has no forward-mode derivative"
     return None
 
 

@@ -587,5 +587,7 @@ def _check_prototypes(name: str, weight: Tensor, features: Tensor) -> None:
             f"{name} must be floating prototypes [K, {features.shape[2]}] for features "
             f"{list(features.shape)}, got {weight.dtype} of shape {list(weight.shape)}"
         )
+    if weight.shape[1] == 0:
+        raise ValueError(f"{name} has no features: D is 0, a product takes at least one")
     if weight.device != features.device:
         raise ValueError(f"{name} is on {weight.device}, its features on {features.device}")

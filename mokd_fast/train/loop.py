@@ -179,7 +179,9 @@ class Trainer:
             reasons = explain(OP, *self.mokd.example(features)).splitlines()
         text = f"loss.prototypes={self.recipe.loss.prototypes}: {way}"
         if self.mokd.prototype_loss is None:
-            text += f" ({'; '.join(r for r in reasons if ': can run, but ' in r)})"
+            # The environment, where it forces one, and not what the automatic choice would weigh.
+            forced = [r for r in reasons if r.endswith("this one runs or raises")]
+            text += f" ({'; '.join(forced or [r for r in reasons if ': can run, but ' in r])})"
         self.say(text)
         return way
 

@@ -254,6 +254,10 @@ def test_torch_func_runs_on_the_reference(monkeypatch):
 def test_the_sign_of_a_negative_view_counts():
     view = torch.randn(5, 2, 40, dtype=torch.cfloat).conj().imag  # memory holds its negative
     assert view.is_neg()
-    target, copied = (Target(cross_view_pairs(2, 3), x[3:]) for x in (view, view.clone()))
+    center = torch._neg_view(torch.randn(40))  # contiguous: no copy would resolve it
+    target, copied = (
+        Target(cross_view_pairs(2, 3), x[3:], center=c, row_weight=c[:2])
+        for x, c in ((view, center), (view.clone(), center.clone()))
+    )
     mine, _ = distill_cross_entropy(view[:3], [target])
     torch.testing.assert_close(mine, distill_cross_entropy(view[:3].clone(), [copied])[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -475,6 +476,21 @@ def test_torch_func_runs_on_the_reference(monkeypatch):
         torch.testing.assert_close(grad(x, w), run(x, w, targets, "cpu")[2 + i])
 
 
+@pytest.mark.parametrize("i", [0, 1])
+def test_forward_mode_runs_on_the_reference(i, monkeypatch):
+    monkeypatch.delenv("MOKD_FAST_BACKEND")
+    x, w, targets = dino()
+    args, tangent = [x, w], randn(*(x, w)[i].shape)
+    gradient = run(x, w, targets, "cpu")[2 + i]
+    with forward_ad.dual_level():
+        args[i] = forward_ad.make_dual(args[i], tangent)
+        loss, _ = linear_distill_cross_entropy(*args, targets)
+        found = forward_ad.unpack_dual(loss).tangent
+        with pytest.raises(RuntimeError, match="cpu was asked for but it has no forward-mode"):
+            linear_distill_cross_entropy(*args, targets, backend="cpu")
+    torch.testing.assert_close(found, (gradient * tangent).sum())
+
+
 def test_explain_and_the_docstring(monkeypatch):
     monkeypatch.delenv("MOKD_FAST_BACKEND")
     x, w, targets = dino()
@@ -492,6 +508,11 @@ def test_explain_and_the_docstring(monkeypatch):
         ({"x": torch.zeros(V, B, D).long()}, "features must be floating"),
         ({"w": torch.zeros(K, D + 1)}, "weight must be floating prototypes [K, 16] for features"),
         ({"w": torch.zeros(0, D)}, "K is 0"),
+        ({"x": torch.zeros(V, B, 0), "w": torch.zeros(K, 0)}, "weight has no features: D is 0"),
+        (
+            {"features": torch.zeros(T, B, 0), "prototypes": torch.zeros(K, 0)},
+            "targets[0].prototypes has no features: D is 0",
+        ),
         ({"w": torch.zeros(K, D, device="meta")}, "weight is on meta, its features on cpu"),
         ({"features": torch.zeros(T, B + 1, D)}, "targets[0].features must be floating [T, 3, D]"),
         ({"features": torch.zeros(T, B, D + 1)}, "targets[0].prototypes must be floating"),

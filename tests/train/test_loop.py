@@ -47,6 +47,22 @@ def test_what_a_run_leaves_behind(data, tmp_path):
     assert not list(run.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("forced", "line"),
+    [
+        ("", "fused (fused-linear: can run, but so few logits are stored as well)"),
+        ("cpu", "fused (fused-linear: can run, but so few logits are stored as well)"),
+        ("reference", "reference (MOKD_FAST_BACKEND=reference is set, this one runs or raises)"),
+    ],
+)
+def test_what_stores_logits_is_said_with_the_reason(data, tmp_path, monkeypatch, forced, line):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", forced)
+    console = silent()
+    trainer = Trainer(small(data, models=[VIT], t_head=None), tmp_path / "run", console)
+    assert console.file.getvalue() == f"loss.prototypes=auto: {line}\n"
+    assert trainer.way == line.split()[0]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A recipe and its run. Drop-path draws from torch's generator: its state must come back."""

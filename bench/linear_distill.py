@@ -40,7 +40,7 @@ from mokd_fast.ops import (
     linear_distill_cross_entropy,
 )
 from mokd_fast.ops.dispatch import pick
-from mokd_fast.ops.linear_distill import chunk_size
+from mokd_fast.ops.linear_chunks import chunk_size
 
 K, D = 65536, 256
 TAU, CENTER = 0.04, 0.1  # teacher temperature; every entry of the centre

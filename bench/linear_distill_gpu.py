@@ -29,7 +29,7 @@ from bench.device import captured, medians
 from bench.linear_distill import KINDS, PRODUCTS, D, Form, T, V, official, ours, stored, tensors
 from bench.timing import machine, peak_bytes, write_json
 from mokd_fast.ops.dispatch import ENVIRONMENT
-from mokd_fast.ops.linear_distill import chunk_size
+from mokd_fast.ops.linear_chunks import chunk_size
 
 Step = Callable[[], tuple[Tensor, ...]]  # -> loss, dX, dW
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .dispatch import constant, pick, register
 from .distill import Target, distill_cross_entropy
+from .linear_chunks import KEEP_BYTES
 from .linear_distill import (
-    KEEP_BYTES,
     LinearTarget,
     check_linear,
     linear_distill_cross_entropy,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mokd_fast.kernels import distill as kernels
 
-from mokd_fast.ops import LinearTarget, linear_distill
+from mokd_fast.ops import LinearTarget, linear_chunks
 
 from ..ops import test_linear_distill as tests
 from ..ops.oracle import dense
@@ -16,7 +16,7 @@ from .distill_values import DEVICE, DTYPES, _bfloat16_rounds_to_nearest  # noqa:
 def _triton(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "triton")
-    monkeypatch.setattr(linear_distill, "KEEP_BYTES", 0)
+    monkeypatch.setattr(linear_chunks, "KEEP_BYTES", 0)
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)

@@ -19,6 +19,7 @@ from mokd_fast.ops import (
     distill,
     distill_cross_entropy,
     explain,
+    linear_chunks,
     linear_distill,
     linear_distill_cross_entropy,
     matched_pairs,
@@ -40,7 +41,7 @@ def backend(request, monkeypatch):
         request.getfixturevalue("cuda_kernels")
     torch.manual_seed(0)
     monkeypatch.setenv("MOKD_FAST_BACKEND", name)
-    monkeypatch.setattr(linear_distill, "KEEP_BYTES", 50_000 if kept else 0)
+    monkeypatch.setattr(linear_chunks, "KEEP_BYTES", 50_000 if kept else 0)
     return name
 
 
@@ -303,7 +304,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_all_logits_is_made(dtype, monkeypatch):
     x, w, targets = dino(v=10, b=4, k=4096, d=8, dtype=dtype)
     largest = Largest()
-    for name in ("_forward_pass", "_backward_pass", "_reference"):  # inside the operators
+    for name in ("forward_pass", "backward_pass", "_reference"):  # inside the operators
         inner = getattr(linear_distill, name)
 
         def watched(*args, inner=inner):
@@ -312,7 +313,7 @@ def test_no_tensor_of_all_logits_is_made(dtype, monkeypatch):
 
         monkeypatch.setattr(linear_distill, name, watched)
     run(x, w, targets, chunk=512)
-    chunks = 48 * 512 + linear_distill.KEEP_BYTES // 2
+    chunks = 48 * 512 + linear_chunks.KEEP_BYTES // 2
     assert 4096 * 8 <= largest.numbers <= 4096 * 8 + chunks  # dW, or some chunks
     linear_distill._reference(x, w, targets, 0.1, None)
     assert largest.numbers >= 40 * 4096  # it would have been seen

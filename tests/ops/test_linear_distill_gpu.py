@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mokd_fast.ops import LinearTarget, cpu, distill, linear_distill
+from mokd_fast.ops import LinearTarget, cpu, distill, linear_chunks, linear_distill
 from mokd_fast.ops.dispatch import pick
 
 from .oracle import dense
@@ -50,7 +50,7 @@ class Nothing:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_product_is_one_that_a_gpu_makes(dtype, weight, b, l2, monkeypatch):
     monkeypatch.setattr(distill, "_kernels", lambda backend: Nothing)
-    monkeypatch.setattr(linear_distill, "_identity", id)  # there are no addresses
+    monkeypatch.setattr(linear_chunks, "_identity", id)  # there are no addresses
     calls, k = [], 1300
     monkeypatch.setattr(linear_distill, "_forward", lambda *call: calls.append(call) or call)
     l2(0)
@@ -59,10 +59,10 @@ def test_every_product_is_one_that_a_gpu_makes(dtype, weight, b, l2, monkeypatch
         targets = [LinearTarget(dense(T, V), new(T, b, D), new(k, D), center=new(k)),
                    LinearTarget(dense(T, V), new(T, b, D), w)]  # fmt: skip
         linear_distill._run("cuda", x, w, targets, 0.1, None)
-        call = linear_distill.Call(*calls[0])
+        call = linear_chunks.Call(*calls[0])
         assert call.chunk == 512 and call.first_kept == k
-        loss, _, stats, kept = linear_distill._forward_pass(call)
-        dx, dw = linear_distill._backward_pass(loss, stats, kept, call, [True, True])
+        loss, _, stats, kept = linear_chunks.forward_pass(call)
+        dx, dw = linear_chunks.backward_pass(loss, stats, kept, call, [True, True])
     assert kept.numel() == 0  # after the forward pass nothing of K's size
     assert (dx.shape, dx.dtype) == (x.shape, dtype) and (dw.shape, dw.dtype) == (w.shape, weight)
     assert {t.device.type for t in (loss, dx, dw)} == {"cuda"}
@@ -75,7 +75,7 @@ def test_a_chunk_and_all_it_touches_take_half_of_the_cache(images, mib, columns,
     l2(mib << 20)
     with FakeTensorMode():
         x = new(10, images, 256)
-        assert linear_distill.chunk_size(x, 12 * images, torch.bfloat16) == columns
+        assert linear_chunks.chunk_size(x, 12 * images, torch.bfloat16) == columns
         if images < 4096:
             half = (22 * images + 256) * 2 * columns / (mib << 19)
             assert 0.9 < half <= 1
@@ -83,7 +83,7 @@ def test_a_chunk_and_all_it_touches_take_half_of_the_cache(images, mib, columns,
 
 def test_one_chunk_is_kept_and_of_several_none():
     with FakeTensorMode():
-        kept = partial(linear_distill.first_kept, new(10, 64, 256), 768, dtype=torch.bfloat16)
+        kept = partial(linear_chunks.first_kept, new(10, 64, 256), 768, dtype=torch.bfloat16)
         assert kept(7680, 7680) == 0 and kept(7680, 7936) == 0 and kept(7681, 7680) == 7681
 
 
@@ -92,7 +92,7 @@ def test_the_cache_is_a_constant_in_a_compiled_graph(l2):
     l2(50 << 20)
 
     def columns(x):
-        return x.new_empty(linear_distill.chunk_size(x, 768, torch.bfloat16))
+        return x.new_empty(linear_chunks.chunk_size(x, 768, torch.bfloat16))
 
     with FakeTensorMode():
         compiled = torch.compile(columns, backend="eager", fullgraph=True)

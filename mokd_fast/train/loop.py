@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from ..console import RunConsole
+from ..console import RunConsole, takes_output
 from ..data.loader import ViewLoader, Views, normalize
 from ..data.sources import open_source
 from ..errors import UserError
@@ -182,7 +182,8 @@ class Trainer:
             # The environment, where it forces one, and not what the automatic choice would weigh.
             forced = [r for r in reasons if r.endswith("this one runs or raises")]
             text += f" ({'; '.join(forced or [r for r in reasons if ': can run, but ' in r])})"
-        self.say(text)
+        if takes_output(self.console):  # or a full pipe would hold the run up
+            self.say(text)
         return way
 
     def fit(self) -> None:

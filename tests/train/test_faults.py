@@ -380,10 +380,11 @@ def limited(*words: object) -> tuple[int, str]:
     """The command line in the address space that a new process has and 200 MB; code and stderr.
 
     New, because a fork of a long test process inherits freed memory, which no limit counts. One
-    thread and one arena, whose reservations would be counted. Without oneDNN: it crashes where it
-    gets no page.
+    thread and one arena, whose reservations would be counted; what is freed is given back. Without
+    oneDNN: it crashes where it gets no page.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **malloc}
     command = [sys.executable, "-c", LIMITED, *map(str, words)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, " ".join(done.stderr.split())

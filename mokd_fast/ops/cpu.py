@@ -193,8 +193,9 @@ def joint_backward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as `search._joint_backward`."""
     call, _alive = _search_call(*tensors)
-    found = *(t.new_empty(t.transpose(1, 2).shape) for t in tensors[:3]), *(
-        t.new_empty(t.shape) for t in tensors[3:]
+    found = (
+        *(t.new_empty(t.transpose(1, 2).shape) for t in tensors[:3]),
+        *(t.new_empty(t.shape) for t in tensors[3:]),
     )
     grad_tokens, grad_query = grad_tokens.contiguous(), _dense(grad_query)
     grads = _map(grad_query), _map(grad_tokens[:, :, :, 0])

@@ -103,9 +103,7 @@ def _search(
 def _(x, k, v, weights, backend):
     (Q, B, H, d), wide = x.shape, reference.accumulation_dtype(x)
     shares = (Q, B, H, k.shape[2]) if weights else (0,)
-    return tuple(
-        x.new_empty(shape, dtype=wide) for shape in ((B, Q, H, d), (B, Q, H, 2), shares)
-    )
+    return tuple(x.new_empty(shape, dtype=wide) for shape in ((B, Q, H, d), (B, Q, H, 2), shares))
 
 
 @torch.library.custom_op("mokd_fast::search_backward", mutates_args=())

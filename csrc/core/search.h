@@ -35,11 +35,11 @@ struct SearchForward {
   void *rows, *stats, *weights, *tokens, *query;
 };
 
-// Gradients come as [B, Q, H, d] of rows (feature_search) or as those of tokens and query; written are
+// rows of joint_attention alone. Gradients come of the rows (feature_search) or of tokens and query; written are
 // q, k, v [B, N, H, d] and x, kx, vx [Q, B, H, d], of `type`.
 struct SearchBackward {
   const void *rows, *stats;
-  Heads grad, grad_tokens;  // strides of [Q, B, H] and, of tokens' [N] too, [Q, B, N]; heads are d apart
+  Heads grad, grad_tokens;  // strides of [Q, B, H] and of [Q, B, N], where heads are d apart
   void *q, *k, *v, *x, *kx, *vx;
 };
 

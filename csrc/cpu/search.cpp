@@ -165,6 +165,14 @@ void score(const Head<A>& g, Matrix<A> keys, int64_t n, const A* xt, int64_t lan
   product<false>(Product<A>{keys.at, keys.step, 1, n, g.d, xt, ROWS, to, ROWS}, lanes / LANES<A>);
 }
 
+// Scores of tokens [n0, n0 + count) and the n rows in p.x. Backward must find the very bits of forward: the
+// sums that it goes by are of these.
+template <typename A>
+void score_rows(const Head<A>& g, int64_t n0, int64_t count, int64_t n, Place<A>& p, A* to) {
+  const Matrix<A> keys = tokens_at(g, g.s.k, n0, count, n <= FEW, p.keys);
+  n <= FEW ? score_few(g, keys, count, n, p.x, to) : score(g, keys, count, p.xt, padded<A>(n), to);
+}
+
 // c[rows][D] += sum over n keys of scores times a matrix.
 template <typename A>
 void add_rows(const Head<A>& g, const A* scores, int64_t rows, int64_t n, Matrix<A> b, A* c) {
@@ -287,9 +295,7 @@ void attend(const Head<A>& g, const SearchForward& io, int64_t m, int64_t n, Pla
   for (int64_t n0 = 0; n0 < g.s.tokens; n0 += KEYS) {
     const int64_t count = std::min(KEYS, g.s.tokens - n0);
     fetch(g, g.s.v, n0, count);
-    const Matrix<A> keys = tokens_at(g, g.s.k, n0, count, n <= FEW, p.keys);
-    n <= FEW ? score_few(g, keys, count, n, p.x, p.scores)
-             : score(g, keys, count, p.xt, lanes, p.scores);
+    score_rows(g, n0, count, n, p, p.scores);
     if (n0 + count < g.s.tokens) fetch(g, g.s.k, n0 + count, std::min(KEYS, g.s.tokens - n0 - count));
     if (io.weights)
       for (int64_t i = 0; i < n; ++i)
@@ -427,13 +433,14 @@ void backward_tile(const Head<A>& g, const SearchBackward& io, Span at, Place<A>
   const Search& s = g.s;
   const int64_t n = at.count, lanes = padded<A>(n), own = own_rows(s);
   A *out = p.next, *dx = out + ROWS * g.D, *outt = dx + ROWS * g.D, *delta = outt + ROWS * g.D;
+  A *weights = delta + ROWS, *dps = weights + s.tokens * ROWS;
   std::memset(p.next, 0, (3 * ROWS * g.D + ROWS) * sizeof(A));
   rows_at(g, at.first, n, p.x);
   transpose(p.x, lanes, g.D, p.xt);
   for (int64_t i = 0; i < lanes; ++i) p.top[i] = 0, p.sum[i] = 1;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = (g.b * rows(s) + at.first + i) * s.heads + g.h;
-    copy_padded(static_cast<const A*>(io.rows) + row * g.d, g.d, g.D, p.o + i * g.D);
+    if (joint(s)) copy_padded(static_cast<const A*>(io.rows) + row * g.d, g.d, g.D, p.o + i * g.D);
     p.top[i] = static_cast<const A*>(io.stats)[row * 2];
     p.sum[i] = static_cast<const A*>(io.stats)[row * 2 + 1];
   }
@@ -441,24 +448,33 @@ void backward_tile(const Head<A>& g, const SearchBackward& io, Span at, Place<A>
     unmerge(g, io, at, p, out, delta, dx, sums);
   else
     queries_at(g, io.grad, at.first, n, out);
-  for (int64_t i = 0; i < n; ++i) delta[i] += dot(out + i * g.D, p.o + i * g.D, g.D);
   transpose(out, lanes, g.D, outt);
+  // The mean of dp = out v over the tokens takes the very numbers that it is subtracted from: where one
+  // token has all the weight the difference must be 0, and out o would leave a rounding of it.
   for (int64_t n0 = 0; n0 < s.tokens; n0 += KEYS) {
     const int64_t count = std::min(KEYS, s.tokens - n0);
-    const Matrix<A> keys = tokens_at(g, s.k, n0, count, true, p.keys);
-    score(g, keys, count, p.xt, lanes, p.scores);
-    score(g, tokens_at(g, s.v, n0, count, false, p.values), count, outt, lanes, p.others);
+    A *w = weights + n0 * ROWS, *dp = dps + n0 * ROWS;
+    score_rows(g, n0, count, n, p, w);
+    score(g, tokens_at(g, s.v, n0, count, false, p.values), count, outt, lanes, dp);
     for (int64_t i = 0; i < lanes; i += Head<A>::L) {
       const Vec<A> top = load<Vec<A>>(p.top + i), inverse = 1 / load<Vec<A>>(p.sum + i);
+      Vec<A> mean = load<Vec<A>>(delta + i);
       for (int64_t k = i; k < count * ROWS; k += ROWS) {
-        const Vec<A> w = exp2_negative((load<Vec<A>>(p.scores + k) - top) * g.rate) * inverse;
-        store(p.scores + k, w);
-        store(p.others + k, w * (load<Vec<A>>(p.others + k) - load<Vec<A>>(delta + i)) * g.scale);
+        store(w + k, exp2_negative((load<Vec<A>>(w + k) - top) * g.rate) * inverse);
+        mean += load<Vec<A>>(w + k) * load<Vec<A>>(dp + k);
       }
+      store(delta + i, mean);
     }
-    add_keys(g, p.scores, count, n, out, sums.v + n0 * g.D);
-    add_keys(g, p.others, count, n, p.x, sums.k + n0 * g.D);
-    add_rows(g, p.others, n, count, keys, dx);
+  }
+  for (int64_t n0 = 0; n0 < s.tokens; n0 += KEYS) {
+    const int64_t count = std::min(KEYS, s.tokens - n0);
+    A *w = weights + n0 * ROWS, *ds = dps + n0 * ROWS;
+    for (int64_t i = 0; i < lanes; i += Head<A>::L)
+      for (int64_t k = i; k < count * ROWS; k += ROWS)
+        store(ds + k, load<Vec<A>>(w + k) * (load<Vec<A>>(ds + k) - load<Vec<A>>(delta + i)) * g.scale);
+    add_keys(g, w, count, n, out, sums.v + n0 * g.D);
+    add_keys(g, ds, count, n, p.x, sums.k + n0 * g.D);
+    add_rows(g, ds, n, count, tokens_at(g, s.k, n0, count, true, p.keys), dx);
   }
   for (int64_t i = 0; i < n; ++i) {
     const int64_t m = at.first + i;
@@ -470,7 +486,7 @@ void backward_tile(const Head<A>& g, const SearchBackward& io, Span at, Place<A>
 
 template <typename A>
 void backward(const Search& s, const SearchBackward& io) {
-  const int64_t D = padded<A>(s.width), tile = 3 * ROWS * D + ROWS;
+  const int64_t D = padded<A>(s.width), tile = 3 * ROWS * D + ROWS + 2 * s.tokens * ROWS;
   each<A>(s, s.images * s.heads, tile + 2 * (s.tokens + s.queries) * D, [&](int64_t item, Place<A>& p) {
     const Head<A> g = {s, item / s.heads, item % s.heads};
     Sums<A> sums(p.next + tile, s, D);

@@ -165,7 +165,7 @@ def search_forward(x: Tensor, k: Tensor, v: Tensor, weights: bool) -> tuple[Tens
 
 
 def search_backward(
-    grad: Tensor, rows: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor
+    grad: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
     """Arguments and results as `search._search_backward`."""
     call, _alive = _search_call(None, k, v, x, None, None)
@@ -173,7 +173,7 @@ def search_backward(
     found = x.new_empty(x.shape), dk, dv
     grad = _dense(grad).transpose(0, 1)
     to = 0, dk.data_ptr(), dv.data_ptr(), found[0].data_ptr(), 0, 0
-    call.backward(rows.data_ptr(), stats.data_ptr(), _map(grad), _map(None), to, _level())
+    call.backward(0, stats.data_ptr(), _map(grad), _map(None), to, _level())
     return found
 
 

@@ -108,14 +108,14 @@ def _(x, k, v, weights, backend):
 
 @torch.library.custom_op("mokd_fast::search_backward", mutates_args=())
 def _search_backward(
-    grad: Tensor, rows: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor, backend: str
+    grad: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients [Q, B, H, d] and twice [B, N, H, d], from that of the rows."""
-    return _kernels(backend).search_backward(grad, rows, stats, x, k, v)
+    return _kernels(backend).search_backward(grad, stats, x, k, v)
 
 
 @_search_backward.register_fake
-def _(grad, rows, stats, x, k, v, backend):
+def _(grad, stats, x, k, v, backend):
     return x.new_empty(x.shape), *(t.new_empty(t.transpose(1, 2).shape) for t in (k, v))
 
 
@@ -161,7 +161,7 @@ def _(grad_tokens, grad_query, rows, stats, q, k, v, q_x, k_x, v_x, backend):
 
 def _save_search(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, ctx.backend = inputs
-    ctx.save_for_backward(*output[:2], *tensors)
+    ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -279,7 +279,14 @@ def why_not(backend: str, first: Tensor, *rest: Any) -> str | None:
     return _kernels(backend).why_not(first, [t for t in rest if isinstance(t, Tensor)])
 
 
-register("feature_search", "cpu", partial(_run_search, "cpu"), partial(why_not, "cpu"))
+def _avoid(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> str | None:
+    """Where PyTorch's attention is faster on the CPU (bench/search.py, Q = 1)."""
+    if weights or len(query) != 1 or query.dtype not in (torch.float32, torch.float64):
+        return None
+    return "but for one query an image sdpa takes 0.7 of its time"
+
+
+register("feature_search", "cpu", partial(_run_search, "cpu"), partial(why_not, "cpu"), _avoid)
 register("feature_search", "sdpa", _sdpa, _sdpa_why_not)
 register("feature_search", "reference", reference.feature_search)
 register("joint_attention", "cpu", partial(_run_joint, "cpu"), partial(why_not, "cpu"))

@@ -89,9 +89,9 @@ def products(run: Callable[[], Any]) -> float:
     runs: list[Callable[[], Any]] = []
     call = Layers.__call__
 
-    def keep(self: Layers, layer: Any, x: Tensor, *, gelu: bool = False) -> Tensor:
-        runs.append(lambda: call(self, layer, x, gelu=gelu))
-        return call(self, layer, x, gelu=gelu)
+    def keep(self: Layers, layer: Any, x: Tensor, **options: Any) -> Tensor:
+        runs.append(lambda: call(self, layer, x, **options))
+        return call(self, layer, x, **options)
 
     with mock.patch.object(Layers, "__call__", keep):
         run()

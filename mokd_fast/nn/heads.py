@@ -69,15 +69,18 @@ class Layers:
         self.cast: dict[nn.Module, list[Tensor]] = {}
         self.group = GROUP.get(kind, GROUP["cuda"])
 
-    def __call__(self, layer: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
+    def __call__(
+        self, layer: nn.Linear, x: Tensor, *, gelu: bool = False, only: slice = slice(None)
+    ) -> Tensor:
         if layer not in self.cast:
             self.cast[layer] = [p.to(self.dtype) for p in (layer.weight, layer.bias)]
+        parameters = [p[only] for p in self.cast[layer]]
         x = x.to(self.dtype)
         if self.onednn and x.numel():
             then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, *self.cast[layer], *then)
+            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, *parameters, *then)
             return found
-        y = F.linear(x, *self.cast[layer])
+        y = F.linear(x, *parameters)
         return F.gelu(y) if gelu else y
 
     def block(self, block: nn.Module, x: Tensor, found: Tensor) -> Tensor:
@@ -216,22 +219,28 @@ class THead(nn.Module):
         """[B, N, D], [Q, B, D] -> [Q, B, D], and with `weights` [Q, B, H, N] of each block."""
         looks = []
         for block in self.blocks:
-            q, k, v = self._qkv(layers, block, x).transpose(2, 3)  # [B, H, N, d]
-            asking = self._qkv(layers, block, queries)[0]  # [Q, B, H, d]
+            last = block is self.blocks[-1]  # where tokens ask nothing
+            *q, k, v = self._qkv(layers, block, x, int(last)).transpose(2, 3)  # [B, H, N, d]
+            asking = self._qkv(layers, block, queries, 0, 1)[0]  # [Q, B, H, d]
             found = feature_search(asking, k, v, weights=weights)
             if weights:
                 looks.append(found[1])
                 found = found[0]
             queries = layers.block(block, queries, found.flatten(2))
-            if block is not self.blocks[-1]:
-                own = feature_search(q.permute(2, 0, 1, 3), k, v)
+            if not last:
+                own = feature_search(q[0].permute(2, 0, 1, 3), k, v)
                 x = layers.block(block, x, own.transpose(0, 1).flatten(2))
         return self.norm(queries), looks
 
-    def _qkv(self, layers: "Layers", block: nn.Module, x: Tensor) -> Tensor:
-        """Queries, keys and values of a block's heads. [..., ..., D] -> [3, ..., ..., H, d]"""
-        qkv = layers(block.attn.qkv, block.norm1(x))  # type: ignore[union-attr, operator, arg-type]
-        return qkv.unflatten(2, (3, self.heads, -1)).movedim(2, 0)
+    def _qkv(
+        self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0, end: int = 3
+    ) -> Tensor:
+        """Queries, keys and values of a block's heads, from `first` to `end` of the three.
+        [.., .., D] -> [end - first, .., .., H, d]"""
+        D = x.shape[-1]
+        only = slice(first * D, end * D)
+        qkv = layers(block.attn.qkv, block.norm1(x), only=only)  # type: ignore
+        return qkv.unflatten(2, (end - first, self.heads, -1)).movedim(2, 0)
 
     def join(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
         """Each query before the tokens of the map: what the blocks see. -> [Q*B, 1+N, D]"""

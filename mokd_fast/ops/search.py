@@ -206,10 +206,10 @@ def _autograd(forward: Any, backward: Any, name: str, save: Any, arguments: Any,
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return getattr(_kernels(inputs[-1]), f"{name}_forward")(*inputs[:-1])
-
-        setup_context = staticmethod(save)
+        def forward(ctx: Any, *inputs: Any) -> Any:  # setup_context would cost 12 us a call
+            output = getattr(_kernels(inputs[-1]), f"{name}_forward")(*inputs[:-1])
+            save(ctx, inputs, output)
+            return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -243,19 +243,31 @@ def _plain(tensors: tuple[Tensor, ...]) -> bool:
     return not compiling and all(type(t) in known for t in tensors)
 
 
+def _differentiable(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def _run_search(
     backend: str, query: Tensor, key: Tensor, value: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor]:
     tensors = tuple(t.resolve_neg() for t in (query, key, value))
-    call = _eager_search if _plain(tensors) else _search
-    rows, _, shares = call(*tensors, weights, backend)
+    if not _plain(tensors):
+        rows, _, shares = _search(*tensors, weights, backend)
+    elif _differentiable(tensors):
+        rows, _, shares = _eager_search(*tensors, weights, backend)
+    else:
+        rows, _, shares = _kernels(backend).search_forward(*tensors, weights)
     return rows.transpose(0, 1).to(query.dtype), shares
 
 
 def _run_joint(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     tensors = tuple(t.resolve_neg() for t in tensors)
-    call = _eager_joint if _plain(tensors) else _joint
-    tokens, query, *_ = call(*tensors, backend)
+    if not _plain(tensors):
+        tokens, query, *_ = _joint(*tensors, backend)
+    elif _differentiable(tensors):
+        tokens, query, *_ = _eager_joint(*tensors, backend)
+    else:
+        tokens, query, *_ = _kernels(backend).joint_forward(*tensors)
     return tokens.transpose(2, 3), query
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, reference
 from .dispatch import pick, register
-from .distill import transformed
+from .distill import transformed, triton_why_not
 
 WIDTHS = (16, 128)  # of a head, that the kernels take
 
@@ -232,7 +232,11 @@ _eager_joint = _autograd(
 
 
 def _kernels(backend: str) -> Any:
-    """The module of a backend."""
+    """The module of a backend. Triton is imported at first use, as in `distill._kernels`."""
+    if backend == "triton":
+        from mokd_fast.kernels import search
+
+        return search
     return {"cpu": cpu}[backend]
 
 
@@ -285,10 +289,16 @@ def why_not(backend: str, first: Tensor, *rest: Any) -> str | None:
     """Why the kernels of a backend cannot take these tensors, or None."""
     if reason := transformed(first):
         return reason
+    if backend == "triton" and (reason := triton_why_not(first)):
+        return reason
     low, high = WIDTHS
     if not low <= first.shape[-1] <= high:
         return f"it takes heads {low} to {high} wide, these are {first.shape[-1]}"
     return _kernels(backend).why_not(first, [t for t in rest if isinstance(t, Tensor)])
+
+
+def _unmeasured(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> str | None:
+    return None if weights else "but no GPU has measured it beside sdpa"
 
 
 def _avoid(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> str | None:
@@ -299,8 +309,16 @@ def _avoid(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> 
 
 
 register("feature_search", "cpu", partial(_run_search, "cpu"), partial(why_not, "cpu"), _avoid)
+register(
+    "feature_search",
+    "triton",
+    partial(_run_search, "triton"),
+    partial(why_not, "triton"),
+    _unmeasured,
+)
 register("feature_search", "sdpa", _sdpa, _sdpa_why_not)
 register("feature_search", "reference", reference.feature_search)
+register("joint_attention", "triton", partial(_run_joint, "triton"), partial(why_not, "triton"))
 register("joint_attention", "cpu", partial(_run_joint, "cpu"), partial(why_not, "cpu"))
 register("joint_attention", "reference", reference.joint_attention)
 

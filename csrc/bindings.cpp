@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/distill.h"
+#include "cpu/search.h"
 #ifdef MOKD_CUDA
 #include "cuda/distill.h"
 #endif
@@ -97,6 +99,33 @@ struct Distill {
   }
 };
 
+using Map = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // address, type, strides
+
+mokd::Heads heads(const Map& m) {
+  return {pointer<const void>(std::get<0>(m)), Type(std::get<1>(m)),
+          {std::get<2>(m), std::get<3>(m), std::get<4>(m)}};
+}
+
+// The arguments of feature_search (x, k, v) and joint_attention (with q, kx, vx); sizes are Q, B, H, N, d.
+mokd::Search search(const std::vector<Map>& maps, const std::array<int64_t, 5>& sizes, int type, int threads) {
+  if (maps.size() != 6) throw std::invalid_argument("search: six tensors, or none at an address of 0");
+  if (sizes[3] < 1 || sizes[4] < 1) throw std::invalid_argument("search: at least one token and one number");
+  return {Type(type), threads, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+          heads(maps[0]), heads(maps[1]), heads(maps[2]), heads(maps[3]), heads(maps[4]), heads(maps[5])};
+}
+
+mokd::SearchForward search_results(const std::array<uintptr_t, 5>& to) {
+  return {pointer<void>(to[0]), pointer<void>(to[1]), pointer<void>(to[2]), pointer<void>(to[3]),
+          pointer<void>(to[4])};
+}
+
+mokd::SearchBackward search_gradients(uintptr_t rows, uintptr_t stats, const Map& grad, const Map& grad_tokens,
+                                      const std::array<uintptr_t, 6>& to) {
+  return {pointer<const void>(rows), pointer<const void>(stats), heads(grad), heads(grad_tokens),
+          pointer<void>(to[0]), pointer<void>(to[1]), pointer<void>(to[2]), pointer<void>(to[3]),
+          pointer<void>(to[4]), pointer<void>(to[5])};
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -166,6 +195,21 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release unlocked;
           kernels.column_mean({rows(row), count, columns, pointer<void>(mean), threads});
         });
+  py::class_<mokd::Search>(m, "Search")
+      .def(py::init(&search))
+      .def("forward",
+           [](const mokd::Search& s, const std::array<uintptr_t, 5>& to, const std::string& name) {
+             const auto& kernels = *level(name).search;
+             py::gil_scoped_release unlocked;
+             kernels.forward(s, search_results(to));
+           })
+      .def("backward",
+           [](const mokd::Search& s, uintptr_t rows, uintptr_t stats, const Map& grad, const Map& grad_tokens,
+              const std::array<uintptr_t, 6>& to, const std::string& name) {
+             const auto& kernels = *level(name).search;
+             py::gil_scoped_release unlocked;
+             kernels.backward(s, search_gradients(rows, stats, grad, grad_tokens, to));
+           });
   py::class_<Distill> distill(m, "Distill");
   distill
       .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,

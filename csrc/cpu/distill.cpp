@@ -10,19 +10,10 @@
 // The maximum is subtracted before the temperature divides: a large common offset costs no digit.
 #include "distill.h"
 
-#include <cstdlib>
-#include <new>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "loops.h"
-
-#define MOKD_JOIN_(a, b) a##b
-#define MOKD_JOIN(a, b) MOKD_JOIN_(a, b)
-#define MOKD_STRING_(a) #a
-#define MOKD_STRING(a) MOKD_STRING_(a)
+#include "work.h"
 
 namespace mokd::cpu {
 namespace {
@@ -221,20 +212,6 @@ A forward_student(const Call& d, Block at, int v, Row row, Own own, const A* con
   return sum;
 }
 
-// Memory of one call, aligned to cache lines; std::bad_alloc, which reaches Python as MemoryError.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : at(std::aligned_alloc(64, (bytes / 64 + 1) * 64)) {
-    if (!at) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(at); }
-  Buffer(const Buffer&) = delete;
-  char* get() const { return static_cast<char*>(at); }
-
- private:
-  void* at;
-};
-
 // Where one thread works: blocks of numbers for the scratch, a State and pointers to teacher rows.
 template <typename A>
 struct Workplace {
@@ -296,21 +273,7 @@ void forward_item(const Call& d, Tile at, Workplace<A>& work, State state) {
   }
 }
 
-// Calls work(item, number of the thread) for every item, neighbours by one thread: it fetches across
-// their border. No parallel region for one thread: a forked child would hang in one.
-template <typename Work>
-void parallel(int threads, int64_t items, const Work& work) {
-#ifdef _OPENMP
-  if (threads > 1 && items > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < items; ++i) work(i, omp_get_thread_num());
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < items; ++i) work(i, 0);
-}
-
-// The same with a workplace for each thread.
+// `parallel` with a workplace for each thread.
 template <typename A, typename Work>
 void each_item(const Distill& d, int64_t items, const Work& work) {
   const int64_t bytes = Workplace<A>::bytes(d.shape);
@@ -627,8 +590,10 @@ void run_backward(const Distill& d, const Backward& io) {
 
 }  // namespace
 
+extern const SearchKernels MOKD_JOIN(search_kernels_, MOKD_LEVEL);  // of search.cpp
 extern const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL);
 const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_forward, run_backward,
-                                                  run_column_mean};
+                                                  run_column_mean,
+                                                  &MOKD_JOIN(search_kernels_, MOKD_LEVEL)};
 
 }  // namespace mokd::cpu

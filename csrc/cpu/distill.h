@@ -1,6 +1,7 @@
 // What every x86-64 level of the CPU kernel offers; see distill.cpp.
 #pragma once
 #include "../core/distill.h"
+#include "search.h"
 
 namespace mokd::cpu {
 
@@ -29,6 +30,7 @@ struct Kernels {
   void (*forward)(const Distill&, const Forward&, double* running, Chunk);
   void (*backward)(const Distill&, const Backward&);
   void (*column_mean)(const ColumnMean&);
+  const SearchKernels* search;
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

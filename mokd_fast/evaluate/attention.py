@@ -66,11 +66,13 @@ def t_head_attention(head: THead, tokens: Tensor, grid: tuple[int, int]) -> Tens
 def search_attention(head: THead, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
     """The query's attention over the map in every block of `THead.search`.
 
-    tokens [B, N, C], queries [Q, B, D] -> [depth, Q, B, H, N]. The query's weight for itself is
-    left out and the rest scaled to sum to 1. The row of the last block changes nothing of the
-    search's output, which drops the query's own token; the rows before it do, through what the
-    query has become when the next block's tokens look at it.
+    tokens [B, N, C], queries [Q, B, D] -> [depth, Q, B, H, N]; each row sums to 1. In a joint
+    search the query's weight for itself is left out and the rest scaled. There the row of the last
+    block changes nothing of the output, which drops the query's own token; the rows before it do,
+    through what the query has become when the next block's tokens look at it.
     """
+    if head.mode == "cross":
+        return head.looks(tokens, grid, queries)
     x = head.join(tokens, grid, queries)
     rows = torch.stack([weights[:, :, 0, 1:] for weights in _each_block(head, x)])
     rows = rows / rows.sum(dim=-1, keepdim=True)

@@ -46,6 +46,10 @@ class Search(NamedTuple):
     control: Tensor  # the same with the query of the next crop
     covers: Tensor  # [P, N], share of each token's cell inside the footprint
     grid: tuple[int, int]
+    mode: str = "joint"  # of the search (THead); a joint one drops what its last row finds
+
+    def reaches_output(self, block: int) -> bool:
+        return self.mode == "cross" or block < len(self.attention) - 1
 
 
 def sample_crops(
@@ -147,7 +151,7 @@ def search_crops(
             found.append(search_attention(teacher.t_head, tokens, grid, pair))
     attention = torch.cat(found, dim=2).cpu()  # [depth, 2, P, H, N]
     covers = torch.stack([footprint(box, view, grid) for box, view in crops.boxes])
-    return Search(attention[:, 0], attention[:, 1], covers, grid)
+    return Search(attention[:, 0], attention[:, 1], covers, grid, teacher.t_head.mode)
 
 
 def summarise(searches: Sequence[Search], crops: Crops) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def summarise(searches: Sequence[Search], crops: Crops) -> dict[str, Any]:
                     "own": _mean(own[b]),
                     "random": _mean(random[b]),
                     "difference": _mean(own[b] - random[b]),
-                    "reaches_output": b < len(own) - 1,
+                    "reaches_output": search.reaches_output(b),
                 }
                 for b in range(len(own))
             ],

@@ -1,7 +1,7 @@
 """From a configuration to a MOKD module; everything a user can get wrong is said here."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -27,6 +27,9 @@ class THeadConfig(Config):
     depth: PositiveInt = 3
     heads: PositiveInt = 6
     mlp_ratio: PositiveFloat = 4.0
+    search: Literal["joint", "cross"] = "joint"  # official: joint; see THead
+    queries: Literal["local", "all"] = "local"  # official: local crops; see MOKD
+    maps: Literal["first", "both"] = "first"  # official: the first global view's
 
 
 class NetworkConfig(Config):
@@ -82,9 +85,16 @@ def build_mokd(
         mlp = MLPHead(width, prototypes, **networks[i].mlp_head.model_dump())
         if t_head is None:
             return Model(backbone, mlp, None)
-        options = {**t_head.model_dump(), "dim": dim, "grid": grid, "stem": is_map or width != dim}
+        options = {
+            **t_head.model_dump(exclude={"queries", "maps"}),
+            "dim": dim,
+            "grid": grid,
+            "stem": is_map or width != dim,
+        }
         return Model(backbone, mlp, THead(width, prototypes, **options))
 
+    if t_head is not None:
+        losses |= {"search_queries": t_head.queries, "search_maps": t_head.maps}
     return MOKD(
         [model(i, backbone) for i, backbone in enumerate(students)],
         [model(i, backbone) for i, backbone in enumerate(teachers)],

@@ -6,12 +6,14 @@ Letters: B images, N tokens, C backbone width, D T-Head width, K prototypes, Q q
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ..ops import feature_search, joint_attention
 from .backbones import resize_positions
 from .prototypes import Prototypes
 
@@ -46,6 +48,48 @@ class MLPHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
 
+# Tokens of all queries that a search works on at a time, on the CPU and on a GPU. Of 512 tokens of
+# width 384 all that a block makes stays in the caches, and products are as fast as for 1600
+# (bench/search.py); no GPU has measured the other.
+GROUP = {"cpu": 512, "cuda": 65536}
+
+
+class Layers:
+    """A transformer block's layers as one search uses them: their weights are cast once, for x's
+    dtype or autocast's, and without gradients products on the CPU are oneDNN's, with GELU inside:
+    F.linear leaves fp32 to another library that takes twice as long (bench/search.py)."""
+
+    def __init__(self, x: Tensor) -> None:
+        kind = x.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        onednn = torch.backends.mkldnn
+        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        known = self.dtype in (torch.float32, torch.bfloat16)
+        self.onednn = plain and known and kind == "cpu" and onednn.is_available() and onednn.enabled
+        self.cast: dict[nn.Module, list[Tensor]] = {}
+        self.group = GROUP.get(kind, GROUP["cuda"])
+
+    def __call__(
+        self, layer: nn.Linear, x: Tensor, *, gelu: bool = False, only: slice = slice(None)
+    ) -> Tensor:
+        if layer not in self.cast:
+            self.cast[layer] = [p.to(self.dtype) for p in (layer.weight, layer.bias)]
+        parameters = [p[only] for p in self.cast[layer]]
+        x = x.to(self.dtype)
+        if self.onednn and x.numel():
+            then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, *parameters, *then)
+            return found
+        y = F.linear(x, *parameters)
+        return F.gelu(y) if gelu else y
+
+    def block(self, block: nn.Module, x: Tensor, found: Tensor) -> Tensor:
+        """What a block makes of x [..., D] once its heads have found something."""
+        x = x + self(block.attn.proj, found)  # type: ignore[union-attr, arg-type]
+        hidden = self(block.mlp.fc1, block.norm2(x), gelu=True)  # type: ignore
+        return x + self(block.mlp.fc2, hidden)  # type: ignore[union-attr, arg-type]
+
+
 class THead(nn.Module):
     """Transformer head over a token map; also the place where the other model's queries search.
 
@@ -57,6 +101,11 @@ class THead(nn.Module):
         dim: D of the blocks. Both models of a pair share it, so that queries fit.
         grid: (h, w) the position embedding is made for; other grids resize it.
         stem: project C -> D first. Needed when C != D; a CNN has one always.
+        search: what `search` computes; the parameters are the same.
+            "joint", the official search: the query (without position) joins the tokens in every
+            block, its own output is dropped and the tokens are averaged.
+            "cross": the tokens are those of the plain pass; in every block the queries attend over
+            them, and a query's own output is the embedding. Much cheaper, not the official model.
     """
 
     def __init__(
@@ -70,9 +119,14 @@ class THead(nn.Module):
         depth: int = 3,
         heads: int = 6,
         mlp_ratio: float = 4.0,
+        search: Literal["joint", "cross"] = "joint",
     ) -> None:
         super().__init__()
-        self.grid = grid
+        if search not in ("joint", "cross"):
+            raise ValueError(f"search must be 'joint' or 'cross', got {search!r}")
+        if dim % heads:
+            raise ValueError(f"a T-Head of width {dim} cannot be split into {heads} heads")
+        self.grid, self.heads, self.mode = grid, heads, search
         self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim))
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
@@ -103,11 +157,90 @@ class THead(nn.Module):
     def search(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
         """Embedding of a map as seen with each query. [B, N, C], [Q, B, D] -> [Q, B, D]
 
-        The official search is joint self-attention: the query (without position) joins the tokens
-        in every block, its own output is dropped and the tokens are averaged.
+        Tokens are never repeated: what they say to each other in the first block is computed once
+        an image. Images go through in groups, so that memory does not grow with them.
+        ValueError for queries of other images or another width, and tokens that are no `grid`.
         """
-        x = self.join(tokens, grid, queries)
-        return self._pool(x, skip=1).unflatten(0, queries.shape[:2])
+        x = self._checked(tokens, grid, queries)
+        layers = Layers(x)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.mode == "cross":
+                return self._cross(layers, x, queries)[0]
+            group = max(1, layers.group // max(1, len(queries) * x.shape[1]))
+            parts = zip(x.split(group), queries.split(group, dim=1), strict=True)
+            return torch.cat([self._joint(layers, *part) for part in parts], dim=1)
+
+    def looks(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
+        """A cross search's attention weights in every block. -> [depth, Q, B, H, N]"""
+        x = self._checked(tokens, grid, queries)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.stack(self._cross(Layers(x), x, queries, weights=True)[1])
+
+    def _checked(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
+        """The tokens, embedded."""
+        if tokens.shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens are no map of {grid[0]} x {grid[1]}")
+        x = self.embed(tokens, grid)
+        if queries.ndim != 3 or queries.shape[1:] != x[:, 0].shape:
+            raise ValueError(
+                f"queries must be [Q, B, D] = [Q, {len(x)}, {x.shape[2]}] for these tokens, "
+                f"got {list(queries.shape)}"
+            )
+        return x
+
+    def _joint(self, layers: "Layers", x: Tensor, queries: Tensor) -> Tensor:
+        """[B, N, D], [Q, B, D] -> [Q, B, D]"""
+        block = self.blocks[0]
+        own = self._qkv(layers, block, x).transpose(2, 3)  # 3 x [B, H, N, d]
+        tokens, query = joint_attention(*own, *self._qkv(layers, block, queries))
+        found = torch.cat([query.unsqueeze(2), tokens.transpose(2, 3)], dim=2).flatten(3)
+        group = max(1, layers.group // max(1, x.shape[0] * x.shape[1]))
+        parts = zip(queries.split(group), found.split(group), strict=True)
+        return torch.cat([self._with_queries(layers, x, *part) for part in parts])
+
+    def _with_queries(self, layers: "Layers", x: Tensor, queries: Tensor, found: Tensor) -> Tensor:
+        """The rest of `_joint`, from what the heads of its first block found [Q, B, 1+N, D]."""
+        first, *rest = self.blocks
+        y = torch.cat([queries.unsqueeze(2), x.expand(len(queries), *x.shape)], dim=2)
+        if not rest:
+            y, found = y[:, :, 1:], found[:, :, 1:]
+        y = layers.block(first, y, found).flatten(0, 1)  # [Q*B, 1+N, D]
+        for block in rest:
+            q, k, v = self._qkv(layers, block, y).transpose(2, 3)  # [Q*B, H, 1+N, d]
+            if block is rest[-1]:  # nobody asks what becomes of the query
+                q, y = q[:, :, 1:], y[:, 1:]
+            found = feature_search(q.permute(2, 0, 1, 3), k, v)  # each token asks
+            y = layers.block(block, y, found.transpose(0, 1).flatten(2))
+        return self.norm(y).mean(dim=1).unflatten(0, queries.shape[:2])
+
+    def _cross(
+        self, layers: "Layers", x: Tensor, queries: Tensor, *, weights: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """[B, N, D], [Q, B, D] -> [Q, B, D], and with `weights` [Q, B, H, N] of each block."""
+        looks = []
+        for block in self.blocks:
+            last = block is self.blocks[-1]  # where tokens ask nothing
+            *q, k, v = self._qkv(layers, block, x, int(last)).transpose(2, 3)  # [B, H, N, d]
+            asking = self._qkv(layers, block, queries, 0, 1)[0]  # [Q, B, H, d]
+            found = feature_search(asking, k, v, weights=weights)
+            if weights:
+                looks.append(found[1])
+                found = found[0]
+            queries = layers.block(block, queries, found.flatten(2))
+            if not last:
+                own = feature_search(q[0].permute(2, 0, 1, 3), k, v)
+                x = layers.block(block, x, own.transpose(0, 1).flatten(2))
+        return self.norm(queries), looks
+
+    def _qkv(
+        self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0, end: int = 3
+    ) -> Tensor:
+        """Queries, keys and values of a block's heads, from `first` to `end` of the three.
+        [.., .., D] -> [end - first, .., .., H, d]"""
+        D = x.shape[-1]
+        only = slice(first * D, end * D)
+        qkv = layers(block.attn.qkv, block.norm1(x), only=only)  # type: ignore
+        return qkv.unflatten(2, (end - first, self.heads, -1)).movedim(2, 0)
 
     def join(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
         """Each query before the tokens of the map: what the blocks see. -> [Q*B, 1+N, D]"""
@@ -118,9 +251,9 @@ class THead(nn.Module):
         """Tokens of a map, projected and with their positions. [B, N, C] -> [B, N, D]"""
         return self.stem(tokens) + resize_positions(self.pos_embed, self.grid, grid)
 
-    def _pool(self, x: Tensor, skip: int = 0) -> Tensor:
-        x = self.norm(self.blocks(x))[:, skip:]
-        return x.mean(dim=1)
+    def _pool(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.norm(self.blocks(x)).mean(dim=1)
+        return pooled
 
 
 def _init(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ D width of a head's features, C backbone width, N tokens, Q queries.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from ..ops import (
     Target,
     column_mean,
     cross_view_pairs,
-    matched_pairs,
     prototype_loss,
 )
 from ..ops.center import LinearLogits
@@ -109,6 +108,10 @@ class MOKD(nn.Module):
             without drop-path and dropout; they start as copies of the students here.
         cross_weights: lambda of each model's cross-distillation and search losses.
         student_temperature, center_momentum: as in DINO.
+        search_queries: which views search, "local" crops (the global views where there are none)
+            or "all". A global view searches the other global view's map.
+        search_maps: of which global views a local crop searches the map, "first" or "both". Both
+            defaults are the official choice.
         prototype_loss: how logits are made, "fused" (stored), "fused-linear" (not) or "reference";
             None for the automatic choice of `mokd_fast.ops.prototype_loss`.
     """
@@ -122,6 +125,8 @@ class MOKD(nn.Module):
         cross_weights: Sequence[float] = (1.0, 1.0),
         student_temperature: float = 0.1,
         center_momentum: float = 0.9,
+        search_queries: Literal["local", "all"] = "local",
+        search_maps: Literal["first", "both"] = "first",
         prototype_loss: str | None = None,
     ) -> None:
         super().__init__()
@@ -132,6 +137,7 @@ class MOKD(nn.Module):
             teacher.requires_grad_(False)
         self.cross_weights = tuple(cross_weights)
         self.student_temperature = student_temperature
+        self.search_queries, self.search_maps = search_queries, search_maps
         self.prototype_loss = prototype_loss
         # The official code keeps six centres; two of them always equal the self-loss ones.
         heads = [
@@ -205,10 +211,11 @@ class MOKD(nn.Module):
             return first
         second: Embedding = student(local_views)
         mlp = torch.cat([first.mlp, second.mlp])  # [V, B, D]
-        t = None
+        t = query = None
         if first.t is not None and second.t is not None:
-            t = torch.cat([first.t, second.t])
-        return Embedding(mlp, t, second.query, first.features)
+            assert first.query is not None and second.query is not None
+            t, query = torch.cat([first.t, second.t]), torch.cat([first.query, second.query])
+        return Embedding(mlp, t, query, first.features)
 
     def _losses(
         self,
@@ -238,12 +245,11 @@ class MOKD(nn.Module):
         targets = {f"self_t_{number}": centred(f"t_{number}", taus.self)}
         if maps is not None:
             assert own.query is not None
-            first = V - len(own.query)  # 2 with local crops, 0 without
-            found = self._search(other - 1, maps, own.query, crossed=first == 0)
+            found, pairs = self._search(other - 1, maps, own.query)
             matrix = teachers[f"t_{other}"].prototypes
             # No centre, as official.
             targets[f"search_{number}"] = LinearTarget(
-                matched_pairs(V, first), found, matrix, taus.search, weight=weight
+                pairs, found, matrix, taus.search, weight=weight
             )
         t_total, t_terms = self._loss(own.t, student.t_head.last_layer, targets, way)
         return total + t_total, terms | t_terms
@@ -266,17 +272,25 @@ class MOKD(nn.Module):
         return total, dict(zip(targets, terms.unbind(), strict=True))
 
     @torch.no_grad()
-    def _search(self, teacher: int, found: Features, queries: Tensor, *, crossed: bool) -> Tensor:
-        """Features [Q, B, D] of the teacher's map as each query finds it.
-
-        Local crops search the first global view. Without local crops (`crossed`) view 1 searches
-        the map of view 2 and the other way round.
-        """
+    def _search(self, teacher: int, found: Features, queries: Tensor) -> tuple[Tensor, Pairs]:
+        """Features [T, B, D] of the teacher's maps as queries [V, B, D] find them, and their pairs:
+        a row is the target of the view that asked, 1 / T each."""
         search: Callable[..., Tensor] = self.teachers[teacher].t_head.search  # type: ignore
-        maps = found.tokens.unflatten(0, (GLOBALS, -1))  # [2, B, N, C]
-        if not crossed:
-            return search(maps[0], found.grid, queries)
-        return torch.cat([search(maps[1 - v], found.grid, queries[v : v + 1]) for v in (0, 1)])
+        maps, V = found.tokens.unflatten(0, (GLOBALS, -1)), len(queries)  # [2, B, N, C]
+        asking: list[list[int]] = [[], []]  # the views that search each map
+        if self.search_queries == "all" or V == GLOBALS:
+            asking = [[1], [0]]
+        for views in asking[: 1 if self.search_maps == "first" else 2]:
+            views.extend(range(GLOBALS, V))
+        rows = [
+            search(tokens, found.grid, queries[views])
+            for tokens, views in zip(maps, asking, strict=True)
+            if views
+        ]
+        who = asking[0] + asking[1]
+        return torch.cat(rows), tuple(
+            tuple(1 / len(who) if v == view else 0.0 for v in range(V)) for view in who
+        )
 
     def student_prototypes(self, head: str) -> Tensor:
         """[K, D] of a head mlp_1, t_1, mlp_2 or t_2."""

@@ -7,6 +7,7 @@ from .distill import Target, cross_view_pairs, distill_cross_entropy, matched_pa
 from .foreach import clip_grad_per_tensor_, ema_update_
 from .linear_distill import LinearTarget, linear_distill_cross_entropy
 from .prototype_loss import prototype_loss
+from .search import feature_search, joint_attention
 
 __all__ = [
     "Center",
@@ -18,6 +19,8 @@ __all__ = [
     "distill_cross_entropy",
     "ema_update_",
     "explain",
+    "feature_search",
+    "joint_attention",
     "linear_distill_cross_entropy",
     "matched_pairs",
     "prototype_loss",

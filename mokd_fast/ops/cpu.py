@@ -153,6 +153,79 @@ def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
     return [(first + i * step, kind, image, column) for i in range(len(rows))]
 
 
+def search_forward(x: Tensor, k: Tensor, v: Tensor, weights: bool) -> tuple[Tensor, ...]:
+    """Arguments and results as `search._search`."""
+    (Q, B, H, d), wide = x.shape, accumulation_dtype(x)
+    call, _alive = _search_call(None, k, v, x, None, None)
+    rows, stats = (x.new_empty(B, Q, H, size, dtype=wide) for size in (d, 2))
+    shares = x.new_empty((Q, B, H, k.shape[2]) if weights else 0, dtype=wide)
+    to = rows.data_ptr(), stats.data_ptr(), shares.data_ptr() if weights else 0, 0, 0
+    call.forward(to, _level())
+    return rows, stats, shares
+
+
+def search_backward(
+    grad: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, ...]:
+    """Arguments and results as `search._search_backward`."""
+    call, _alive = _search_call(None, k, v, x, None, None)
+    dk, dv = (t.new_empty(t.transpose(1, 2).shape) for t in (k, v))
+    found = x.new_empty(x.shape), dk, dv
+    grad = _dense(grad).transpose(0, 1)
+    to = 0, dk.data_ptr(), dv.data_ptr(), found[0].data_ptr(), 0, 0
+    call.backward(0, stats.data_ptr(), _map(grad), _map(None), to, _level())
+    return found
+
+
+def joint_forward(q: Tensor, k: Tensor, v: Tensor, *queries: Tensor) -> tuple[Tensor, ...]:
+    """Arguments and results as `search._joint`."""
+    (Q, B, H, d), N, wide = queries[0].shape, q.shape[2], accumulation_dtype(q)
+    call, _alive = _search_call(q, k, v, *queries)
+    tokens, query = q.new_empty(Q, B, N, H, d), q.new_empty(Q, B, H, d)
+    rows, stats = (q.new_empty(B, N + Q, H, size, dtype=wide) for size in (d, 2))
+    to = rows.data_ptr(), stats.data_ptr(), 0, tokens.data_ptr(), query.data_ptr()
+    call.forward(to, _level())
+    return tokens, query, rows, stats
+
+
+def joint_backward(
+    grad_tokens: Tensor, grad_query: Tensor, rows: Tensor, stats: Tensor, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Arguments and results as `search._joint_backward`."""
+    call, _alive = _search_call(*tensors)
+    found = (
+        *(t.new_empty(t.transpose(1, 2).shape) for t in tensors[:3]),
+        *(t.new_empty(t.shape) for t in tensors[3:]),
+    )
+    grad_tokens, grad_query = grad_tokens.contiguous(), _dense(grad_query)
+    grads = _map(grad_query), _map(grad_tokens[:, :, :, 0])
+    to = [t.data_ptr() for t in found]
+    call.backward(rows.data_ptr(), stats.data_ptr(), *grads, to, _level())
+    return found
+
+
+def _search_call(*tensors: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+    """The native call for q, k, v, q_x, k_x, v_x, and the tensors that must live as long as it."""
+    alive = [t if t is None else _dense(t) for t in tensors]
+    x, k = alive[3], alive[1]
+    assert x is not None and k is not None
+    sizes = *x.shape[:3], *k.shape[2:]
+    maps = [_map(t) for t in alive]
+    return native.Search(maps, sizes, TYPES[x.dtype], torch.get_num_threads()), alive
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """With a contiguous last dimension."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _map(tensor: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Address, type and the strides of all dimensions but the last."""
+    if tensor is None:
+        return 0, 0, 0, 0, 0
+    return tensor.data_ptr(), TYPES[tensor.dtype], *tensor.stride()[:-1]  # type: ignore[return-value]
+
+
 def _level() -> str:
     """What MOKD_FAST_CPU_LEVEL asks for; ValueError if it is no level. The native module refuses a
     level that this processor cannot run."""

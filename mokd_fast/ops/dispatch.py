@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# The last three are ways of `prototype_loss`, of which "reference" is every operator's.
-PRIORITY = ("cuda", "triton", "cpu", "fused", "fused-linear", "reference")
+# "fused" and "fused-linear" are ways of `prototype_loss`, "sdpa" one of `feature_search`.
+PRIORITY = ("cuda", "triton", "cpu", "sdpa", "fused", "fused-linear", "reference")
 ENVIRONMENT = "MOKD_FAST_BACKEND"
 
 

@@ -284,18 +284,23 @@ def transformed(student: Tensor) -> str | None:
     return None
 
 
+def triton_why_not(tensor: Tensor) -> str | None:
+    """Why no Triton kernel can take a tensor, or None."""
+    # A GPU first, so that triton is not imported for tensors on the CPU, its interpreter aside.
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it takes tensors on a GPU, this one is on {tensor.device}"
+    try:
+        _kernels("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
 def why_not(backend: str, student: Tensor, rows: Sequence[Tensor]) -> str | None:
     """Why the kernels of a backend cannot take student [V, B, ..] and rows [T_i, B, ..], or None.
     The last dimension does not matter."""
-    if backend == "triton":
-        # A GPU first, so that triton is not imported for tensors on the CPU, its interpreter aside.
-        if student.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it takes tensors on a GPU, the student is on {student.device}"
-        try:
-            kernels = _kernels("triton")
-        except ImportError as error:
-            return f"triton cannot be imported: {error}"
-        return transformed(student) or kernels.why_not(student, rows)
+    if backend == "triton" and (reason := triton_why_not(student)):
+        return reason
     return transformed(student) or _kernels(backend).why_not(student, rows)
 
 

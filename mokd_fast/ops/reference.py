@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch: the specification, the fallback, the gradcheck oracle.
 
-Letters: V student views, T teacher rows, B images, K prototypes.
+Letters: V student views, T teacher rows, B images, K prototypes; of the search Q queries, H heads,
+N tokens, d width of a head.
 """
 
 from collections.abc import Sequence
@@ -79,3 +80,30 @@ def column_mean(logits: Tensor) -> Tensor:
     """
     rows = logits.reshape(-1, logits.shape[-1])
     return rows.sum(dim=0, dtype=accumulation_dtype(logits)) / max(len(rows), 1)
+
+
+def feature_search(
+    query: Tensor, key: Tensor, value: Tensor, weights: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The formula of `ops.search.feature_search`, with its weights [Q, B, H, N]."""
+    dtype = accumulation_dtype(query)
+    with torch.autocast(query.device.type, enabled=False):
+        x, k, v = (t.to(dtype) for t in (query, key, value))
+        scores = torch.einsum("qbhd,bhnd->qbhn", x, k) * x.shape[-1] ** -0.5
+        shares = scores.softmax(dim=-1)
+        return torch.einsum("qbhn,bhnd->qbhd", shares, v).to(query.dtype), shares
+
+
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_x: Tensor, k_x: Tensor, v_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Literally: each query before the repeated tokens, and self-attention over them."""
+    dtype = accumulation_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):
+        q_, k_, v_ = (
+            torch.cat([x.unsqueeze(3), t.expand(len(x), *t.shape)], dim=3).to(dtype)
+            for x, t in ((q_x, q), (k_x, k), (v_x, v))
+        )  # [Q, B, H, 1 + N, d]
+        out = ((q_ @ k_.mT) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v_
+        out = out.to(q.dtype)
+        return out[..., 1:, :], out[..., 0, :]

@@ -67,16 +67,20 @@ def _search_plate(
     rows = [(search.attention, b, "its attention") for b in range(depth)]
     rows.append((search.control, 0, "control, another picture's crop asks"))
     for attention, b, what in rows:
-        influence = "" if b < depth - 1 else ", without influence on the output"
+        influence = "" if search.reaches_output(b) else ", without influence on the output"
         strips.append(_attention_strip(attention[b], search, feet, shape,
                                        f"{what}, block {b + 1} of {depth}{influence}"))  # fmt: skip
     caption = (
         f"A crop seen by student {asks} searches the map that teacher {asked} has of the "
-        f"{view_name}, by joint attention in that teacher's T-Head, heads averaged; {SCALE} A "
-        "query that finds itself is bright inside the outline. The numbers are pointing scores: "
-        "attention inside the outline over its share of the area, 1 is chance. The query's row in "
-        "the last block changes nothing of the output, the rows before it do."
+        f"{view_name}, by {search.mode} attention in that teacher's T-Head, heads averaged; "
+        f"{SCALE} A query that finds itself is bright inside the outline. The numbers are pointing "
+        "scores: attention inside the outline over its share of the area, 1 is chance."
     )
+    if not search.reaches_output(depth - 1):
+        caption += (
+            " The query's row in the last block changes nothing of the output, the rows before "
+            "it do."
+        )
     return Plate(f"Search: {asks} asks {asked}", caption, strips)
 
 

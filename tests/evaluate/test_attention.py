@@ -92,13 +92,19 @@ def test_t_head_attention_is_the_last_blocks(head):
     torch.testing.assert_close(t_head_attention(head, tokens, GRID).detach(), theirs.mean(dim=2))
 
 
+def literal(head: THead, tokens: Tensor, queries: Tensor) -> Tensor:
+    """The search block by block: what hooks on the blocks see (test_heads.py: it is the same)."""
+    x = head.norm(head.blocks(head.join(tokens, GRID, queries)))[:, 1:].mean(dim=1)
+    return x.unflatten(0, queries.shape[:2])
+
+
 @torch.no_grad()
 def test_search_attention_is_the_searchs(head):
     tokens, queries = torch.randn(2, 12, 20), torch.randn(3, 2, 16)
     rows = search_attention(head, tokens, GRID, queries)
     assert rows.shape == (3, 3, 2, 4, 12)
     for b, block in enumerate(head.blocks):
-        theirs = weights_of(block.attn, lambda: head.search(tokens, GRID, queries))
+        theirs = weights_of(block.attn, lambda: literal(head, tokens, queries))
         theirs = theirs[:, :, 0, 1:].unflatten(0, (3, 2))
         torch.testing.assert_close(rows[b], theirs / theirs.sum(dim=-1, keepdim=True))
 
@@ -107,7 +113,7 @@ def test_search_attention_is_the_searchs(head):
 def test_the_query_of_the_last_block_changes_nothing(head):
     """What the caption under every search picture claims."""
     tokens, queries = torch.randn(2, 12, 20), torch.randn(3, 2, 16)
-    before = head.search(tokens, GRID, queries)
+    before = literal(head, tokens, queries)
 
     def without_query(_, inputs, output):
         return torch.cat([torch.zeros_like(output[:, :1]), output[:, 1:]], dim=1)
@@ -115,6 +121,20 @@ def test_the_query_of_the_last_block_changes_nothing(head):
     changed = []
     for block in head.blocks:
         handle = block.register_forward_hook(without_query)
-        changed.append(not torch.equal(head.search(tokens, GRID, queries), before))
+        changed.append(not torch.equal(literal(head, tokens, queries), before))
         handle.remove()
     assert changed == [True, True, False]
+
+
+@torch.no_grad()
+def test_every_row_of_a_cross_search_reaches_its_output(head):
+    head.mode = "cross"
+    tokens, queries = torch.randn(2, 12, 20), torch.randn(3, 2, 16)
+    rows = search_attention(head, tokens, GRID, queries)
+    assert rows.shape == (3, 3, 2, 4, 12)
+    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(3, 3, 2, 4))
+    first, x = head.blocks[0], head.embed(tokens, GRID)
+    q, k, _ = first.attn.qkv(first.norm1(torch.cat([queries.transpose(0, 1), x], 1))).chunk(3, -1)
+    q, k = q[:, :3].unflatten(2, (4, 4)), k[:, 3:].unflatten(2, (4, 4))
+    expected = (torch.einsum("bqhd,bnhd->qbhn", q, k) / 2).softmax(-1)
+    torch.testing.assert_close(rows[0], expected)

@@ -143,7 +143,7 @@ def test_it_is_imported_at_first_use_and_says_why_not():
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
     student, target = torch.zeros(4, 3, 8), Target(cross_view_pairs(2, 4), torch.zeros(2, 3, 8))
-    reason = "it takes tensors on a GPU, the student is on cpu"
+    reason = "it takes tensors on a GPU, this one is on cpu"
     assert f"triton: {reason}" in explain("distill_cross_entropy", student, [target], 0.1)
     with pytest.raises(RuntimeError, match=reason):
         distill_cross_entropy(student, [target], backend="triton")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baseline.official import THead as OfficialTHead
+from mokd_fast.nn import heads
 from mokd_fast.nn.heads import MLPHead, THead
 from mokd_fast.nn.prototypes import Prototypes
 
@@ -109,3 +110,93 @@ def test_the_query_is_detached_and_the_pooled_stem():
     pooled = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
     query = t_head(stem=False).query(pooled)  # of the T-Head's width: the feature itself
     assert torch.equal(query, pooled) and not query.requires_grad
+
+
+def literal(head, tokens, grid, queries):
+    """The search as the official code runs it: tokens repeated, one concatenation a query."""
+    x = head.norm(head.blocks(head.join(tokens, grid, queries)))[:, 1:].mean(dim=1)
+    return x.unflatten(0, queries.shape[:2])
+
+
+def wide(dtype, depth=3, **options):
+    """A head whose attention runs on the kernels; attention far from even."""
+    torch.manual_seed(0)
+    head = THead(20, 8, dim=48, grid=(4, 4), stem=True, depth=depth, heads=3, **options)
+    for block in head.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=0.3)
+    return head.to(dtype)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 3), (1, 1)])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_joint_search_is_the_literal_one(depth, grid, dtype, within, monkeypatch):
+    """Values and, where they are asked for, gradients; in groups of any size."""
+    head = wide(dtype, depth)
+    tokens = torch.randn(5, grid[0] * grid[1], 20, dtype=dtype)
+    queries = torch.randn(3, 5, 48, dtype=dtype)
+    expected = literal(head, tokens, grid, queries)
+    scale = expected.abs().max()
+    for group in (1, 40, 65536):
+        monkeypatch.setitem(heads.GROUP, "cpu", group)
+        found = head.search(tokens, grid, queries)
+        assert (found - expected).abs().max() <= within * scale
+        with torch.no_grad():
+            assert (head.search(tokens, grid, queries) - expected).abs().max() <= within * scale
+    into = [p for name, p in head.named_parameters() if "last_layer" not in name]
+    cotangent = torch.randn(expected.shape, dtype=dtype)
+    unused = {"allow_unused": True, "materialize_grads": True}
+    for mine, theirs in zip(
+        torch.autograd.grad(found, into, cotangent, **unused),
+        torch.autograd.grad(expected, into, cotangent, **unused),
+        strict=True,
+    ):
+        assert (mine - theirs).abs().max() <= 10 * within * (1 + theirs.abs().max())
+
+
+def test_cross_search_step_by_step():
+    """Queries attend over the tokens of the plain pass, which knows nothing of them."""
+    head = wide(torch.float64, search="cross")
+    tokens = torch.randn(2, 6, 20, dtype=torch.float64)
+    queries = torch.randn(3, 2, 48, dtype=torch.float64)
+    found, x, asking = head.search(tokens, (2, 3), queries), head.embed(tokens, (2, 3)), queries
+    for block in head.blocks:
+        width = block.attn.qkv.weight.chunk(3)[0].shape[0]
+        q = block.attn.qkv(block.norm1(asking))[..., :width].unflatten(2, (3, -1))
+        k, v = (t.unflatten(2, (3, -1)) for t in block.attn.qkv(block.norm1(x)).chunk(3, -1)[1:])
+        look = (torch.einsum("qbhd,bnhd->qbhn", q, k) / 4).softmax(-1)
+        asking = asking + block.attn.proj(torch.einsum("qbhn,bnhd->qbhd", look, v).flatten(2))
+        asking = asking + block.mlp(block.norm2(asking))
+        x = block(x)
+    torch.testing.assert_close(found, head.norm(asking), rtol=1e-12, atol=1e-13)
+    assert set(head.state_dict()) == set(wide(torch.float64).state_dict())
+
+
+@pytest.mark.parametrize("search", ["joint", "cross"])
+@torch.no_grad()
+def test_search_under_autocast_is_as_near_as_the_literal_one(search):
+    head = wide(torch.float32, search=search)
+    tokens, queries = torch.randn(2, 6, 20), torch.randn(3, 2, 48)
+    exact = head.double().search(tokens.double(), (2, 3), queries.double())
+    head.float().mode = search
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.search(tokens, (2, 3), queries)
+        theirs = literal(head, tokens, (2, 3), queries)
+    assert found.dtype == torch.float32
+    error = (found - exact).abs().max()
+    assert error <= 0.05 if search == "cross" else error <= 1.5 * (theirs - exact).abs().max()
+
+
+def test_searches_that_do_not_fit():
+    head, tokens = t_head(), torch.randn(2, 6, 20, dtype=torch.float64)
+    queries = torch.randn(3, 2, 12, dtype=torch.float64)
+    with pytest.raises(ValueError, match="6 tokens are no map of 2 x 2"):
+        head.search(tokens, (2, 2), queries)
+    for wrong in (queries[:, :1], queries[..., :6], queries[0]):
+        with pytest.raises(ValueError, match=r"queries must be \[Q, B, D\] = \[Q, 2, 12\]"):
+            head.search(tokens, (2, 3), wrong)
+    with pytest.raises(ValueError, match="'joint' or 'cross', got 'both'"):
+        THead(20, 8, dim=12, grid=(4, 4), stem=True, heads=3, search="both")
+    with pytest.raises(ValueError, match="width 12 cannot be split into 5 heads"):
+        THead(20, 8, dim=12, grid=(4, 4), stem=True, heads=5)
+    assert head.search(tokens, (2, 3), queries[:0]).shape == (0, 2, 12)

@@ -10,6 +10,7 @@ from bench.baseline.official import SearchLoss
 from mokd_fast import UserError
 from mokd_fast.nn import Temperatures
 from mokd_fast.nn.build import NetworkConfig, THeadConfig, build_mokd
+from mokd_fast.ops import cpu
 from mokd_fast.train.loop import build
 from tests.train.recipes import CNN, VIT, model, small
 
@@ -93,6 +94,50 @@ def test_who_searches_which_map(locals_):
         logits = student.t_head.last_layer(own.t).flatten(0, 1)
         expected = SearchLoss([0.04])(logits, head.last_layer(torch.cat(searched)), 0)
         torch.testing.assert_close(out.terms[f"search_{i + 1}"], expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("queries", "maps", "asked"),
+    [
+        ("local", "both", [(2, 0), (3, 0), (2, 1), (3, 1)]),
+        ("all", "first", [(0, 1), (1, 0), (2, 0), (3, 0)]),
+        ("all", "both", [(0, 1), (1, 0), (2, 0), (3, 0), (2, 1), (3, 1)]),
+    ],
+)
+def test_other_choices_of_queries_and_maps(queries, maps, asked):
+    """The mean over (view, map) pairs of one cross-entropy each."""
+    t_head = {"dim": 48, "depth": 2, "heads": 4, "queries": queries, "maps": maps}
+    mokd = build(small("x", t_head=t_head)).train()
+    x, local = views(2)
+    out = mokd(x, local, TAUS)
+    student, teacher = mokd.students[0], mokd.teachers[1]
+    found = teacher(x).features
+    own = [student(x), student(local)]
+    queries_, t = (torch.cat([getattr(o, name) for o in own]) for name in ("query", "t"))
+    terms = []
+    for view, chosen in asked:
+        tokens = found.tokens.unflatten(0, (2, 4))[chosen]
+        searched = teacher.t_head.search(tokens, found.grid, queries_[view : view + 1])[0]
+        logits, target = student.t_head.last_layer(t[view]), teacher.t_head.last_layer(searched)
+        terms.append(SearchLoss([0.04])(logits, target, 0))
+    torch.testing.assert_close(out.terms["search_1"], torch.stack(terms).mean().detach())
+
+
+def test_a_training_step_goes_through_the_kernels_of_the_search(monkeypatch):
+    """Of both teachers, once each, with nothing kept for a backward pass."""
+    calls = []
+    real = cpu.joint_forward
+
+    def spy(*tensors):
+        calls.append((tensors[0].shape, tensors[3].shape, torch.is_grad_enabled()))
+        return real(*tensors)
+
+    monkeypatch.setattr(cpu, "joint_forward", spy)
+    t_head = {"dim": 64, "depth": 2, "heads": 4}
+    torch.stack(build(small("x", t_head=t_head))(*views(2), TAUS).totals).sum().backward()
+    images = sum(tokens[0] for tokens, _, _ in calls)
+    assert images == 2 * 4 and {shape[0] for _, shape, _ in calls} == {2}
+    assert not any(grad for *_, grad in calls)
 
 
 def changed(mokd, taus):

@@ -25,7 +25,13 @@ def emulated(tmp_path_factory):
         pytest.skip("needs the headers of the CUDA toolkit")
     module = tmp_path_factory.mktemp("emulated") / "_C.so"
     include = pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests/ops"
-    sources = ("bindings.cpp", "cpu/level.cpp", "cpu/distill.cpp", "cuda/distill.cu")
+    sources = (
+        "bindings.cpp",
+        "cpu/level.cpp",
+        "cpu/distill.cpp",
+        "cpu/search.cpp",
+        "cuda/distill.cu",
+    )
     command = [
         *(NVCC, "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", "-o", module),
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-unknown-pragmas",

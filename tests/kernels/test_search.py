@@ -1,0 +1,65 @@
+"""The Triton feature search: its values (search_values.py), and what it compiles to for a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mokd_fast.kernels import search as kernels
+
+from .aot import compile_only, resources
+from .test_distill import narrow_offsets
+
+
+@pytest.mark.parametrize("device", ["interpreter", "cuda"])
+def test_values(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    values = Path(__file__).with_name("search_values.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
+
+
+def compiled(capability, dtype, d, queries=24, tokens=196):
+    """All kernels, launched as the operators launch them."""
+    new = torch.empty
+    maps = [new(2, 6, tokens, d, dtype=dtype) for _ in range(3)]
+    asking = [new(queries, 2, 6, d, dtype=dtype) for _ in range(3)]
+    with compile_only(capability) as found:
+        *_, rows, stats = kernels.joint_forward(*maps, *asking)
+        grads = new(queries, 2, tokens, 6, d, dtype=dtype), new(queries, 2, 6, d, dtype=dtype)
+        kernels.joint_backward(*grads, rows, stats, *maps, *asking)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d", [64, 128])
+def test_no_spill_and_64_bit_offsets(capability, dtype, d, tmp_path):
+    found = compiled(capability, dtype, d)
+    names = {"_attend", "_merge", "_unmerge", "_row_gradients", "_key_gradients"}
+    assert set(found) == names
+    for name, kernel in found.items():
+        used = resources(kernel, tmp_path)
+        assert used["STACK"] == 0 and used["LOCAL"] == 0 and used["REG"] <= 255, (name, used)
+        assert used["SHARED"] <= 99 * 1024, (name, used)  # what every GPU from 8.0 on has
+        narrow = narrow_offsets(kernel.asm["ttir"]) - {"arith.constant", "tt.make_range"}
+        assert narrow <= {"arith.addi", "tt.broadcast", "tt.expand_dims"}, (name, narrow)
+
+
+def test_products_run_on_the_tensor_cores():
+    for name in ("_attend", "_row_gradients", "_key_gradients"):
+        ptx = compiled(80, torch.bfloat16, 64)[name].asm["ptx"]
+        assert "mma.sync" in ptx, name

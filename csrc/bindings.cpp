@@ -14,6 +14,7 @@
 #include "cpu/search.h"
 #ifdef MOKD_CUDA
 #include "cuda/distill.h"
+#include "cuda/search.h"
 #endif
 
 namespace py = pybind11;
@@ -106,12 +107,14 @@ mokd::Heads heads(const Map& m) {
           {std::get<2>(m), std::get<3>(m), std::get<4>(m)}};
 }
 
+struct Search : mokd::Search {};  // a type of this module alone: tests load two of them
+
 // The arguments of feature_search (x, k, v) and joint_attention (with q, kx, vx); sizes are Q, B, H, N, d.
-mokd::Search search(const std::vector<Map>& maps, const std::array<int64_t, 5>& sizes, int type, int threads) {
+Search search(const std::vector<Map>& maps, const std::array<int64_t, 5>& sizes, int type, int threads) {
   if (maps.size() != 6) throw std::invalid_argument("search: six tensors, or none at an address of 0");
   if (sizes[3] < 1 || sizes[4] < 1) throw std::invalid_argument("search: at least one token and one number");
-  return {Type(type), threads, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-          heads(maps[0]), heads(maps[1]), heads(maps[2]), heads(maps[3]), heads(maps[4]), heads(maps[5])};
+  return {{Type(type), threads, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+          heads(maps[0]), heads(maps[1]), heads(maps[2]), heads(maps[3]), heads(maps[4]), heads(maps[5])}};
 }
 
 mokd::SearchForward search_results(const std::array<uintptr_t, 5>& to) {
@@ -172,6 +175,22 @@ void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
         return py::make_tuple(p.warps, mokd::tiles(d.call.shape, p.tile));
       }, "Warps of a block, and tiles of an image.");
 }
+
+void bind_cuda_search(py::class_<Search>& search_call) {
+  search_call
+      .def("cuda_forward",
+           [](const Search& s, const std::array<uintptr_t, 5>& to, int device, uintptr_t stream) {
+             py::gil_scoped_release unlocked;
+             cuda::forward(s, search_results(to), {device, pointer<void>(stream)});
+           })
+      .def("cuda_backward",
+           [](const Search& s, uintptr_t rows, uintptr_t stats, const Map& grad, const Map& grad_tokens,
+              const std::array<uintptr_t, 6>& to, uintptr_t out, uintptr_t delta, int device, uintptr_t stream) {
+             py::gil_scoped_release unlocked;
+             cuda::backward(s, search_gradients(rows, stats, grad, grad_tokens, to), pointer<void>(out),
+                            pointer<void>(delta), {device, pointer<void>(stream)});
+           });
+}
 #endif
 
 const mokd::cpu::Kernels& level(const std::string& name) {
@@ -195,16 +214,16 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release unlocked;
           kernels.column_mean({rows(row), count, columns, pointer<void>(mean), threads});
         });
-  py::class_<mokd::Search>(m, "Search")
-      .def(py::init(&search))
+  py::class_<Search> search_call(m, "Search");
+  search_call.def(py::init(&search))
       .def("forward",
-           [](const mokd::Search& s, const std::array<uintptr_t, 5>& to, const std::string& name) {
+           [](const Search& s, const std::array<uintptr_t, 5>& to, const std::string& name) {
              const auto& kernels = *level(name).search;
              py::gil_scoped_release unlocked;
              kernels.forward(s, search_results(to));
            })
       .def("backward",
-           [](const mokd::Search& s, uintptr_t rows, uintptr_t stats, const Map& grad, const Map& grad_tokens,
+           [](const Search& s, uintptr_t rows, uintptr_t stats, const Map& grad, const Map& grad_tokens,
               const std::array<uintptr_t, 6>& to, const std::string& name) {
              const auto& kernels = *level(name).search;
              py::gil_scoped_release unlocked;
@@ -239,5 +258,6 @@ PYBIND11_MODULE(_C, m) {
            py::arg("stats"), py::arg("grad"), py::arg("out"), py::arg("level"), py::arg("reused") = false);
 #ifdef MOKD_CUDA
   bind_cuda(m, distill);
+  bind_cuda_search(search_call);
 #endif
 }

@@ -6,7 +6,7 @@ that is none of them, or a level this processor cannot run, is a ValueError.
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -153,19 +153,33 @@ def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
     return [(first + i * step, kind, image, column) for i in range(len(rows))]
 
 
-def search_forward(x: Tensor, k: Tensor, v: Tensor, weights: bool) -> tuple[Tensor, ...]:
-    """Arguments and results as `search._search`."""
+def _search_pass(call: Any, to: Sequence[int]) -> None:
+    call.forward(to, _level())
+
+
+def _search_pass_back(call: Any, stats: Tensor, width: int, arguments: Sequence[Any]) -> None:
+    call.backward(*arguments, _level())
+
+
+def search_forward(
+    x: Tensor, k: Tensor, v: Tensor, weights: bool, run: Callable[..., None] = _search_pass
+) -> tuple[Tensor, ...]:
+    """Arguments and results as `search._search`; `run` launches it, on another device in `cuda`."""
     (Q, B, H, d), wide = x.shape, accumulation_dtype(x)
     call, _alive = _search_call(None, k, v, x, None, None)
     rows, stats = (x.new_empty(B, Q, H, size, dtype=wide) for size in (d, 2))
     shares = x.new_empty((Q, B, H, k.shape[2]) if weights else 0, dtype=wide)
-    to = rows.data_ptr(), stats.data_ptr(), shares.data_ptr() if weights else 0, 0, 0
-    call.forward(to, _level())
+    run(call, (rows.data_ptr(), stats.data_ptr(), shares.data_ptr() if weights else 0, 0, 0))
     return rows, stats, shares
 
 
 def search_backward(
-    grad: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor
+    grad: Tensor,
+    stats: Tensor,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    run: Callable[..., None] = _search_pass_back,
 ) -> tuple[Tensor, ...]:
     """Arguments and results as `search._search_backward`."""
     call, _alive = _search_call(None, k, v, x, None, None)
@@ -173,23 +187,29 @@ def search_backward(
     found = x.new_empty(x.shape), dk, dv
     grad = _dense(grad).transpose(0, 1)
     to = 0, dk.data_ptr(), dv.data_ptr(), found[0].data_ptr(), 0, 0
-    call.backward(0, stats.data_ptr(), _map(grad), _map(None), to, _level())
+    run(call, stats, x.shape[-1], (0, stats.data_ptr(), _map(grad), _map(None), to))
     return found
 
 
-def joint_forward(q: Tensor, k: Tensor, v: Tensor, *queries: Tensor) -> tuple[Tensor, ...]:
+def joint_forward(
+    q: Tensor, k: Tensor, v: Tensor, *queries: Tensor, run: Callable[..., None] = _search_pass
+) -> tuple[Tensor, ...]:
     """Arguments and results as `search._joint`."""
     (Q, B, H, d), N, wide = queries[0].shape, q.shape[2], accumulation_dtype(q)
     call, _alive = _search_call(q, k, v, *queries)
     tokens, query = q.new_empty(Q, B, N, H, d), q.new_empty(Q, B, H, d)
     rows, stats = (q.new_empty(B, N + Q, H, size, dtype=wide) for size in (d, 2))
-    to = rows.data_ptr(), stats.data_ptr(), 0, tokens.data_ptr(), query.data_ptr()
-    call.forward(to, _level())
+    run(call, (rows.data_ptr(), stats.data_ptr(), 0, tokens.data_ptr(), query.data_ptr()))
     return tokens, query, rows, stats
 
 
 def joint_backward(
-    grad_tokens: Tensor, grad_query: Tensor, rows: Tensor, stats: Tensor, *tensors: Tensor
+    grad_tokens: Tensor,
+    grad_query: Tensor,
+    rows: Tensor,
+    stats: Tensor,
+    *tensors: Tensor,
+    run: Callable[..., None] = _search_pass_back,
 ) -> tuple[Tensor, ...]:
     """Arguments and results as `search._joint_backward`."""
     call, _alive = _search_call(*tensors)
@@ -200,7 +220,7 @@ def joint_backward(
     grad_tokens, grad_query = grad_tokens.contiguous(), _dense(grad_query)
     grads = _map(grad_query), _map(grad_tokens[:, :, :, 0])
     to = [t.data_ptr() for t in found]
-    call.backward(rows.data_ptr(), stats.data_ptr(), *grads, to, _level())
+    run(call, stats, rows.shape[-1], (rows.data_ptr(), stats.data_ptr(), *grads, to))
     return found
 
 

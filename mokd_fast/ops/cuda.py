@@ -27,6 +27,37 @@ def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
     return _native_why_not(len(student), sum(len(r) for r in rows), student.get_device())
 
 
+def search_why_not(first: Tensor, rest: Sequence[Tensor]) -> str | None:
+    """Why the CUDA kernels of the feature search cannot take these tensors, or None."""
+    return why_not(first[:1], ()) if first.device.type == "cuda" else why_not(first, rest)
+
+
+def search_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """As `cpu.search_forward`, and so the other three."""
+    return cpu.search_forward(*arguments, run=_search_pass(arguments[0]))
+
+
+def search_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return cpu.search_backward(*arguments, run=_search_pass_back)
+
+
+def joint_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return cpu.joint_forward(*arguments, run=_search_pass(arguments[0]))
+
+
+def joint_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return cpu.joint_backward(*arguments, run=_search_pass_back)
+
+
+def _search_pass(like: Tensor) -> Callable[..., None]:
+    return lambda call, to: call.cuda_forward(to, *_place(like))
+
+
+def _search_pass_back(call: Any, stats: Tensor, width: int, arguments: Sequence[Any]) -> None:
+    out, delta = stats.new_empty(*stats.shape[:3], width), stats.new_empty(stats.shape[:3])
+    call.cuda_backward(*arguments, out.data_ptr(), delta.data_ptr(), *_place(stats))
+
+
 @constant  # Dynamo cannot trace the native module
 def _native_why_not(views: int, teachers: int, device: int) -> str | None:
     """Whether the module, the driver and the GPU take so many rows."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .dispatch import pick, register
 from .distill import transformed, triton_why_not
 
@@ -237,7 +237,7 @@ def _kernels(backend: str) -> Any:
         from mokd_fast.kernels import search
 
         return search
-    return {"cpu": cpu}[backend]
+    return {"cpu": cpu, "cuda": cuda}[backend]
 
 
 def _plain(tensors: tuple[Tensor, ...]) -> bool:
@@ -294,7 +294,14 @@ def why_not(backend: str, first: Tensor, *rest: Any) -> str | None:
     low, high = WIDTHS
     if not low <= first.shape[-1] <= high:
         return f"it takes heads {low} to {high} wide, these are {first.shape[-1]}"
-    return _kernels(backend).why_not(first, [t for t in rest if isinstance(t, Tensor)])
+    kernels, tensors = _kernels(backend), [t for t in rest if isinstance(t, Tensor)]
+    ask = kernels.search_why_not if backend == "cuda" else kernels.why_not
+    reason: str | None = ask(first, tensors)
+    return reason
+
+
+def _simple(*tensors: Any) -> str | None:
+    return "but it is the simple form (csrc/cuda/search.cu), no GPU has measured it"
 
 
 def _unmeasured(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> str | None:
@@ -309,6 +316,8 @@ def _avoid(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> 
 
 
 register("feature_search", "cpu", partial(_run_search, "cpu"), partial(why_not, "cpu"), _avoid)
+for _op, _run in (("feature_search", _run_search), ("joint_attention", _run_joint)):
+    register(_op, "cuda", partial(_run, "cuda"), partial(why_not, "cuda"), _simple)
 register(
     "feature_search",
     "triton",

@@ -31,6 +31,7 @@ def emulated(tmp_path_factory):
         "cpu/distill.cpp",
         "cpu/search.cpp",
         "cuda/distill.cu",
+        "cuda/search.cu",
     )
     command = [
         *(NVCC, "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", "-o", module),

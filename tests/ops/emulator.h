@@ -21,7 +21,7 @@
 
 namespace mokd::cuda {
 
-alignas(16) uint4 shared[(48 << 10) / sizeof(uint4)];
+alignas(16) inline uint4 shared[(48 << 10) / sizeof(uint4)];
 
 namespace emulator {
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from mokd_fast.ops import cpu, explain, feature_search, joint_attention, search
+from mokd_fast.ops import cpu, cuda, explain, feature_search, joint_attention, search
 
 from .conftest import levels
 
@@ -82,23 +82,29 @@ def check(operator, tensors, backend, within=2e-6, times=1):
         assert error <= times * theirs + (1e-13 if have.dtype == torch.float64 else within) * top
 
 
-@pytest.fixture(params=["baseline", "v3", "v4"])
-def level(request, monkeypatch):
+@pytest.fixture(params=["baseline", "v3", "v4", "cuda"])
+def backend(request, monkeypatch):
+    """The CPU kernels of each level, and those of CUDA, emulated where there is no GPU."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels")
+        monkeypatch.setattr(cuda, "search_why_not", lambda *args: None)
+        return "cuda"
     if request.param not in levels():
         pytest.skip(f"no native module here with kernels of level {request.param}")
     monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", request.param)
+    return "cpu"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients(level, operator, dtype, shape):
-    check(operator, case(operator, shape, dtype), "cpu")
-    check(operator, case(operator, shape, dtype, strided=True), "cpu")
+def test_values_and_gradients(backend, operator, dtype, shape):
+    check(operator, case(operator, shape, dtype), backend)
+    check(operator, case(operator, shape, dtype, strided=True), backend)
 
 
-def test_the_longest_map(level):
-    check(feature_search, case(feature_search, (2, 1, 1, 4096, 16)), "cpu")
+def test_the_longest_map(backend):
+    check(feature_search, case(feature_search, (2, 1, 1, 4096, 16)), backend)
 
 
 def test_packed_sdpa(monkeypatch):
@@ -106,7 +112,6 @@ def test_packed_sdpa(monkeypatch):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_no_queries(operator, backend):
     tensors = case(operator, (0, 2, 2, 5, 16))
     found = run(operator, tensors, backend=backend)
@@ -117,13 +122,13 @@ def test_no_queries(operator, backend):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_scores(level, operator, dtype):
+def test_large_scores(backend, operator, dtype):
     """Scores of +-1e4: one token takes all. In fp32 such a score is rounded by 1e-3, to one side or
     the other as the order of its sum has it: that is what `times` allows for."""
     tensors = case(operator, (3, 1, 2, 70, 64), dtype, scale=75.0)
     x, k = (tensors[-3], tensors[1])  # of both operators
     assert (torch.einsum("qbhd,bhnd->qbhn", x, k).abs().max() / 64**0.5) > 1e4
-    check(operator, tensors, "cpu", times=3)
+    check(operator, tensors, backend, times=3)
 
 
 @needs_native
@@ -152,7 +157,6 @@ def test_an_infinite_score_is_weight_0_or_nan():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_weights_come_with_the_result(backend, dtype):
     tensors = case(feature_search, (3, 2, 2, 130, 24), dtype)
     out, weights = feature_search(*tensors, weights=True, backend=backend)
@@ -167,11 +171,11 @@ def test_weights_come_with_the_result(backend, dtype):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_gradcheck(operator, backend):
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_gradcheck(operator, name):
     tensors = case(operator, (2, 1, 2, 3, 16), torch.float64)
     leaves = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *t: operator(*t, backend=backend), leaves)
+    assert torch.autograd.gradcheck(lambda *t: operator(*t, backend=name), leaves)
 
 
 @needs_native

@@ -143,6 +143,38 @@ def linear_table() -> str:
     return "\n".join(lines)
 
 
+def search_table() -> str:
+    """A T-Head's whole search, one line a map and dtype; then where a plain form wins."""
+    result = json.loads((RESULTS / "search.json").read_text())
+    lines = [
+        "| map, B | dtype | joint | over official | over official in fp32 | products | cross "
+        "| peak memory, official / joint / cross |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        peaks = (f"{row['peak_bytes'][n] / 2**20:.0f}" for n in ("official", "joint", "cross"))
+        lines.append(
+            f"| {row['shape']['map']} {row['shape']['N']}, {row['shape']['B']} | {row['dtype']} "
+            f"| {row['seconds']['joint'] * 1e3:.0f} ms | {row['ratio']:.2f}x "
+            f"| {row['ratio_to_fp32']:.2f}x | {row['products']:.0%} "
+            f"| 1/{1 / row['cross_share']:.1f} | {' / '.join(peaks)} MiB |"
+        )
+    lines += ["", "| operator | dtype | B, N, Q | takes | forward | with backward |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in result["operators"]:
+        shape, seconds = row["shape"], row["seconds"]
+        cells = []
+        for end in ("", " backward"):
+            others = [n for n in ("cpu", "sdpa", "reference") if f"{n}{end}" in seconds]
+            times = (f"{n} {seconds[n + end] * 1e3:.2f}" for n in others)
+            cells.append(", ".join(times) + " ms")
+        lines.append(
+            f"| `{row['op']}` | {row['dtype']} | {shape['B']}, {shape['N']}, {shape['Q']} "
+            f"| {row['backend']} | {' | '.join(cells)} |"
+        )
+    return "\n".join([*lines, "", measured(result)])
+
+
 def alarms_table() -> str:
     """Lowest and highest end value over heads, and over the healthy seeds; the alarms raised."""
     result = json.loads((RESULTS / "alarms.json").read_text())
@@ -235,6 +267,7 @@ PARTS = {
     "distill-table": distill_table,
     "scaling-table": scaling_table,
     "linear-table": linear_table,
+    "search-table": search_table,
     "step-table": step_table,
 }
 

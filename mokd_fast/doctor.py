@@ -55,11 +55,15 @@ def backends() -> dict[str, str]:
     target = Target(cross_view_pairs(2, 4), torch.randn(2, 2, 64, device=device), temperature=0.04)
     prototypes = torch.randn(32, 64, device=device)
     linear = LinearTarget(cross_view_pairs(2, 4), student[:2], prototypes, temperature=0.04)
+    maps = torch.randn(3, 2, 2, 9, 32, device=device)  # q, k, v [B, H, N, d]
+    asked = torch.randn(3, 4, 2, 2, 32, device=device)  # [Q, B, H, d]
     return {
         "distill_cross_entropy": explain("distill_cross_entropy", student, [target], 0.1),
         "linear_distill_cross_entropy": explain(
             "linear_distill_cross_entropy", student, prototypes, [linear], 0.1
         ),
         "prototype_loss": explain("prototype_loss", student, prototypes, [linear], 0.1),
+        "feature_search": explain("feature_search", asked[0], *maps[1:]),
+        "joint_attention": explain("joint_attention", *maps, *asked),
         "column_mean": explain("column_mean", student),
     }

@@ -320,3 +320,19 @@ def test_the_search_of_scfs():
     cosines = F.cosine_similarity(crops.unsqueeze(2), tokens, dim=-1)  # [Q, B, N]
     expected = torch.einsum("qbn,bnc->qbc", (cosines / 0.1).softmax(-1), tokens)
     torch.testing.assert_close(scfs(tokens, crops), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_where_a_plain_form_is_faster_dispatch_takes_it():
+    """As bench/search.py measured: few fp32 queries; not in 16 bit, nor when weights are wanted."""
+    x, k, v = case(feature_search, (4, 1, 1, 5, 16))
+
+    def chosen(x, *rest):
+        lines = explain("feature_search", x, *rest).splitlines()
+        return next(line.split(":")[0] for line in lines if line.endswith(": chosen"))
+
+    assert chosen(x[:1], k, v) == "sdpa" and chosen(x[:2], k, v) == "cpu"
+    assert chosen(x[:1].bfloat16(), k.bfloat16(), v.bfloat16()) == "cpu"
+    assert chosen(x[:1], k, v, True) == "cpu"
+    k.requires_grad_()
+    assert chosen(x, k, v) == "sdpa" and chosen(torch.cat([x, x]), k, v) == "cpu"

@@ -159,8 +159,8 @@ def search_table() -> str:
             f"| {row['ratio_to_fp32']:.2f}x | {row['products']:.0%} "
             f"| 1/{1 / row['cross_share']:.1f} | {' / '.join(peaks)} MiB |"
         )
-    lines += ["", "| operator | dtype | B, N, Q | takes | forward | with backward |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines += ["", "| operator | dtype | B, N, Q | forward | with backward |"]
+    lines.append("|---|---|---|---|---|")
     for row in result["operators"]:
         shape, seconds = row["shape"], row["seconds"]
         cells = []
@@ -170,7 +170,7 @@ def search_table() -> str:
             cells.append(", ".join(times) + " ms")
         lines.append(
             f"| `{row['op']}` | {row['dtype']} | {shape['B']}, {shape['N']}, {shape['Q']} "
-            f"| {row['backend']} | {' | '.join(cells)} |"
+            f"| {' | '.join(cells)} |"
         )
     return "\n".join([*lines, "", measured(result)])
 

@@ -32,13 +32,15 @@ def search_why_not(first: Tensor, rest: Sequence[Tensor]) -> str | None:
     return why_not(first[:1], ()) if first.device.type == "cuda" else why_not(first, rest)
 
 
-def search_forward(*arguments: Any) -> tuple[Tensor, ...]:
+def search_forward(x: Tensor, k: Tensor, v: Tensor, weights: bool) -> tuple[Tensor, ...]:
     """As `cpu.search_forward`, and so the other three."""
-    return cpu.search_forward(*arguments, run=_search_pass(arguments[0]))
+    return cpu.search_forward(x, k, v, weights, run=_search_pass(x))
 
 
-def search_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return cpu.search_backward(*arguments, run=_search_pass_back)
+def search_backward(
+    grad: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, ...]:
+    return cpu.search_backward(grad, stats, x, k, v, run=_search_pass_back)
 
 
 def joint_forward(*arguments: Any) -> tuple[Tensor, ...]:

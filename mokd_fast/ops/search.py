@@ -296,8 +296,8 @@ def why_not(backend: str, first: Tensor, *rest: Any) -> str | None:
         return f"it takes heads {low} to {high} wide, these are {first.shape[-1]}"
     kernels, tensors = _kernels(backend), [t for t in rest if isinstance(t, Tensor)]
     ask = kernels.search_why_not if backend == "cuda" else kernels.why_not
-    reason: str | None = ask(first, tensors)
-    return reason
+    found: str | None = ask(first, tensors)
+    return found
 
 
 def _simple(*tensors: Any) -> str | None:

@@ -9,7 +9,7 @@ def test_a_row_of_each_kind(monkeypatch):
     monkeypatch.setattr(search, "MAPS", {"small": (3, 32, True)})
     row = search.whole("small", 2, torch.bfloat16, rounds=1)
     assert row["error_fp32"] < 1e-4 and row["ratio"] > 0 and row["ratio_to_fp32"] > 0
-    assert 0 < row["cross_share"] and 0 < row["products"]
+    assert row["cross_share"] > 0 and row["products"] > 0
     assert set(row["peak_bytes"]) == {"joint", "cross", "official", "official_fp32"}
     rows = search.operators(1, 9, 2, torch.float32, rounds=1)
     assert [r["op"] for r in rows] == ["feature_search", "joint_attention"]

@@ -334,10 +334,14 @@ def test_which_gpus_an_architecture_runs_on(arch, gpus):
 
 @pytest.fixture(scope="session")
 def machine_code(tmp_path_factory):
+    return compiled("distill", tmp_path_factory.mktemp("nvcc"))
+
+
+def compiled(name, folder):
     """(object file, what ptxas said)"""
-    out = tmp_path_factory.mktemp("nvcc") / "distill.o"
+    out = folder / f"{name}.o"
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100")]
-    source = ROOT / "csrc/cuda/distill.cu"
+    source = ROOT / f"csrc/cuda/{name}.cu"
     command = [NVCC, "-O3", "-std=c++17", *archs, "-Xptxas", "-v", "-c", source, "-o", out]
     build = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
@@ -350,6 +354,14 @@ def test_no_kernel_spills(machine_code):
     assert len(used) == 3 * 12  # two tile kernels for four types, two others for two
     assert set(used) == {("0", "0", "0")}, machine_code[1]
     assert "warning" not in machine_code[1]
+
+
+@needs_nvcc
+def test_no_kernel_of_the_search_spills(tmp_path):
+    said = compiled("search", tmp_path)[1]
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", said)
+    assert len(used) == 3 * 8  # four kernels for two types
+    assert set(used) == {("0", "0", "0")} and "warning" not in said, said
 
 
 @needs_nvcc

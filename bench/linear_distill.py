@@ -1,6 +1,6 @@
 """linear_distill_cross_entropy: prototypes and loss, forward + backward, time and peak memory.
 
-    python bench/linear_distill.py [--quick] [--default-malloc] [--json FILE]
+    python bench/linear_distill.py [--quick] [--parts] [--default-malloc] [--json FILE]
 
 From features [V, B, D] and prototypes [K, D] of a student and a teacher to the loss and the
 gradients dX and dW, against linear layers with: the official loop (bench/baseline), lightly's loss,
@@ -38,6 +38,7 @@ from mokd_fast.ops import (
     cross_view_pairs,
     distill_cross_entropy,
     linear_distill_cross_entropy,
+    onednn,
 )
 from mokd_fast.ops.dispatch import pick
 from mokd_fast.ops.linear_chunks import chunk_size
@@ -235,6 +236,34 @@ def chunks(kind: str, images: int) -> dict[str, Any]:
     return row
 
 
+def parts() -> dict[str, Any]:
+    """Seconds of what the package leaves to PyTorch: oneDNN's linear layer against F.linear, in
+    the shapes of a chunk and of a T-Head's layer, and weight_norm against copies of its matrix."""
+    shapes = {"chunk": (V * 16, D, 4096), "512 tokens": (512, 384, 1536),
+              "1600 tokens": (1600, 384, 1536)}  # fmt: skip
+    layers = {name: (torch.randn(n, d), torch.randn(o, d)) for name, (n, d, o) in shapes.items()}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, arguments in layers.items():
+        runs[f"{name}, F.linear"] = partial(F.linear, *arguments)
+        runs[f"{name}, oneDNN"] = partial(onednn.linear, *arguments)
+    v, grad, place = torch.randn(K, D, requires_grad=True), torch.randn(K, D), torch.empty(K, D)
+    runs["copy of the prototypes"] = partial(place.copy_, grad)
+
+    def normed(backward: bool) -> None:
+        v.grad = None
+        with torch.set_grad_enabled(backward):
+            w = torch._weight_norm(v, v.new_ones(K, 1), 0)
+        if backward:
+            w.backward(grad)
+
+    runs["weight_norm"] = partial(normed, False)
+    runs["weight_norm with backward"] = partial(normed, True)
+    with torch.no_grad():
+        times = interleave(runs, 21)
+    print(*(f"{name}: {times[name] * 1e3:.2f} ms" for name in runs), sep="\n")
+    return {name: times[name] for name in runs}
+
+
 # Where stored logits no longer fit: a machine of LIMIT bytes of address space, one run a process.
 LIMIT, FAR = 8 << 30, {"images": 192, "columns": 262144}
 
@@ -283,6 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one batch size, no growth")
     parser.add_argument("--default-malloc", action="store_true", help="see timing.keep_memory")
+    parser.add_argument("--parts", action="store_true", help="only what PyTorch does of it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -293,6 +323,9 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
     result["malloc"] = "default" if options.default_malloc else "keeps freed memory"
     print(result["machine"], result["calibration"], sep="\n")
+    if options.parts:
+        result["rows"] = parts()
+        return write_json(options.json, result) if options.json else None
     every, rounds = forms(), 3 if options.quick else 7
     for kind in KINDS:
         for images in (4,) if options.quick else (4, 16, 32):

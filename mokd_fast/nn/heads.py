@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..ops import feature_search, joint_attention
+from ..ops import feature_search, joint_attention, onednn
 from .backbones import resize_positions
 from .prototypes import Prototypes
 
@@ -50,22 +50,20 @@ class MLPHead(nn.Module):
 
 # Tokens of all queries that a search works on at a time, on the CPU and on a GPU. Of 512 tokens of
 # width 384 all that a block makes stays in the caches, and products are as fast as for 1600
-# (bench/search.py); no GPU has measured the other.
+# (linear_parts.json); no GPU has measured the other.
 GROUP = {"cpu": 512, "cuda": 65536}
 
 
 class Layers:
     """A transformer block's layers as one search uses them: their weights are cast once, for x's
-    dtype or autocast's, and without gradients products on the CPU are oneDNN's, with GELU inside:
-    F.linear leaves fp32 to another library that takes twice as long (bench/search.py)."""
+    dtype or autocast's, and without gradients products on the CPU are oneDNN's, with GELU inside
+    (ops/onednn.py says why)."""
 
     def __init__(self, x: Tensor) -> None:
         kind = x.device.type
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        onednn = torch.backends.mkldnn
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        known = self.dtype in (torch.float32, torch.bfloat16)
-        self.onednn = plain and known and kind == "cpu" and onednn.is_available() and onednn.enabled
+        self.onednn = plain and onednn.usable(kind, self.dtype)
         self.cast: dict[nn.Module, list[Tensor]] = {}
         self.group = GROUP.get(kind, GROUP["cuda"])
 
@@ -77,9 +75,7 @@ class Layers:
         parameters = [p[only] for p in self.cast[layer]]
         x = x.to(self.dtype)
         if self.onednn and x.numel():
-            then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, *parameters, *then)
-            return found
+            return onednn.linear(x, *parameters, gelu=gelu)
         y = F.linear(x, *parameters)
         return F.gelu(y) if gelu else y
 

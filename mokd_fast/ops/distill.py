@@ -9,7 +9,7 @@ Letters: V student views, T teacher rows, B images, K prototypes.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -199,14 +199,19 @@ def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     return _backward(grad, *_saved(ctx)), none, none, none, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "distill_cross_entropy has no second derivative on this backend; backend='reference' has"
-    )
+def no_second_derivative(op: str) -> Callable[..., None]:
+    """The derivative of a backward operator: a refusal."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op} has no second derivative on this backend; backend='reference' has"
+        )
+
+    return refuse
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(_no_second_derivative)
+_backward.register_autograd(no_second_derivative("distill_cross_entropy"))
 
 
 def _kernels(backend: str) -> Any:
@@ -257,20 +262,20 @@ def _run(
         [t.probs is not None for t in targets],
         backend,
     )
-    if torch.compiler.is_compiling() or not _plain(arguments):
+    rows, centers, row_weights = arguments[1:4]
+    if not plain((arguments[0], *rows, *centers, *row_weights, scalars)):
         loss, terms, _ = _forward(*arguments)
     else:
         loss, terms, _ = _Eager.apply(*arguments)
     return loss, terms.detach()
 
 
-def _plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether the kernels may take the tensors' addresses: no subclass (a FakeTensor has none), no
-    dispatch mode that must see the operators (FakeTensorMode, make_fx)."""
-    student, rows, centers, row_weights, scalars, *_ = arguments
-    tensors = (student, *rows, *centers, *row_weights, scalars)
-    known = (Tensor, torch.nn.Parameter)
-    return _get_current_dispatch_mode() is None and all(type(t) in known for t in tensors)
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels may take the tensors' addresses here: no subclass (a FakeTensor has none), no
+    dispatch mode that must see the operators (FakeTensorMode, make_fx), nothing compiled."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def transformed(student: Tensor) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import distill, reference
+from . import distill, onednn, reference
 from .dispatch import constant
 
 
@@ -172,25 +172,16 @@ def _matrix(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _onednn(a: Tensor) -> bool:
-    """Whether `_linear` can and should: `mm` leaves fp32 to another library, which takes 1.4 times
-    as long for these shapes (bench/linear_distill.py)."""
-    cpu = a.device.type == "cpu" and a.dtype == torch.float32
-    onednn = torch.backends.mkldnn
-    return cpu and a.numel() > 0 and onednn.is_available() and bool(onednn.enabled)
+    """16-bit products are oneDNN's anyway."""
+    return a.numel() > 0 and a.dtype == torch.float32 and onednn.usable(a.device.type, a.dtype)
 
 
 def _product(a: Tensor, weight: Tensor, place: Tensor, kept: bool) -> Tensor:
     """a @ weight.T, at `place` where it has to be there."""
     if not _onednn(a):
         return torch.mm(a, weight.t(), out=place)
-    found = _linear(a, weight)
+    found = onednn.linear(a, weight)
     return place.copy_(found) if kept else found
-
-
-def _linear(a: Tensor, weight: Tensor) -> Tensor:
-    """a @ weight.T by oneDNN."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
-    return found
 
 
 def forward_pass(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -234,7 +225,7 @@ def backward_pass(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. On the CPU a product of 16-bit matrices is rounded before it is added."""
     if _onednn(a):
-        total += _linear(a, b.t())
+        total += onednn.linear(a, b.t())
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.device.type == "cuda":

@@ -237,12 +237,8 @@ def _gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     return _results(ctx, _backward(grad, stats, kept, *call, needs), [None] * ctx.targets)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(f"{OP} has no second derivative on this backend; backend='reference' has")
-
-
 _forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(_no_second_derivative)
+_backward.register_autograd(distill.no_second_derivative(OP))
 
 
 def _run(

@@ -9,6 +9,7 @@ The automatic choice stores logits where that was measured faster and memory all
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def prototype_loss(
     """
     check_linear(features, weight, targets, temperature)
     chosen = pick(OP, features, weight, targets, temperature, backend=backend)
-    loss, per_target = chosen.run(features, weight, targets, temperature)
+    loss, per_target = chosen.run(features, weight, targets, temperature=temperature)
     return loss, per_target
 
 
@@ -52,6 +53,7 @@ def _stored(
     features: Tensor,
     weight: Tensor,
     targets: Sequence[LinearTarget | Target],
+    *,
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     dtype = product_dtype(features)
@@ -59,26 +61,6 @@ def _stored(
         logits = F.linear(features.to(dtype), weight.to(dtype))
     stored = [t.stored(dtype) if isinstance(t, LinearTarget) else t for t in targets]
     return distill_cross_entropy(logits, stored, temperature=temperature)
-
-
-def _chunked(
-    features: Tensor,
-    weight: Tensor,
-    targets: Sequence[LinearTarget | Target],
-    temperature: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    return linear_distill_cross_entropy(features, weight, targets, temperature=temperature)
-
-
-def _reference(
-    features: Tensor,
-    weight: Tensor,
-    targets: Sequence[LinearTarget | Target],
-    temperature: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    return linear_distill_cross_entropy(
-        features, weight, targets, temperature=temperature, backend="reference"
-    )
 
 
 def _slower(
@@ -110,11 +92,12 @@ def _smaller(
     """Why the chunks are avoided, or None."""
     if _slower(features, weight, targets, temperature):
         return None
-    if features.device.type == "cuda":
-        return "but the logits fit; which is faster has not been measured on a GPU"
-    if product_dtype(features) == torch.float32:
+    kind, dtype = features.device.type, product_dtype(features)
+    if (kind, dtype) == ("cpu", torch.float32):
         return "but so few logits are stored as well"  # it would keep them all
-    return "but storing was measured faster on a CPU (bench/linear_distill.py)"
+    if (kind, dtype) == ("cpu", torch.bfloat16):
+        return "but storing was measured faster in bf16 on a CPU (bench/linear_distill.py)"
+    return "but the logits fit; which is faster has not been measured"
 
 
 def _gib(size: int) -> str:
@@ -130,5 +113,5 @@ def device_memory(kind: str, index: int) -> int:
 
 
 register(OP, "fused", _stored, avoid=_slower)
-register(OP, "fused-linear", _chunked, avoid=_smaller)
-register(OP, "reference", _reference)
+register(OP, "fused-linear", linear_distill_cross_entropy, avoid=_smaller)
+register(OP, "reference", partial(linear_distill_cross_entropy, backend="reference"))

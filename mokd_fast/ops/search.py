@@ -20,11 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, cuda, reference
 from .dispatch import pick, register
-from .distill import transformed, triton_why_not
+from .distill import no_second_derivative, plain, transformed, triton_why_not
 
 WIDTHS = (16, 128)  # of a head, that the kernels take
 
@@ -187,12 +186,6 @@ def _joint_gradients(*found: Tensor) -> tuple[Any, ...]:
     return *(t.transpose(1, 2) for t in found[:3]), *found[3:], None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "the feature search has no second derivative on this backend; backend='reference' has"
-    )
-
-
 def _autograd(forward: Any, backward: Any, name: str, save: Any, arguments: Any, back: Any) -> Any:
     """Registers the derivative of an operator; returns it without torch.library's way to it, for
     eager use (`distill._Eager` says why)."""
@@ -202,7 +195,7 @@ def _autograd(forward: Any, backward: Any, name: str, save: Any, arguments: Any,
         return gradients
 
     forward.register_autograd(through_operator, setup_context=save)
-    backward.register_autograd(_no_second_derivative)
+    backward.register_autograd(no_second_derivative("the feature search"))
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -240,13 +233,6 @@ def _kernels(backend: str) -> Any:
     return {"cpu": cpu, "cuda": cuda}[backend]
 
 
-def _plain(tensors: tuple[Tensor, ...]) -> bool:
-    """As `distill._plain`: whether the kernels may take the tensors' addresses."""
-    known = (Tensor, torch.nn.Parameter)
-    compiling = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    return not compiling and all(type(t) in known for t in tensors)
-
-
 def _differentiable(tensors: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -255,7 +241,7 @@ def _run_search(
     backend: str, query: Tensor, key: Tensor, value: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor]:
     tensors = tuple(t.resolve_neg() for t in (query, key, value))
-    if not _plain(tensors):
+    if not plain(tensors):
         rows, _, shares = _search(*tensors, weights, backend)
     elif _differentiable(tensors):
         rows, _, shares = _eager_search(*tensors, weights, backend)
@@ -266,7 +252,7 @@ def _run_search(
 
 def _run_joint(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     tensors = tuple(t.resolve_neg() for t in tensors)
-    if not _plain(tensors):
+    if not plain(tensors):
         tokens, query, *_ = _joint(*tensors, backend)
     elif _differentiable(tensors):
         tokens, query, *_ = _eager_joint(*tensors, backend)

@@ -10,7 +10,9 @@ from mokd_fast.ops import (
     LinearTarget,
     Target,
     cross_view_pairs,
+    distill,
     explain,
+    linear_distill,
     linear_distill_cross_entropy,
     prototype_loss,
 )
@@ -105,20 +107,22 @@ def test_the_memory_of_this_machine():
 
 
 def test_forced(monkeypatch):
-    calls = []
-    args = example()
-    for way, name in (("fused", "distill_cross_entropy"), ("fused-linear", "linear_distill_cross")):
-        for other in ("distill_cross_entropy", "linear_distill_cross_entropy"):
-            inner = getattr(MODULE, other)
+    args, called = example(), []
 
-            def watched(*args, inner=inner, other=other, **options):
-                calls.append(other)
-                return inner(*args, **options)
+    def watched(op, *args, backend=None):
+        called.append((op, backend))
+        return pick(op, *args, backend=backend)
 
-            monkeypatch.setattr(MODULE, other, watched)
+    for module in (distill, linear_distill):
+        monkeypatch.setattr(module, "pick", watched)
+    expected = {
+        "fused": ("distill_cross_entropy", None),
+        "fused-linear": ("linear_distill_cross_entropy", None),
+        "reference": ("linear_distill_cross_entropy", "reference"),
+    }
+    for way in WAYS:
         run(way, *args)
-        assert calls.pop().startswith(name) and not calls
-        monkeypatch.undo()
+        assert called.pop() == expected[way] and not called
     monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
     assert chosen(*args) == "reference"
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")  # of the operators below this one

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.baseline.official import SearchLoss
 from mokd_fast import UserError
-from mokd_fast.nn import Temperatures
+from mokd_fast.nn import Prototypes, Temperatures
 from mokd_fast.nn.build import NetworkConfig, THeadConfig, build_mokd
 from mokd_fast.ops import cpu
 from mokd_fast.train.loop import build
@@ -227,6 +227,19 @@ def test_no_logits_in_a_whole_step(way):
         mokd.centers.update(out.center_means)
         mokd.centers.wait()
     assert (wide.rows > 0) == (way == "fused")
+
+
+@pytest.mark.parametrize("way", ["fused-linear", "fused", "reference"])
+def test_prototypes_are_normalised_once_a_head(way, monkeypatch):
+    """Two students and two teachers with two heads each; official: at every pass, 14 times."""
+    calls, matrix = [], Prototypes.matrix
+    monkeypatch.setattr(Prototypes, "matrix", lambda self: calls.append(self) or matrix(self))
+    mokd = build(small("x", f"loss.prototypes={way}")).train()
+    out = mokd(*views(), TAUS)
+    torch.stack(out.totals).sum().backward()
+    mokd.centers.update(out.center_means)
+    mokd.centers.wait()
+    assert len(calls) == len(set(calls)) == 8
 
 
 def test_lambda_scales_the_total_and_not_the_terms():

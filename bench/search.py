@@ -198,8 +198,8 @@ def main() -> None:
                 print(f"{row['dtype']} {name} B={images}: {row['seconds']['joint'] * 1e3:.0f} ms, "
                       f"{row['ratio']:.2f}x official, {row['ratio_to_fp32']:.2f}x in fp32 (sdpa "
                       f"{row['ratio_of_sdpa']:.2f}x, {row['ratio_of_sdpa_to_fp32']:.2f}x), cross "
-                      f"{row['cross_share']:.2f} and {row['look_share']:.3f} of it, products {row['products']:.0%}, "
-                      f"peak MiB {mib}", flush=True)  # fmt: skip
+                      f"{row['cross_share']:.2f} and {row['look_share']:.3f} of it, "
+                      f"products {row['products']:.0%}, peak MiB {mib}", flush=True)  # fmt: skip
         for images, tokens in ((4, 196),) if options.quick else ((4, 196), (16, 196), (16, 49)):
             for queries in (8,) if options.quick else (1, 2, 4, 8):
                 for row in operators(images, tokens, queries, dtype, 3 * rounds):

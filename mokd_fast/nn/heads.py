@@ -88,8 +88,8 @@ class Layers:
     def block(self, block: nn.Module, x: Tensor, found: Tensor) -> Tensor:
         """What a block makes of x [..., D] once its heads have found something."""
         x = x + self(block.attn.proj, found)  # type: ignore[union-attr, arg-type]
-        hidden = self(block.mlp.fc1, block.norm2(x), gelu=True)  # type: ignore
-        return x + self(block.mlp.fc2, hidden)  # type: ignore[union-attr, arg-type]
+        # No name for what lies between: it is the largest tensor here, and gone before the sum.
+        return x + self(block.mlp.fc2, self(block.mlp.fc1, block.norm2(x), gelu=True))  # type: ignore
 
 
 class THead(nn.Module):
@@ -265,11 +265,14 @@ class THead(nn.Module):
     def _joined(self, layers: "Layers", block: nn.Module, x: Tensor, *, last: bool) -> Tensor:
         """Another block over [Q, B, 1+N, D]; the last one drops the query."""
         y = x.flatten(0, 1)
-        q, k, v = self._qkv(layers, block, y).transpose(2, 3)  # [Q*B, H, 1+N, d]
-        if last:
-            q, y = q[:, :, 1:], y[:, 1:]
-        found = feature_search(q.permute(2, 0, 1, 3), k, v)  # each token asks
-        return layers.block(block, y, found.transpose(0, 1).flatten(2)).unflatten(0, x.shape[:2])
+        found = self._attend(layers, block, y, int(last))
+        return layers.block(block, y[:, int(last) :], found).unflatten(0, x.shape[:2])
+
+    def _attend(self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0) -> Tensor:
+        """What the heads find where each token asks, from number `first` on. -> [.., N, D]"""
+        q, k, v = self._qkv(layers, block, x).transpose(2, 3)  # [.., H, N, d]
+        found: Tensor = feature_search(q[:, :, first:].permute(2, 0, 1, 3), k, v)
+        return found.transpose(0, 1).flatten(2)
 
     def _qkv(
         self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0, end: int = 3

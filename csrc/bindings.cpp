@@ -129,6 +129,30 @@ mokd::SearchBackward search_gradients(uintptr_t rows, uintptr_t stats, const Map
           pointer<void>(to[4]), pointer<void>(to[5])};
 }
 
+const mokd::cpu::Kernels& level(const std::string& name) {
+  const mokd::cpu::Kernels* found = mokd::cpu::kernels(name.c_str());
+  if (!found) throw std::invalid_argument("this processor cannot run the CPU kernels of level " + name);
+  return *found;
+}
+
+// Crops: address, strides of crop and row. Sizes are B, H, W, C.
+void augment_crops(const std::tuple<uintptr_t, int64_t, int64_t>& crops, const std::array<int64_t, 4>& sizes,
+                   uintptr_t params, const std::vector<float>& scale, const std::vector<float>& shift,
+                   uintptr_t out, int type, int threads, const std::string& name) {
+  const int64_t channels = sizes[3];
+  if ((channels != 1 && channels != 3) || int64_t(scale.size()) != channels || scale.size() != shift.size() ||
+      sizes[1] < 1 || sizes[2] < 1)
+    throw std::invalid_argument("augment_crops: one or three channels, a pixel and as many numbers of each");
+  mokd::cpu::Augment a = {pointer<const uint8_t>(std::get<0>(crops)), std::get<1>(crops), std::get<2>(crops),
+                          sizes[0], sizes[1], sizes[2], int(channels), pointer<const float>(params), {}, {},
+                          Type(type), pointer<void>(out), threads};
+  std::copy(scale.begin(), scale.end(), a.scale);
+  std::copy(shift.begin(), shift.end(), a.shift);
+  const auto& kernels = level(name);
+  py::gil_scoped_release unlocked;
+  kernels.augment(a);
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -193,12 +217,6 @@ void bind_cuda_search(py::class_<Search>& search_call) {
 }
 #endif
 
-const mokd::cpu::Kernels& level(const std::string& name) {
-  const mokd::cpu::Kernels* found = mokd::cpu::kernels(name.c_str());
-  if (!found) throw std::invalid_argument("this processor cannot run the CPU kernels of level " + name);
-  return *found;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -214,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release unlocked;
           kernels.column_mean({rows(row), count, columns, pointer<void>(mean), threads});
         });
+  m.def("augment_crops", &augment_crops);
   py::class_<Search> search_call(m, "Search");
   search_call.def(py::init(&search))
       .def("forward",

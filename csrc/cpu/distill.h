@@ -1,6 +1,7 @@
 // What every x86-64 level of the CPU kernel offers; see distill.cpp.
 #pragma once
 #include "../core/distill.h"
+#include "augment.h"
 #include "search.h"
 
 namespace mokd::cpu {
@@ -31,6 +32,7 @@ struct Kernels {
   void (*backward)(const Distill&, const Backward&);
   void (*column_mean)(const ColumnMean&);
   const SearchKernels* search;
+  void (*augment)(const Augment&);
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

@@ -5,6 +5,7 @@ from .loader import ViewLoader, Views, normalize
 from .params import AugmentConfig, ViewParams, draw_views, epoch_order
 from .pillow import decode, render
 from .sources import Source, open_source
+from .table import augment_table
 
 __all__ = [
     "AugmentConfig",
@@ -12,6 +13,7 @@ __all__ = [
     "ViewLoader",
     "ViewParams",
     "Views",
+    "augment_table",
     "decode",
     "draw_views",
     "epoch_order",

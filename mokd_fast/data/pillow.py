@@ -49,6 +49,12 @@ def _view(image: Image.Image, p: ViewParams, size: tuple[int, int]) -> np.ndarra
     # Cropped first: resize(box=…) filters across the edge of the box, torchvision does not.
     image = image.crop((p.left, p.top, p.left + p.width, p.top + p.height))
     image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    image = augment(image, p)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(*size, -1)
+
+
+def augment(image: Image.Image, p: ViewParams) -> Image.Image:
+    """What follows crop and resize: flip, jitter, grey, blur, solarize."""
     if p.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for op in p.order or ():
@@ -60,7 +66,7 @@ def _view(image: Image.Image, p: ViewParams, size: tuple[int, int]) -> np.ndarra
         image = image.filter(ImageFilter.GaussianBlur(p.sigma))
     if p.solarize:
         image = ImageOps.solarize(image, 128)
-    return np.frombuffer(image.tobytes(), np.uint8).reshape(*size, -1)
+    return image
 
 
 def _brightness(image: Image.Image, factor: float) -> Image.Image:

@@ -1,5 +1,6 @@
 """The fused operators. Imports torch only."""
 
+from .augment import augment_crops, augment_params
 from .center import Center, sinkhorn_center
 from .column_mean import column_mean
 from .dispatch import explain
@@ -13,6 +14,8 @@ __all__ = [
     "Center",
     "LinearTarget",
     "Target",
+    "augment_crops",
+    "augment_params",
     "clip_grad_per_tensor_",
     "column_mean",
     "cross_view_pairs",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, affine
 
 NOT_BUILT = "the native module was not built (`pip install -v .` shows why)"
 
@@ -244,6 +244,29 @@ def _map(tensor: Tensor | None) -> tuple[int, int, int, int, int]:
     if tensor is None:
         return 0, 0, 0, 0, 0
     return tensor.data_ptr(), TYPES[tensor.dtype], *tensor.stride()[:-1]  # type: ignore[return-value]
+
+
+def augment_why_not(crops: Tensor) -> str | None:
+    """Why the kernel cannot take these crops, or None."""
+    if crops.device.type != "cpu":
+        return f"it takes tensors on the CPU, these are on {crops.device}"
+    return missing if native is None else None
+
+
+def augment_crops(
+    crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """Arguments and result as `augment.augment_crops`."""
+    B, H, W, C = crops.shape
+    if (crops.stride(2) != C and W > 1) or (crops.stride(3) != 1 and C > 1):
+        crops = crops.contiguous()
+    params = params.contiguous()
+    out = torch.empty(crops.shape, dtype=dtype)
+    native.augment_crops(
+        *((crops.data_ptr(), *crops.stride()[:2]), (B, H, W, C), params.data_ptr()),
+        *(*affine(mean, std), out.data_ptr(), TYPES[dtype], torch.get_num_threads(), _level()),
+    )
+    return out.permute(0, 3, 1, 2)
 
 
 def _level() -> str:

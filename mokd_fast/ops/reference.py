@@ -1,9 +1,10 @@
 """Every operator in plain PyTorch: the specification, the fallback, the gradcheck oracle.
 
 Letters: V student views, T teacher rows, B images, K prototypes; of the search Q queries, H heads,
-N tokens, d width of a head.
+N tokens, d width of a head; of augment_crops B crops [H, W, C] and the columns of its params.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -109,3 +110,97 @@ def joint_attention(
 def joined(query: Tensor, tokens: Tensor) -> Tensor:
     """Each query before the repeated tokens. [Q, B, H, d], [B, H, N, d] -> [Q, B, H, 1 + N, d]"""
     return torch.cat([query.unsqueeze(3), tokens.expand(len(query), *tokens.shape)], dim=3)
+
+
+LUMA = (19595, 38470, 7471)  # of red, green and blue: BT.601 in 65536ths, as Pillow has them
+SIGMA_MAX = 100.0  # pixels
+
+
+def augment_crops(
+    crops: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """The steps of `ops.augment.augment_crops`, crop by crop. Each leaves whole numbers, 0 to 255.
+
+    Bit for bit what Pillow does, but for the blur, which is a Gaussian and not three boxes.
+    """
+    scale, shift = affine(mean, std)
+    out = torch.empty(crops.shape, dtype=dtype, device=crops.device)
+    steps = (_brightness, _contrast, _saturation, _hue)
+    for crop, row, to in zip(crops, params.tolist(), out, strict=True):  # reads the params
+        flip, *order, _, _, _, _, grey, sigma, solarize = row
+        x = crop.float()  # [H, W, C]
+        x = x.flip(1) if flip > 0 else x
+        for op in dict.fromkeys(map(int, order)):  # each once
+            x = steps[op](x, row[5 + op]) if 0 <= op < 4 else x
+        x = _luma(x).expand_as(x) if grey > 0 else x
+        x = _gaussian(x, min(sigma, SIGMA_MAX)) if sigma > 0 else x
+        x = torch.where(x >= 128, 255 - x, x) if solarize > 0 else x
+        to.copy_(x * x.new_tensor(scale) + x.new_tensor(shift))
+    return out.permute(0, 3, 1, 2)
+
+
+def affine(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """(x / 255 - mean) / std as x * scale + shift."""
+    scale = [1 / (255 * s) for s in std]
+    return scale, [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+def _luma(x: Tensor) -> Tensor:
+    """[H, W, 1]. All numbers are below 2^24: fp32 is exact."""
+    if x.shape[-1] == 1:
+        return x
+    return ((x * x.new_tensor(LUMA)).sum(-1, keepdim=True) + 32768).div(65536).floor()
+
+
+def _blend(flat: float | Tensor, x: Tensor, factor: float) -> Tensor:
+    return (flat + (x - flat) * factor).clamp(0, 255).floor()
+
+
+def _brightness(x: Tensor, factor: float) -> Tensor:
+    return _blend(0.0, x, factor)
+
+
+def _contrast(x: Tensor, factor: float) -> Tensor:
+    """About the mean luma of the crop as it is now, a whole number."""
+    luma = _luma(x)
+    return _blend((luma.sum(dtype=torch.float64) / luma.numel() + 0.5).floor().float(), x, factor)
+
+
+def _saturation(x: Tensor, factor: float) -> Tensor:
+    return _blend(_luma(x), x, factor)
+
+
+def _hue(x: Tensor, factor: float) -> Tensor:
+    """There and back through HSV of a byte each, which is not neutral even for a shift of 0.
+
+    Of the channels, the largest is v, and the middle one says where between two corners of the
+    colour wheel the hue lies. In fp32 every rounding falls as Pillow's (the tests try all colours).
+    """
+    if factor == 0 or x.shape[-1] == 1:
+        return x
+    (r, g, b), v, low = x.unbind(-1), x.amax(-1), x.amin(-1)
+    chroma = v - low
+    part = (2 * v + low - r - g - b) / chroma.clamp(min=1)  # (v - middle) / chroma
+    blue = torch.where(g == low, 5 - part, 3 + part)
+    green = torch.where(r == low, 3 - part, 1 + part)
+    red = torch.where(b == low, 1 - part, part - 1)
+    hue = torch.where(r == v, red, torch.where(g == v, green, blue)) / 6  # turns, from -1/6 on
+    hue = (torch.where(hue < 0, hue + 1, hue) * 255).floor()
+    hue = (hue + int(factor * 255)).remainder(256) * 6
+    saturation = (chroma / v.clamp(min=1) * 255).floor()
+    # How far each channel falls from v, in 255ths of what the smallest does.
+    red, green, blue = 510 - (hue - 765).abs(), (hue - 510).abs() - 255, (hue - 1020).abs() - 255
+    fall = torch.stack([red, green, blue], -1).clamp(0, 255)
+    fall = fall * (saturation * v).unsqueeze(-1) * (1 / 65025)
+    return v.unsqueeze(-1) - (fall + 0.5).floor()
+
+
+def _gaussian(x: Tensor, sigma: float) -> Tensor:
+    """Cut off at 3 sigma; beyond an edge its last pixel goes on. Rounded once, after both passes."""
+    R = math.ceil(3 * sigma)
+    taps = [math.exp(-0.5 * (j / sigma) ** 2) for j in range(-R, R + 1)]
+    for dim in (1, 0):
+        n, far = x.shape[dim], torch.arange(-R, x.shape[dim] + R, device=x.device)
+        wide = x.index_select(dim, far.clamp(0, n - 1))
+        x = sum(wide.narrow(dim, j, n) * (tap / sum(taps)) for j, tap in enumerate(taps))
+    return (x + 0.5).floor()

@@ -28,6 +28,7 @@ def emulated(tmp_path_factory):
     sources = (
         "bindings.cpp",
         "cpu/level.cpp",
+        "cpu/augment.cpp",
         "cpu/distill.cpp",
         "cpu/search.cpp",
         "cuda/distill.cu",

@@ -1,0 +1,24 @@
+"""The numbers of drawn views as the table that `ops.augment_crops` takes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .params import ViewParams
+
+_NONE = (-1, -1, -1, -1)
+
+
+def augment_table(views: Sequence[ViewParams], *, flip: bool = True) -> np.ndarray:
+    """float32 [len(views), 12], columns as in `ops.augment_crops`; `torch.from_numpy` takes it.
+
+    Without `flip` that column is 0: for crops that were flipped when they were cut.
+    """
+    rows = [(p.flip, *(p.order or _NONE), *p.factors, p.grey, p.sigma, p.solarize) for p in views]
+    table = np.array(rows, np.float64).reshape(-1, 12)
+    if not flip:
+        table[:, 0] = 0
+    # The middle of the hues that make the same byte: fp32 moves it to no other.
+    shift = table[:, 8] * 255
+    table[:, 8] = (np.trunc(shift) + 0.5 * np.sign(shift)) / 255
+    return table.astype(np.float32)

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .ops import LinearTarget, Target, cpu, cross_view_pairs, explain
+from .data import choose_loader
+from .ops import LinearTarget, Target, augment_params, cpu, cross_view_pairs, explain
 
 PACKAGES = {
     "torch": "needed",
@@ -18,7 +19,7 @@ PACKAGES = {
     "timm": "needed",
     "triton": "Triton kernels, NVIDIA GPUs only",
     "xformers": "optional: pip install mokd_fast[xformers]",
-    "nvidia-dali-cuda130": "optional: GPU decoding",
+    "nvidia-dali-cuda130": "optional: a loader, pip install mokd_fast[dali]",
     "matplotlib": "optional: the report, pip install mokd_fast[report]",
     "scikit-learn": "optional: the digits data set, pip install mokd_fast[data]",
 }
@@ -49,7 +50,8 @@ def native_module() -> str:
 
 
 def backends() -> dict[str, str]:
-    """`explain` of every operator for a small example on the device that would be used."""
+    """`explain` of every operator for a small example on the device that would be used, and of the
+    loader."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = torch.randn(4, 2, 64, device=device)
     target = Target(cross_view_pairs(2, 4), torch.randn(2, 2, 64, device=device), temperature=0.04)
@@ -66,4 +68,13 @@ def backends() -> dict[str, str]:
         "feature_search": explain("feature_search", asked[0], *maps[1:]),
         "joint_attention": explain("joint_attention", *maps, *asked),
         "column_mean": explain("column_mean", student),
+        "augment_crops": explain(
+            "augment_crops",
+            torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device=device),
+            augment_params(2, device=device),
+            [0.5] * 3,
+            [0.5] * 3,
+            torch.float32,
+        ),
+        "data.loader=auto": choose_loader("auto")[1],
     }

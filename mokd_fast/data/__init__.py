@@ -1,7 +1,8 @@
 """Pictures in, batches of uint8 views out: sources, stateless augmentation numbers, loaders."""
 
+from .batches import Views
 from .builtin import fashion_mnist_or_digits
-from .loader import ViewLoader, Views, normalize
+from .loader import ViewLoader, choose_loader, finish, normalize
 from .params import AugmentConfig, ViewParams, draw_views, epoch_order
 from .pillow import decode, render
 from .sources import Source, open_source
@@ -14,10 +15,12 @@ __all__ = [
     "ViewParams",
     "Views",
     "augment_table",
+    "choose_loader",
     "decode",
     "draw_views",
     "epoch_order",
     "fashion_mnist_or_digits",
+    "finish",
     "normalize",
     "open_source",
     "render",

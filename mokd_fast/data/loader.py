@@ -1,105 +1,30 @@
-"""The reference loader: batches of uint8 views from any source, by Pillow, in worker processes.
+"""Loaders: batches of views of any source, made in worker processes, without end.
 
-A worker makes a whole batch, writing each crop into its place, so that nothing is collated. The
-batch of micro-step s is a function of (source, augmentation, seed, batch x world, s) alone: any
-number of workers gives the same bits, and so does a start in the middle.
+Three over the same numbers: "pillow", the reference, does all of it with Pillow; "cpu" decodes with
+Pillow, resizes with PyTorch, and leaves the rest to `ops.augment_crops`; so does "dali", which
+decodes and resizes with NVIDIA DALI, on the CPU or the GPU.
 """
 
 import functools
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UserError
-from .params import AugmentConfig, draw_views, epoch_order
-from .pillow import decode, render
+from ..ops import augment_crops
+from .batches import Bad, Batches, Views
+from .params import AugmentConfig
 from .sources import Source
 
-_TRIED = 100  # unreadable pictures in a row after which the data set itself is at fault
 _log = logging.getLogger(__name__)
 
-Bad = tuple[int, str, str]  # index, name, reason
-
-
-class Views(NamedTuple):
-    """One batch. H, W: the size of a global view, h, w: of a local one."""
-
-    globals: torch.Tensor  # uint8 [2, B, H, W, C]
-    locals: torch.Tensor | None  # uint8 [L, B, h, w, C], None without local views
-    index: torch.Tensor  # type: ignore[assignment]  # int64 [B], positions in the full list
-    bad: list[Bad]  # the unreadable pictures that were met and replaced
-
-
-@dataclass
-class _Batches(Dataset):
-    """Item s is the finished batch of micro-step s. It lives in the worker."""
-
-    source: Source
-    augment: AugmentConfig
-    batch: int
-    channels: int
-    seed: int
-    accumulate: int
-    rank: int
-    world: int
-
-    def __post_init__(self) -> None:
-        self.steps = len(self.source) // (self.batch * self.world * self.accumulate)
-        self.steps *= self.accumulate  # an optimizer step never crosses the end of an epoch
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def __getitem__(self, step: int) -> Views | UserError:
-        try:
-            return self._assemble(*divmod(step, self.steps))
-        except UserError as error:  # returned: DataLoader would wrap it in a traceback's text
-            return error
-
-    def _assemble(self, epoch: int, step: int) -> Views:
-        cfg, B, C = self.augment, self.batch, self.channels
-        views = np.empty((2, B, *cfg.global_hw, C), np.uint8)
-        small = np.empty((cfg.locals, B, *cfg.local_hw, C), np.uint8)
-        index = np.empty(B, np.int64)
-        bad: list[Bad] = []
-        first = (step * self.world + self.rank) * B
-        for b in range(B):
-            i, image = self._next_good(epoch, first + b, bad)
-            params = draw_views(cfg, self.seed, epoch, i, image.height, image.width)
-            for v, crop in enumerate(render(image, params, cfg)):
-                (views if v < 2 else small)[v if v < 2 else v - 2, b] = crop
-            index[b] = i
-        return Views(
-            torch.from_numpy(views),
-            torch.from_numpy(small) if cfg.locals else None,
-            torch.from_numpy(index),
-            bad,
-        )
-
-    def _next_good(self, epoch: int, position: int, bad: list[Bad]) -> tuple[int, Image.Image]:
-        """(index, picture) at this position of the epoch's order, or at the next readable one."""
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.source), self.seed, epoch))
-        order = self._order[1]
-        tries = min(_TRIED, len(order))
-        for k in range(position, position + tries):
-            i = int(order[k % len(order)])
-            try:
-                return i, decode(self.source.read(i), self.channels)
-            except UserError:
-                raise
-            except Exception as error:  # Pillow's plugins raise anything for a broken file
-                bad.append((i, self.source.name(i), f"{type(error).__name__}: {error}"))
-        _, name, reason = bad[-tries]
-        raise UserError(
-            f"{tries} pictures in a row cannot be read, the first: {name}: {reason}. "
-            f"There are {len(order)} pictures in all; check the folder and its permissions"
-        )
+Loader = Literal["cpu", "dali", "pillow"]
 
 
 class _From(Sampler):
@@ -120,10 +45,12 @@ class ViewLoader:
 
     batch: pictures in a micro-step of this process; channels: 1 or 3; workers: processes that
     prepare batches, 0 for none; accumulate: micro-steps of an optimizer step; rank, world: which
-    of how many training processes this is. An epoch is a permutation of the source, cut to whole
-    optimizer steps of batch x accumulate x world pictures. An unreadable picture is logged once,
-    kept in `bad_files` (name -> reason), and replaced by the next readable one of the epoch's
-    order. Raises UserError when the source is smaller than an optimizer step.
+    of how many training processes this is; loader: who decodes and crops; device: of the
+    training, where DALI works too. An epoch is a permutation of the source, cut to whole optimizer
+    steps of batch x accumulate x world pictures, or without drop_last filled up to them with its
+    first pictures. An unreadable picture is logged once, kept in `bad_files` (name -> reason), and
+    replaced by the next readable one of the epoch's order. Raises UserError when the source is
+    smaller than an optimizer step, and for a loader that is not there.
 
     steps_per_epoch: micro-steps of an epoch, a multiple of accumulate.
     """
@@ -140,7 +67,12 @@ class ViewLoader:
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        drop_last: bool = True,
+        loader: Loader = "pillow",
+        device: torch.device | str = "cpu",
     ) -> None:
+        if reason := loader_why_not(loader):
+            raise UserError(f"data.loader={loader}: {reason}")
         if channels not in (1, 3):
             raise UserError(f"channels must be 1 or 3, got {channels}")
         if batch < 1 or batch * accumulate * world > len(source):
@@ -149,28 +81,46 @@ class ViewLoader:
                 f"a batch of {batch * accumulate}{each} does not fit a data set of {len(source)} "
                 f"pictures: set train.batch to {len(source) // world} or less, or add pictures"
             )
-        self._batches = _Batches(source, augment, batch, channels, seed, accumulate, rank, world)
+        make = functools.partial(
+            Batches, source, augment, batch, channels, seed, accumulate, rank, world, drop_last
+        )
+        self._batches = make(kind="files" if loader == "dali" else loader)
+        self._checked, self._cpu = make(kind="checked files"), make(kind="cpu")  # where DALI fails
+        self.loader, self.device = loader, torch.device(device)
         self._workers = workers
         self.steps_per_epoch = self._batches.steps
         self.bad_files: dict[str, str] = {}
 
     def batches(self, start: int = 0) -> Iterator[Views]:
         """The batches of micro-steps start, start + 1, …; raises UserError if none can be read."""
+        batches = self._made(start)
+        if self.loader == "dali":
+            from .dali import Cropper
+
+            threads = max(1, self._workers)
+            cropper = Cropper(self._batches, threads, self.device)
+            batches = cropper.views(batches, lambda step: _good(self._checked[step]), self._refused)
+        for views in batches:
+            self._note(views.bad)
+            yield views
+
+    def _made(self, start: int) -> Iterator[Any]:
+        """What the workers make, in order."""
+        dali, gpu = self.loader == "dali", self.device.type == "cuda"
         loader = DataLoader(
             self._batches,
             batch_size=None,  # an item is a batch
             sampler=_From(start),
-            num_workers=self._workers,
+            # DALI decodes in threads of its own; where it waits for a disk, few processes read.
+            num_workers=min(self._workers, 2 if gpu else 0) if dali else self._workers,
             collate_fn=_same,
             worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # else DataLoader draws a seed from the global one
+            pin_memory=gpu and not dali,  # else the copy to the GPU waits
         )
         try:
-            for views in loader:
-                if isinstance(views, UserError):
-                    raise views
-                self._note(views.bad)
-                yield views
+            for made in loader:
+                yield _good(made)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
@@ -179,11 +129,28 @@ class ViewLoader:
                 "short: set a smaller data.workers or train.batch, or docker run --shm-size=8g"
             ) from error
 
+    def _refused(self, step: int, reason: str) -> Views:
+        """A batch with a picture that DALI cannot decode but Pillow can."""
+        views: Views = _good(self._cpu[step])
+        names = ", ".join(self._cpu.source.name(i) for i in views.index.tolist())
+        _log.warning(
+            "DALI refuses a picture of %s that Pillow can read, so the cpu loader took them: %s",
+            names, reason.strip().replace("\n", " "),
+        )  # fmt: skip
+        return views
+
     def _note(self, bad: list[Bad]) -> None:
         for _, name, reason in bad:
             if name not in self.bad_files:
                 self.bad_files[name] = reason
                 _log.warning("skipped %s: %s", name, reason)
+
+
+def _good(made: Any) -> Any:
+    """What `Batches` made, or its error raised."""
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def _same(item: Any) -> Any:
@@ -195,6 +162,51 @@ def _leave_signals_to_the_run(worker: int) -> None:
     that the run is about to finish. Workers end with the run, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def loader_why_not(loader: str) -> str | None:
+    """Why a loader is not to be had here, or None."""
+    if loader == "dali" and find_spec("nvidia.dali") is None:
+        return "NVIDIA DALI is not installed: pip install 'mokd_fast[dali]' (Linux)"
+    return None
+
+
+def choose_loader(wish: str) -> tuple[Loader, str]:
+    """The loader that `data.loader` means, and a line on all three."""
+    chosen: Loader = "cpu" if wish == "auto" else wish  # type: ignore[assignment]
+    dali = loader_why_not("dali") or "can run too, but no GPU has measured it beside cpu"
+    lines = {"cpu": "can run too", "dali": dali, "pillow": "can run too, the reference"}
+    if wish == "auto" or loader_why_not(wish) is None:
+        lines[chosen] = "chosen"
+    return chosen, "\n".join(f"{name}: {line}" for name, line in lines.items())
+
+
+def finish(
+    views: Views,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """A batch as networks take it: normalised [views, B, C, H, W] of `dtype` on the device.
+
+    What the loader left to do is done there. mean, std: one number a channel. channels_last keeps
+    the memory as it is (NHWC for the last three axes); else the result is contiguous.
+    """
+
+    def one(crops: Tensor, params: Tensor | None) -> Tensor:
+        crops = crops.to(device, non_blocking=True)
+        if params is None:
+            return normalize(crops, mean, std, dtype=dtype, channels_last=channels_last)
+        rows = params.flatten(0, 1).to(device, non_blocking=True)
+        x = augment_crops(crops.flatten(0, 1), rows, mean=mean, std=std, dtype=dtype)
+        x = x.unflatten(0, crops.shape[:2])
+        return x if channels_last else x.contiguous()
+
+    small = None if views.locals is None else one(views.locals, views.local_params)
+    return one(views.globals, views.global_params), small
 
 
 @functools.lru_cache(maxsize=16)  # a tensor made from numbers on a GPU is a host sync: once

@@ -68,6 +68,10 @@ class AugmentConfig(Config):
         """(height, width) of a local view."""
         return (self.local_size,) * 2 if isinstance(self.local_size, int) else self.local_size
 
+    def size_of(self, view: int) -> tuple[int, int]:
+        """(height, width) of a view: two global ones, then local ones."""
+        return self.global_hw if view < 2 else self.local_hw
+
     @field_validator("global_size", "local_size")
     @classmethod
     def _size(cls, value: Any, info: ValidationInfo) -> Any:

@@ -21,17 +21,27 @@ def decode(data: bytes, channels: int) -> Image.Image:
     scaled to 8 bits (Pillow's own conversion would clip it). Raises OSError or what Pillow's
     plugin raises for a broken file, Image.DecompressionBombError for a giant one.
     """
-    if not data:
-        raise OSError("empty file (0 bytes)")
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # its text is the address of the BytesIO
-        raise OSError(f"not a picture that Pillow can read, begins {data[:8]!r}") from None
+    image = _open(data)
     image.load()
     image.info.pop("transparency", None)  # Pillow would warn about it and drop it all the same
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """(height, width) of the picture in `data`, from its header; raises as `decode`."""
+    image = _open(data)
+    return image.height, image.width
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise OSError("empty file (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its text is the address of the BytesIO
+        raise OSError(f"not a picture that Pillow can read, begins {data[:8]!r}") from None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -42,7 +52,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def render(image: Image.Image, params: list[ViewParams], cfg: AugmentConfig) -> list[np.ndarray]:
     """The views of one decoded picture: uint8 [h, w, C] each, two global ones, then local ones."""
-    return [_view(image, p, cfg.global_hw if v < 2 else cfg.local_hw) for v, p in enumerate(params)]
+    return [_view(image, p, cfg.size_of(v)) for v, p in enumerate(params)]
 
 
 def _view(image: Image.Image, p: ViewParams, size: tuple[int, int]) -> np.ndarray:

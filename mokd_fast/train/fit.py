@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from ..data.loader import Views
+from ..data.batches import Views
 from ..errors import UserError
 from . import memory
 from .alarms import replay

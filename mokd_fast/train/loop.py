@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ..console import RunConsole, takes_output
-from ..data.loader import ViewLoader, Views, normalize
+from ..data.batches import Views
+from ..data.loader import ViewLoader, choose_loader, finish
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
@@ -96,6 +97,9 @@ class Trainer:
             channels=data.channels,
             seed=train.seed,
             workers=data.workers,
+            drop_last=data.drop_last,
+            loader=choose_loader(data.loader)[0],
+            device=self.device,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
         self.total = total_steps(recipe, self.steps_per_epoch)
@@ -110,7 +114,9 @@ class Trainer:
     def _prepare(self, warm_start: str | Path | None) -> None:
         """The networks, as they start or as the newest checkpoint has them."""
         recipe, train = self.recipe, self.recipe.train
-        state = resumable(self.run, recipe.model_dump(mode="json"), self.fingerprint)
+        state = resumable(
+            self.run, recipe.model_dump(mode="json"), self.fingerprint, self.loader.loader
+        )
         given = find_checkpoint(warm_start) if warm_start and state is None else None
         torch.manual_seed(train.seed)
         self.mokd = build(recipe).to(self.device)
@@ -288,17 +294,11 @@ class Trainer:
         return row
 
     def to_device(self, views: Views) -> tuple[Tensor, Tensor | None]:
-        """uint8 crops to normalised float [views, B, channels, H, W] on the device."""
-
-        def convert(crops: Tensor) -> Tensor:
-            crops = crops.to(self.device, non_blocking=True)
-            data = self.recipe.data
-            return normalize(
-                crops, data.mean, data.std, channels_last=self.recipe.train.channels_last
-            )
-
-        local_views = None if views.locals is None else convert(views.locals)
-        return convert(views.globals), local_views
+        """Normalised float [views, B, channels, H, W] on the device."""
+        data, train = self.recipe.data, self.recipe.train
+        return finish(
+            views, data.mean, data.std, device=self.device, channels_last=train.channels_last
+        )
 
     def save(self) -> Path:
         """A checkpoint of this step. Refuses to save a state that is not finite."""

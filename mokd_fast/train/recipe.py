@@ -42,7 +42,10 @@ class DataConfig(Config):
     channels: Literal[1, 3] = 3
     mean: Floats = (0.485, 0.456, 0.406)
     std: Floats = (0.229, 0.224, 0.225)
-    workers: NonNegativeInt = 8
+    workers: NonNegativeInt = 8  # processes that prepare batches, or threads of dali; 0: neither
+    # Who decodes and crops: pillow (the reference), cpu, dali; auto: the fastest that is there.
+    loader: Literal["auto", "cpu", "dali", "pillow"] = "auto"
+    drop_last: bool = True  # false: the last batch of an epoch is filled up with its first pictures
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> "DataConfig":

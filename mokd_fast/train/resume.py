@@ -10,9 +10,9 @@ from .recipe import load_recipe
 
 # What may differ between a checkpoint and the recipe that resumes it: nothing of the result, but
 # for the rounding that loss.prototypes changes (which is said). Of the data the list of pictures
-# counts, not the path; it has a fingerprint of its own.
+# counts, not the path; it has a fingerprint of its own. Of data.loader it is what auto came to.
 FREE_KEYS = (
-    *("data.root", "data.workers", "evaluate.", "train.device"),
+    *("data.root", "data.workers", "data.loader", "evaluate.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.max_skipped", "loss.prototypes"),
 )
@@ -20,12 +20,12 @@ _SHOWN = 3  # how many names an error message lists
 
 
 def resumable(
-    run: Path, recipe: dict[str, Any], data: str, world: int = 1
+    run: Path, recipe: dict[str, Any], data: str, loader: str, world: int = 1
 ) -> dict[str, Any] | None:
     """The newest state in a run folder if this recipe and data may go on from it; None without.
 
-    Raises UserError naming the keys that differ, or when the list of pictures or the number of
-    processes is another one.
+    Raises UserError naming the keys that differ, or when the list of pictures, the loader or the
+    number of processes is another one.
     """
     found = newest(run)
     if found is None:
@@ -41,6 +41,11 @@ def resumable(
         raise UserError(f"{path} is of another recipe, these keys differ:{rows}\n{remedy}")
     if state["data"] != data:
         raise UserError(f"{path} was trained on another list of pictures. {remedy}")
+    if (made := state.get("loader", "pillow")) != loader:  # the only one there was
+        raise UserError(
+            f"{path} was trained on views of the {made} loader, now it is {loader}. Set "
+            f"data.loader={made} to go on, or give another run folder (--run)"
+        )
     if (processes := state.get("world", 1)) != world:
         raise UserError(f"{path} is of {processes} processes, now there are {world}. {remedy}")
     return state

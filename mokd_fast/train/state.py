@@ -21,6 +21,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.done,  # of schedules and sampler too
         "recipe": trainer.recipe.model_dump(mode="json"),
         "data": trainer.fingerprint,
+        "loader": trainer.loader.loader,
         "world": 1,
         "versions": versions(trainer),
         "model": trainer.mokd.state_dict(),

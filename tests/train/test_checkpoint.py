@@ -24,8 +24,8 @@ RECIPE = small("pictures").model_dump(mode="json")
 
 
 def state(step: int, **more) -> dict:
-    found = {"step": step, "recipe": copy.deepcopy(RECIPE), "data": "abc", "versions": {}}
-    return {**found, "x": torch.arange(step), **more}
+    found = {"step": step, "recipe": copy.deepcopy(RECIPE), "data": "abc", "loader": "cpu"}
+    return {**found, "versions": {}, "x": torch.arange(step), **more}
 
 
 def saved(run: Path, *steps: int) -> Path:
@@ -138,24 +138,25 @@ def test_a_run_does_not_begin_again_when_all_are_damaged(tmp_path):
         path.write_bytes(path.read_bytes()[:50])
     for _ in range(2):
         with pytest.raises(UserError, match=r"no checkpoint of .* can be used") as error:
-            resumable(run, RECIPE, "abc")
+            resumable(run, RECIPE, "abc", "cpu")
         assert "00000003.pt" in str(error.value) and "00000007.pt" in str(error.value)
         assert "--run" in str(error.value)
 
 
 def test_a_checkpoint_from_before_checksums(tmp_path, caplog):
     old = state(3)
-    del old["versions"], old["recipe"]["train"]["keep_checkpoints"]
+    del old["versions"], old["loader"], old["recipe"]["train"]["keep_checkpoints"]
     (tmp_path / "checkpoints").mkdir()
     torch.save(old, tmp_path / "checkpoints" / "00000003.pt")
-    assert resumable(tmp_path, RECIPE, "abc")["step"] == 3  # a key that is new has its default
+    found = resumable(tmp_path, RECIPE, "abc", "pillow")  # the only loader there was
+    assert found["step"] == 3  # a key that is new has its default
     assert "has no checksum: an older mokd_fast wrote it" in caplog.text
 
 
 def test_another_number_of_processes(tmp_path):
     run = saved(tmp_path, 3)
     with pytest.raises(UserError, match="is of 1 processes, now there are 2"):
-        resumable(run, RECIPE, "abc", world=2)
+        resumable(run, RECIPE, "abc", "cpu", world=2)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
@@ -184,12 +185,12 @@ def test_damaged_and_foreign_files(tmp_path):
 
 
 def test_only_the_same_recipe_and_data_go_on(tmp_path):
-    assert resumable(tmp_path, RECIPE, "abc") is None  # nothing there yet
+    assert resumable(tmp_path, RECIPE, "abc", "cpu") is None  # nothing there yet
     run = saved(tmp_path, 3)
-    assert resumable(run, RECIPE, "abc")["step"] == 3
+    assert resumable(run, RECIPE, "abc", "cpu")["step"] == 3
     other = small("pictures", "train.seed=5", "models.1.optimizer.lr=0.5", "t_head.depth=1")
     with pytest.raises(UserError, match="of another recipe") as error:
-        resumable(run, other.model_dump(mode="json"), "abc")
+        resumable(run, other.model_dump(mode="json"), "abc", "cpu")
     for line in (
         "models.1.optimizer.lr: 0.001 there, 0.5 now",
         "t_head.depth: 2 there, 1 now",
@@ -199,16 +200,26 @@ def test_only_the_same_recipe_and_data_go_on(tmp_path):
         assert line in str(error.value)
     assert str(error.value).count(" there, ") == 3
     with pytest.raises(UserError, match=r"another list of pictures.*--run"):
-        resumable(run, RECIPE, "another")
+        resumable(run, RECIPE, "another", "cpu")
+    with pytest.raises(UserError, match=r"of the cpu loader, now it is dali. Set data.loader=cpu"):
+        resumable(run, RECIPE, "abc", "dali")
 
 
 @pytest.mark.parametrize(
     "free",
-    ["data.workers=3", "train.device=cpu", "train.log_every=7", "train.checkpoint_every=1it"],
+    [
+        "data.workers=3",
+        "data.loader=cpu",
+        "train.device=cpu",
+        "train.log_every=7",
+        "train.checkpoint_every=1it",
+    ],
 )
 def test_keys_that_change_nothing_of_the_result_are_free(tmp_path, free):
     run = saved(tmp_path, 3)
-    assert resumable(run, small("pictures", free).model_dump(mode="json"), "abc")["step"] == 3
+    assert (
+        resumable(run, small("pictures", free).model_dump(mode="json"), "abc", "cpu")["step"] == 3
+    )
 
 
 def test_the_way_out_names_the_last_checkpoint(tmp_path):

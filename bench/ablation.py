@@ -78,7 +78,9 @@ def say(name: str, row: dict[str, Any]) -> None:
     print(f"{name}: {row['train_s']:.0f} s, kNN clean / shifted: {knn}", flush=True)
     for way, found in row["pointing"].items():
         for direction, scores in found["directions"].items():
-            blocks = [f"{b['own']['mean']:.2f} ({b['random']['mean']:.2f})" for b in scores["blocks"]]
+            blocks = [
+                f"{b['own']['mean']:.2f} ({b['random']['mean']:.2f})" for b in scores["blocks"]
+            ]
             print(f"  {way} {direction} pointing (control): {', '.join(blocks)}", flush=True)
 
 

@@ -92,7 +92,7 @@ build_by_nvcc() { # needs no cmake, ninja or setuptools; torch has pybind11's he
         -Xcompiler=-fPIC,-fvisibility=hidden,-fopenmp,-fno-math-errno,-fno-trapping-math -Xlinker -lgomp \
         "-DMOKD_CUDA=\"sm_$1\"" -DMOKD_LEVEL=baseline '-DMOKD_FAST_BUILD_TYPE="Release"' \
         -I "$headers" -I "$torch/include" -o "mokd_fast/_C$suffix" \
-        csrc/bindings.cpp csrc/cpu/level.cpp csrc/cpu/distill.cpp csrc/cuda/distill.cu
+        csrc/bindings.cpp csrc/cpu/*.cpp csrc/cuda/*.cu
 }
 
 check() {

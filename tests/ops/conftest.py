@@ -30,6 +30,7 @@ def emulated(tmp_path_factory):
         "cpu/level.cpp",
         "cpu/distill.cpp",
         "cpu/search.cpp",
+        "cpu/search_backward.cpp",
         "cuda/distill.cu",
         "cuda/search.cu",
     )

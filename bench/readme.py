@@ -92,19 +92,22 @@ def ablation_table() -> str:
 
 
 def beyond_the_seeds(columns: dict[str, dict[str, list[float]]]) -> str:
-    """Which differences of means are larger than the range of either search over its seeds."""
-    found, within = [], []
+    """Which differences of means are larger than the range of either search over its seeds, and
+    which have one sign in every seed (whose runs start from the same weights)."""
+    large, alike, count = [], [], 0
     for pair in combinations(next(iter(columns.values())), 2):
         for name, values in columns.items():
             a, b = (values[search] for search in pair)
-            difference = statistics.mean(a) - statistics.mean(b)
-            if abs(difference) > max(max(x) - min(x) for x in (a, b)):
-                found.append(f"{pair[0]} against {pair[1]} {difference:+.1f} ({name})")
-            else:
-                within.append(pair)
-    said = f"Larger than the range of the seeds: {'; '.join(found)}. " if found else ""
-    rest = "The other" if found else "All"
-    return f"{said}{rest} differences of two searches ({len(within)}) lie within the seeds' range."
+            each = [x - y for x, y in zip(a, b, strict=True)]
+            mean, count = statistics.mean(each), count + 1
+            said = f"{pair[0]} against {pair[1]} {mean:+.1f} ({name})"
+            large += [said] if abs(mean) > max(max(x) - min(x) for x in (a, b)) else []
+            alike += [said] if min(each) > 0 or max(each) < 0 else []
+    return (
+        f"Larger than the range of either search over its seeds: {'; '.join(large) or 'none'} of "
+        f"{count} differences of two searches. Of one sign in every seed: "
+        f"{'; '.join(alike) or 'none'}; by chance it would be {count * 2 ** (1 - len(each)):.0f}."
+    )
 
 
 def step_table() -> str:

@@ -4,9 +4,10 @@
 
 The searches are those of bench/search.py (three blocks, C = 384, 6 heads, Q = 8, a ViT's map and a
 CNN's with its stem), without gradient under fp16 autocast: joint by each backend and cross, against
-the official form. The operators are set against packed SDPA (feature_search) and against SDPA over
-the concatenation (joint_attention), in the same rounds. Seconds are medians over rounds by CUDA
-events: median_s captured in a CUDA graph, eager_s called from Python.
+the official form and that with PyTorch's attention in it (sdpa). The operators are set against
+packed SDPA (feature_search) and against SDPA over the concatenation (joint_attention), in the same
+rounds. Seconds are medians over rounds by CUDA events: median_s captured in a CUDA graph, eager_s
+called from Python.
 
 The achieved rate stands beside its ceiling, both of the same rounds: of a search the products that
 it needs beside a large fp16 product, of an operator the numbers that it must move beside a copy.
@@ -90,16 +91,17 @@ def row(mine: str, other: str, found: tuple[dict, dict, dict]) -> dict[str, Any]
 def whole(
     name: str, images: int, backends: Sequence[str], device: str, rounds: int
 ) -> list[dict[str, Any]]:
-    """Joint by the automatic choice and by each backend, and cross, against the official form."""
+    """Joint by the automatic choice and by each backend, and cross, against both official forms."""
     with torch.device(device):
         forms = searches(name, images)
     chosen = {"joint": forced(forms["joint"], ""), "cross": forced(forms["cross"], "")}
     chosen |= {f"joint {b}": forced(forms["joint"], b) for b in backends}
-    runs = {n: autocast(f, device, torch.float16) for n, f in {**forms, **chosen}.items()}
-    expected = runs["official"]().float().unflatten(0, (Q, images))
-    for key in chosen:
+    chosen |= {name: forms[name] for name in ("official", "sdpa")}
+    runs = {name: autocast(form, device, torch.float16) for name, form in chosen.items()}
+    expected = runs["official"]()
+    for key in runs:
         if key != "cross":
-            agree(key, [runs[key]()], [expected])
+            agree(key, [runs[key]().reshape(expected.shape)], [expected])
     ceiling, product = gemm(device)
     found, needed = timed(runs, ceiling, device, rounds), work(name, images)
     rate = product / found[0]["ceiling"]
@@ -109,7 +111,8 @@ def whole(
         "shape": {"map": name, "N": MAPS[name][0] ** 2, "B": images, "Q": Q, "C": D},
         "gemm_TFLOP_per_s": rate / 1e12,
     }
-    rows = [common | row(key, "official", found) for key in chosen]
+    mine = [key for key in runs if key not in ("official", "sdpa")]
+    rows = [common | row(key, other, found) for other in ("official", "sdpa") for key in mine]
     for each in rows:
         if each["backend"] != "cross":
             each["TFLOP_per_s"] = needed / each["median_s"] / 1e12

@@ -1,6 +1,6 @@
 """feature_search and joint_attention in Triton. Formulas: mokd_fast/ops/search.py.
 
-Letters and the attention itself: attention.py. `_merge`: a program gives ROWS tokens to each query
+Letters and the attention itself: attend.py. `_merge`: a program gives ROWS tokens to each query
 and writes Q N d numbers a head, which is what joint_attention is bound by. `_unmerge` is its
 backward: what the shares say to a query's key and value is left a tile of rows each, and summed
 after. Not here: fp64.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import (
+from .attend import (
     SIZES,
     Rows,
     attention,

@@ -6,7 +6,7 @@
 //   token = o + share * (v_x - o)     share = w / (w + sum)     w = exp((e - max) / sqrt d)
 // Nothing [Q, B, N + 1] wide is made but the result. A piece of work is a tile of rows of a head: the
 // thread count changes no bit.
-#include "attention.h"
+#include "attend.h"
 
 namespace mokd::cpu {
 namespace {

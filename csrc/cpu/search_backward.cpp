@@ -3,7 +3,7 @@
 // The scores are made again from (max, sum); what the shares of joint_attention say to them is one number a
 // row: d(max + log sum) = - sum_q de. A piece of work is a whole head, so that every sum has one order: the
 // thread count changes no bit.
-#include "attention.h"
+#include "attend.h"
 
 namespace mokd::cpu {
 namespace {

@@ -153,9 +153,10 @@ def test_rows_of_the_search_compare_in_one_run(monkeypatch):
     monkeypatch.setenv("MOKD_FAST_BACKEND", "")
     monkeypatch.setitem(search_bench.MAPS, "small", (3, 64, True))
     rows = search_gpu.whole("small", 2, ["reference"], "cpu", 1)
-    assert [row["backend"] for row in rows] == ["joint", "cross", "joint reference"]
+    assert [row["backend"] for row in rows] == ["joint", "cross", "joint reference"] * 2
+    assert [row["baseline"] for row in rows] == ["official"] * 3 + ["sdpa"] * 3
     rows += search_gpu.operators(2, 9, 3, torch.float32, ["cpu", "reference"], "cpu", 1)
-    assert [row["op"] for row in rows[3:]] == ["feature_search"] * 2 + ["joint_attention"] * 2
+    assert [row["op"] for row in rows[6:]] == ["feature_search"] * 2 + ["joint_attention"] * 2
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
         assert row["backend"] == "cross" or row["ceiling_fraction"] > 0

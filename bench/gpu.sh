@@ -20,8 +20,8 @@ python=${PYTHON:-python3}
 total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
-LIMITS=(machine=30 build=110 check=100 tests=120 memcheck=75 racecheck=50 distill=110 linear=50
-    sweep=60 step=60 initcheck=45)
+LIMITS=(machine=30 build=110 check=100 tests=120 memcheck=80 racecheck=50 distill=90 linear=45
+    search=60 sweep=60 step=60 initcheck=45)
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -92,7 +92,7 @@ build_by_nvcc() { # needs no cmake, ninja or setuptools; torch has pybind11's he
         -Xcompiler=-fPIC,-fvisibility=hidden,-fopenmp,-fno-math-errno,-fno-trapping-math -Xlinker -lgomp \
         "-DMOKD_CUDA=\"sm_$1\"" -DMOKD_LEVEL=baseline '-DMOKD_FAST_BUILD_TYPE="Release"' \
         -I "$headers" -I "$torch/include" -o "mokd_fast/_C$suffix" \
-        csrc/bindings.cpp csrc/cpu/{level,augment,distill,search}.cpp csrc/cuda/{distill,search}.cu
+        csrc/bindings.cpp csrc/cpu/*.cpp csrc/cuda/*.cu
 }
 
 check() {
@@ -119,12 +119,13 @@ sanitize() { # tool backends checks [options of the sanitizer]
         --report-api-errors no --print-limit 20 "$@" \
         "$python" bench/gpu_check.py --small --backends "$backends" --only "$checks"
 }
-memcheck() { sanitize memcheck cuda,triton values,targets,strides,extremes,linear --padding 64; }
-racecheck() { sanitize racecheck cuda values,targets,linear --kernel-name kns=mokd; }
-initcheck() { sanitize initcheck cuda values,targets; }
+memcheck() { sanitize memcheck cuda,triton values,targets,strides,extremes,linear,search --padding 64; }
+racecheck() { sanitize racecheck cuda values,targets,linear,search --kernel-name kns=mokd; }
+initcheck() { sanitize initcheck cuda values,targets,search; }
 
 distill() { "$python" bench/distill_gpu.py --json "$OUT/distill.json"; }
 linear() { "$python" bench/linear_distill_gpu.py --json "$OUT/linear_distill.json"; }
+search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
 step() { "$python" bench/step.py --full --json "$OUT/step.json"; }
 

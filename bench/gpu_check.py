@@ -1,10 +1,10 @@
-"""What the fused losses must do on a device, checked without pytest.
+"""What the fused operators must do on a device, checked without pytest.
 
     python bench/gpu_check.py [--device cuda] [--backends cuda,triton] [--only NAME,NAME] [--small]
 
 Every check is a function of a backend; each runs, whatever the ones before it did, and the exit
-status says whether all passed. Those in `bench/gpu_stream.py` and `linear_graph` need a GPU: they
-are left out, and named, for --device cpu. --small takes few and short rows, for slow machines,
+status says whether all passed. Those in `bench/gpu_stream.py` and each module's ON_GPU need a GPU:
+they are left out, and named, for --device cpu. --small takes few and short rows, for slow machines,
 compute-sanitizer and Triton's interpreter.
 """
 
@@ -13,7 +13,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench import gpu_linear, gpu_stream
+from bench import gpu_linear, gpu_search, gpu_stream
 from bench.baseline.losses import DINOLoss as Official
 from mokd_fast.interop.dino import DINOLoss
 from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
+from mokd_fast.ops.dispatch import ENVIRONMENT
 
 # V, T, B, K: below, at and off the kernels' tiles and 16-byte loads; then the sizes of training.
 SMALL = [(3, 2, 2, 97), (2, 1, 3, 263), (4, 3, 1, 1032)]
@@ -57,6 +59,15 @@ class Where:
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 0.2) -> Tensor:
         """Flat enough, at a temperature of 0.1, that every column counts in what comes out."""
         return (torch.randn(*shape, device=self.device) * scale).to(dtype)
+
+    @contextmanager
+    def forcing(self, backend: str) -> Iterator[None]:
+        """Another one for calls that take it from the environment."""
+        os.environ[ENVIRONMENT] = backend
+        try:
+            yield
+        finally:
+            os.environ[ENVIRONMENT] = self.backend
 
     def run(self, student: Tensor, *targets: Target, backend: str = "", **options: Any) -> list:
         """Loss, terms and gradient."""
@@ -197,12 +208,12 @@ def compiled(at: Where) -> None:
 
 Check = Callable[[Where], None]
 CHECKS: tuple[Check, ...] = (values, targets, strides, extremes, repeats, scaled, drop_in, compiled)
-CHECKS += gpu_linear.CHECKS
-ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU
+CHECKS += gpu_linear.CHECKS + gpu_search.CHECKS
+ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU + gpu_search.ON_GPU
 
 
 def passes(check: Check, at: Where) -> bool:
-    os.environ["MOKD_FAST_BACKEND"] = at.backend  # for the drop-in loss
+    os.environ[ENVIRONMENT] = at.backend  # for the drop-in loss and the T-Heads
     torch.manual_seed(0)
     begin, error = time.perf_counter(), ""
     try:

@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,62 @@ FACTS = {
     "data_wait": "Data wait {:.1%} of the time",
     "loader_cpu_share": "the loader {:.1%} of the processor time",
 }
+
+
+def ablation_table() -> str:
+    """Mean over the seeds with the range, one line a search; then what is beyond the seeds."""
+    result = json.loads((RESULTS / "ablation.json").read_text())
+    runs: dict[str, list[dict[str, Any]]] = {m: list(r.values()) for m, r in result["runs"].items()}
+    first = next(iter(runs.values()))
+    columns = {
+        f"{name.removesuffix(' teacher')}, {what}": {
+            search: [row["knn"][name][what] for row in rows] for search, rows in runs.items()
+        }
+        for name in first[0]["knn"]
+        if name.endswith(" teacher")
+        for what in ("clean", "shifted")
+    }
+    ways = list(first[0]["pointing"]["joint"]["directions"])
+    heads = [*columns, *(f"pointing {way} (control)" for way in ways)]
+    lines = [f"| search | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for search, rows in runs.items():
+        cells = [spread(values[search]) for values in columns.values()]
+        for way in ways:
+            blocks = [row["pointing"]["joint"]["directions"][way]["blocks"][0] for row in rows]
+            own, control = (
+                statistics.mean(b[k]["mean"] for b in blocks) for k in ("own", "random")
+            )
+            cells.append(f"{own:.2f} ({control:.2f})")
+        lines.append(f"| {search} | {' | '.join(cells)} |")
+    random = [name.replace(" teacher", " random") for name in first[0]["knn"] if "teacher" in name]
+    cells = [
+        spread([row["knn"][n][what] for row in first])
+        for n in random
+        for what in ("clean", "shifted")
+    ]
+    lines.append(f"| not trained | {' | '.join([*cells, *['-'] * len(ways)])} |")
+    seeds = sorted(next(iter(result["runs"].values())))
+    text = f"{result['steps']} steps, seeds {', '.join(seeds)}, kNN k = {K}, pointing in block 1."
+    return "\n".join([*lines, "", f"{text} {beyond_the_seeds(columns)} {machine(result)}"])
+
+
+def beyond_the_seeds(columns: dict[str, dict[str, list[float]]]) -> str:
+    """Which differences of means are larger than the range of either search over its seeds, and
+    which have one sign in every seed (whose runs start from the same weights)."""
+    large, alike, count = [], [], 0
+    for pair in combinations(next(iter(columns.values())), 2):
+        for name, values in columns.items():
+            a, b = (values[search] for search in pair)
+            each = [x - y for x, y in zip(a, b, strict=True)]
+            mean, count = statistics.mean(each), count + 1
+            said = f"{pair[0]} against {pair[1]} {mean:+.1f} ({name})"
+            large += [said] if abs(mean) > max(max(x) - min(x) for x in (a, b)) else []
+            alike += [said] if min(each) > 0 or max(each) < 0 else []
+    return (
+        f"Larger than the range of either search over its seeds: {'; '.join(large) or 'none'} of "
+        f"{count} differences of two searches. Of one sign in every seed: "
+        f"{'; '.join(alike) or 'none'}; by chance it would be {count * 2 ** (1 - len(each)):.0f}."
+    )
 
 
 def step_table() -> str:
@@ -267,6 +324,7 @@ def machine(result: dict[str, Any]) -> str:
 PARTS = {
     "output": output,
     "demo-table": demo_table,
+    "ablation-table": ablation_table,
     "alarms-table": alarms_table,
     "watch": watch_sentence,
     "distill-table": distill_table,

@@ -1,16 +1,9 @@
 """feature_search and joint_attention in Triton. Formulas: mokd_fast/ops/search.py.
 
-Q queries, B images, H heads, N tokens, d width of a head (padded to a power of two, D); M rows, one
-tensor [B, H, M, d] by its strides: the queries, or in joint_attention first the tokens.
-
-`_attend`: a program has ROWS rows of a head and walks its tokens with a running maximum, reading
-K and V once a program: rows and stats (max of q k, sum), 4 (d + 2) bytes a row. `_merge`: a program
-gives ROWS tokens to each query and writes Q N d numbers a head, which is what joint_attention is
-bound by. Backward makes the scores again: `_row_gradients` for what asks, `_key_gradients` for keys
-and values, each sum in one program in a fixed order: no atomic, same bits. What the shares say to a
-query's key and value is left a tile of rows each, and summed after.
-Products of 16-bit tensors take 16-bit operands, weights too, and add up in fp32; fp32 is IEEE.
-Not here: fp64.
+Letters and the attention itself: attend.py. `_merge`: a program gives ROWS tokens to each query
+and writes Q N d numbers a head, which is what joint_attention is bound by. `_unmerge` is its
+backward: what the shares say to a query's key and value is left a tile of rows each, and summed
+after. Not here: fp64.
 """
 
 from collections.abc import Sequence
@@ -21,80 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .distill import CAPABILITY, INTERPRETED, LOWEST, TYPES
-
-SIZES = ("B", "M", "N", "Q", "M_all", "offset")
-# numpy, which the interpreter is made of, has no product of bf16.
-WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _dot(a, b):
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _load(x, stride, b, h, i, count, d, D: tl.constexpr):
-    """Rows i of a head of x [B, H, count, d]: [len(i), D], zeros beyond."""
-    k = tl.arange(0, D)
-    at = x + b * stride[0] + h * stride[1] + i.to(tl.int64)[:, None] * stride[2] + k[None, :]
-    return tl.load(at, mask=(i < count)[:, None] & (k < d)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(to, b, h, i, B, H, count, M_all, offset, d, value, D: tl.constexpr):
-    """Rows i to [B, M_all, H, d], from row `offset` on."""
-    k = tl.arange(0, D)
-    at = ((b * M_all + offset + i.to(tl.int64)) * H + h) * d
-    mask = (i < count)[:, None] & (k < d)[None, :]
-    tl.store(to + at[:, None] + k[None, :], value.to(to.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _place(H, M, ROWS: tl.constexpr):
-    """Image, head and rows of a program."""
-    tiles = tl.cdiv(M, ROWS)
-    head = tl.program_id(0) // tiles
-    i = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    return (head // H).to(tl.int64), (head % H).to(tl.int64), i
-
-
-@triton.jit
-def _stats(stats, b, h, i, H, M, M_all, offset):
-    at = stats + ((b * M_all + offset + i.to(tl.int64)) * H + h) * 2
-    return tl.load(at, mask=i < M, other=0.0), tl.load(at + 1, mask=i < M, other=1.0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _attend(x, x_stride, k, k_stride, v, v_stride, rows, stats, scores, scale, B: tl.int64, H,
-            M, N, M_all: tl.int64, offset: tl.int64, d, D: tl.constexpr, ROWS: tl.constexpr,
-            KEYS: tl.constexpr, SCORES: tl.constexpr):  # fmt: skip
-    b, h, i = _place(H, M, ROWS)
-    q = _load(x, x_stride, b, h, i, M, d, D)
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mean = tl.zeros([ROWS, D], tl.float32)
-    for n in range(0, N, KEYS):
-        j = n + tl.arange(0, KEYS)
-        s = _dot(q, tl.trans(_load(k, k_stride, b, h, j, N, d, D)))
-        if SCORES:  # [Q, B, H, N]
-            at = ((i.to(tl.int64) * B + b) * H + h) * N
-            mask = (i < M)[:, None] & (j < N)[None, :]
-            tl.store(scores + at[:, None] + j[None, :], s, mask=mask)
-        s = tl.where((j < N)[None, :], s, float("-inf"))
-        high = tl.maximum(top, tl.max(s, 1))
-        decay = tl.exp((top - high) * scale)
-        w = tl.exp((s - high[:, None]) * scale)
-        total = total * decay + tl.sum(w, 1)
-        values = _load(v, v_stride, b, h, j, N, d, D)
-        mean = mean * decay[:, None] + _dot(w.to(values.dtype), values)
-        top = high
-    _store(rows, b, h, i, B, H, M, M_all, offset, d, mean / total[:, None], D)
-    at = stats + ((b * M_all + offset + i.to(tl.int64)) * H + h) * 2
-    tl.store(at, top, mask=i < M)
-    tl.store(at + 1, total, mask=i < M)
+from .attend import (
+    SIZES,
+    Rows,
+    attention,
+    dense,
+    gradients,
+    load_rows,
+    load_stats,
+    place_of,
+    store_rows,
+    wide,
+)
+from .distill import CAPABILITY, INTERPRETED, TYPES
 
 
 @triton.jit
@@ -118,15 +50,15 @@ def _merge(q, q_stride, kx, kx_stride, vx, vx_stride, rows, rows_stride, stats, 
            Q: tl.int64, B: tl.int64, H, N, M_all: tl.int64, d, D: tl.constexpr,
            ROWS: tl.constexpr):  # fmt: skip
     """tokens [Q, B, N, H, d]"""
-    b, h, i = _place(H, N, ROWS)
-    own = _load(q, q_stride, b, h, i, N, d, D).to(tl.float32)
-    o = _load(rows, rows_stride, b, h, i, N, d, D)
-    top, total = _stats(stats, b, h, i, H, N, M_all, 0)
+    b, h, i = place_of(H, N, ROWS)
+    own = load_rows(q, q_stride, b, h, i, N, d, D).to(tl.float32)
+    o = load_rows(rows, rows_stride, b, h, i, N, d, D)
+    top, total = load_stats(stats, b, h, i, H, N, M_all, 0)
     for j in range(Q):
         e = tl.sum(own * _vector(kx, kx_stride, j, b, h, d, D)[None, :], 1)
         share = _share(e, top, total, scale)
         found = o + share[:, None] * (_vector(vx, vx_stride, j, b, h, d, D)[None, :] - o)
-        _store(tokens, j * B + b, h, i, B, H, N, N, 0, d, found, D)
+        store_rows(tokens, j * B + b, h, i, B, H, N, N, 0, d, found, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -135,10 +67,10 @@ def _unmerge(grad, q, q_stride, kx, kx_stride, vx, vx_stride, rows, rows_stride,
              D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """From the gradient of tokens [Q, B, N, H, d]: that of o to out [B, M, H, d], sum de to delta
     [B, M, H], dq [B, N, H, d], and of each tile dkx and dvx [tiles, Q, B, H, d]; all fp32."""
-    b, h, i = _place(H, N, ROWS)
-    own = _load(q, q_stride, b, h, i, N, d, D).to(tl.float32)
-    o = _load(rows, rows_stride, b, h, i, N, d, D)
-    top, total = _stats(stats, b, h, i, H, N, M_all, 0)
+    b, h, i = place_of(H, N, ROWS)
+    own = load_rows(q, q_stride, b, h, i, N, d, D).to(tl.float32)
+    o = load_rows(rows, rows_stride, b, h, i, N, d, D)
+    top, total = load_stats(stats, b, h, i, H, N, M_all, 0)
     k = tl.arange(0, D)
     to_o = tl.zeros([ROWS, D], tl.float32)
     to_q = tl.zeros([ROWS, D], tl.float32)
@@ -159,76 +91,9 @@ def _unmerge(grad, q, q_stride, kx, kx_stride, vx, vx_stride, rows, rows_stride,
         at = (((tile * Q + j) * B + b) * H + h) * d + k
         tl.store(dkx + at, tl.sum(de[:, None] * own, 0), mask=k < d)
         tl.store(dvx + at, tl.sum(share[:, None] * g, 0), mask=k < d)
-    _store(out, b, h, i, B, H, N, M_all, 0, d, to_o, D)
-    _store(dq, b, h, i, B, H, N, M_all, 0, d, to_q, D)
+    store_rows(out, b, h, i, B, H, N, M_all, 0, d, to_o, D)
+    store_rows(dq, b, h, i, B, H, N, M_all, 0, d, to_q, D)
     tl.store(delta + (b * M_all + i.to(tl.int64)) * H + h, sums, mask=i < N)
-
-
-@triton.jit
-def _weights(q, keys, top, total, i, j, M, N, scale):
-    s = _dot(q, tl.trans(keys))
-    w = tl.exp((s - top[:, None]) * scale) / total[:, None]
-    return tl.where((i < M)[:, None] & (j < N)[None, :], w, 0.0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _row_gradients(x, x_stride, k, k_stride, v, v_stride, stats, out, out_stride, delta, dx, scale,
-                   B: tl.int64, H, M, N, M_all: tl.int64, offset: tl.int64, d, D: tl.constexpr,
-                   ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """Adds to dx [B, M, H, d] fp32 what the scores say, from the gradient `out` of o; delta gets
-    the mean of out v, the very numbers that it is subtracted from."""
-    b, h, i = _place(H, M, ROWS)
-    q = _load(x, x_stride, b, h, i, M, d, D)
-    g = _load(out, out_stride, b, h, i, M, d, D)
-    top, total = _stats(stats, b, h, i, H, M, M_all, offset)
-    place = delta + (b * M_all + offset + i.to(tl.int64)) * H + h
-    mean = tl.load(place, mask=i < M, other=0.0)
-    for n in range(0, N, KEYS):
-        j = n + tl.arange(0, KEYS)
-        w = _weights(q, _load(k, k_stride, b, h, j, N, d, D), top, total, i, j, M, N, scale)
-        values = _load(v, v_stride, b, h, j, N, d, D)
-        mean += tl.sum(w * _dot(g.to(values.dtype), tl.trans(values)), 1)
-    tl.store(place, mean, mask=i < M)
-    kk = tl.arange(0, D)
-    at = ((b * M_all + offset + i.to(tl.int64)) * H + h) * d
-    mask = (i < M)[:, None] & (kk < d)[None, :]
-    found = tl.load(dx + at[:, None] + kk[None, :], mask=mask, other=0.0)
-    for n in range(0, N, KEYS):
-        j = n + tl.arange(0, KEYS)
-        keys = _load(k, k_stride, b, h, j, N, d, D)
-        w = _weights(q, keys, top, total, i, j, M, N, scale)
-        values = _load(v, v_stride, b, h, j, N, d, D)
-        ds = w * (_dot(g.to(values.dtype), tl.trans(values)) - mean[:, None]) * scale
-        found += _dot(ds.to(keys.dtype), keys)
-    tl.store(dx + at[:, None] + kk[None, :], found, mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _key_gradients(x, x_stride, k, k_stride, v, v_stride, stats, out, out_stride, delta, dk, dv,
-                   scale, B: tl.int64, H, M, N, M_all: tl.int64, offset: tl.int64, d,
-                   D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """Adds to dk and dv [B, N, H, d] fp32 what M rows say."""
-    b, h, j = _place(H, N, KEYS)
-    keys = _load(k, k_stride, b, h, j, N, d, D)
-    values = _load(v, v_stride, b, h, j, N, d, D)
-    kk = tl.arange(0, D)
-    at = (((b * N + j.to(tl.int64)) * H + h) * d)[:, None] + kk[None, :]
-    mask = (j < N)[:, None] & (kk < d)[None, :]
-    to_k = tl.load(dk + at, mask=mask, other=0.0)
-    to_v = tl.load(dv + at, mask=mask, other=0.0)
-    for m in range(0, M, ROWS):
-        i = m + tl.arange(0, ROWS)
-        q = _load(x, x_stride, b, h, i, M, d, D)
-        g = _load(out, out_stride, b, h, i, M, d, D).to(values.dtype)
-        top, total = _stats(stats, b, h, i, H, M, M_all, offset)
-        place = delta + (b * M_all + offset + i.to(tl.int64)) * H + h
-        mean = tl.load(place, mask=i < M, other=0.0)
-        w = _weights(q, keys, top, total, i, j, M, N, scale)
-        ds = w * (_dot(g, tl.trans(values)) - mean[:, None]) * scale
-        to_v += _dot(tl.trans(w.to(g.dtype)), g)
-        to_k += _dot(tl.trans(ds.to(q.dtype)), q)
-    tl.store(dk + at, to_k, mask=mask)
-    tl.store(dv + at, to_v, mask=mask)
 
 
 def why_not(first: Tensor, rest: Sequence[Tensor]) -> str | None:
@@ -243,60 +108,13 @@ def why_not(first: Tensor, rest: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _tile(x: Tensor, D: int) -> tuple[int, int, int]:
-    """Rows and tokens at a time, and warps: the most that spills no register (AOT tests; no GPU has
-    measured them). IEEE products of fp32 hold their operands in registers."""
-    if x.dtype == torch.float32:
-        return (16, 16, 8 if D > 64 else 4)
-    return 32, 32, 4
-
-
-class _Rows:
-    """What launches over M rows of x [B, H, M, d] share; M_all rows lie in what they write."""
-
-    def __init__(self, x: Tensor, k: Tensor, v: Tensor, M_all: int, offset: int) -> None:
-        (B, H, M, d), N = x.shape, k.shape[2]
-        D = max(16, triton.next_power_of_2(d))
-        self.rows, keys, self.warps = _tile(x, D)
-        self.rows = 16 if M <= 16 else self.rows
-        self.grid, self.key_grid = (
-            (B * H * triton.cdiv(count, size),) for count, size in ((M, self.rows), (N, keys))
-        )
-        self.tensors = x, x.stride(), k, k.stride(), v, v.stride()
-        self.sizes: tuple[Any, ...] = d**-0.5, B, H, M, N, M_all, offset, d, D, self.rows, keys
-        # Merging keeps several fp32 tiles of rows in registers: few rows, or they spill.
-        self.few = max(8, 1024 // D)
-        self.few_grid = (B * H * triton.cdiv(M, self.few),)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _wide(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _attention(
-    x: Tensor, k: Tensor, v: Tensor, rows: Tensor, stats: Tensor, offset: int, scores: Tensor
-) -> None:
-    if not x.numel():
-        return
-    call = _Rows(x, k, v, rows.shape[1], offset)
-    with torch.cuda.device_of(x):
-        _attend[call.grid](
-            *call.tensors, rows, stats, scores, *call.sizes, scores.numel() > 0,
-            num_warps=call.warps,
-        )  # fmt: skip
-
-
 def search_forward(x: Tensor, k: Tensor, v: Tensor, weights: bool) -> tuple[Tensor, ...]:
     """Arguments and results as `search._search`."""
-    x, k, v = map(_dense, (x, k, v))
+    x, k, v = map(dense, (x, k, v))
     (Q, B, H, d), N = x.shape, k.shape[2]
-    rows, stats = _wide(x, B, Q, H, d), _wide(x, B, Q, H, 2)
-    scores = _wide(x, *((Q, B, H, N) if weights else (0,)))
-    _attention(x.permute(1, 2, 0, 3), k, v, rows, stats, 0, scores)
+    rows, stats = wide(x, B, Q, H, d), wide(x, B, Q, H, 2)
+    scores = wide(x, *((Q, B, H, N) if weights else (0,)))
+    attention(x.permute(1, 2, 0, 3), k, v, rows, stats, 0, scores)
     if weights:
         top, total = stats.transpose(0, 1).unsqueeze(-1).unbind(3)
         scores.sub_(top).mul_(d**-0.5).exp_().div_(total)
@@ -307,47 +125,24 @@ def search_backward(
     grad: Tensor, stats: Tensor, x: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
     """Arguments and results as `search._search_backward`."""
-    x, k, v = map(_dense, (x, k, v))
+    x, k, v = map(dense, (x, k, v))
     (Q, B, H, d), N = x.shape, k.shape[2]
-    dk, dv = _wide(x, B, N, H, d).zero_(), _wide(x, B, N, H, d).zero_()
-    dx, delta = _wide(x, B, Q, H, d).zero_(), _wide(x, B, Q, H).zero_()
-    _gradients(x.permute(1, 2, 0, 3), k, v, stats, grad.contiguous(), delta, dx, dk, dv, 0)
+    dk, dv = wide(x, B, N, H, d).zero_(), wide(x, B, N, H, d).zero_()
+    dx, delta = wide(x, B, Q, H, d).zero_(), wide(x, B, Q, H).zero_()
+    gradients(x.permute(1, 2, 0, 3), k, v, stats, grad.contiguous(), delta, dx, dk, dv, 0)
     return dx.transpose(0, 1).to(x.dtype).contiguous(), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _gradients(
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    stats: Tensor,
-    out: Tensor,
-    delta: Tensor,
-    dx: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    offset: int,
-) -> None:
-    """Of the rows from `offset` on; out, delta and dx are those of all rows."""
-    if not x.numel():
-        return
-    call = _Rows(x, k, v, dx.shape[1], offset)
-    mine = out[:, offset:].transpose(1, 2)
-    given = *call.tensors, stats, mine, mine.stride(), delta
-    with torch.cuda.device_of(x):
-        _row_gradients[call.grid](*given, dx, *call.sizes, num_warps=call.warps)
-        _key_gradients[call.key_grid](*given, dk, dv, *call.sizes, num_warps=call.warps)
 
 
 def joint_forward(q: Tensor, k: Tensor, v: Tensor, *queries: Tensor) -> tuple[Tensor, ...]:
     """Arguments and results as `search._joint`."""
-    q, k, v, q_x, k_x, v_x = map(_dense, (q, k, v, *queries))
+    q, k, v, q_x, k_x, v_x = map(dense, (q, k, v, *queries))
     (Q, B, H, d), N = q_x.shape, q.shape[2]
-    rows, stats, none = _wide(q, B, N + Q, H, d), _wide(q, B, N + Q, H, 2), _wide(q, 0)
-    _attention(q, k, v, rows, stats, 0, none)
-    _attention(q_x.permute(1, 2, 0, 3), k, v, rows, stats, N, none)
+    rows, stats, none = wide(q, B, N + Q, H, d), wide(q, B, N + Q, H, 2), wide(q, 0)
+    attention(q, k, v, rows, stats, 0, none)
+    attention(q_x.permute(1, 2, 0, 3), k, v, rows, stats, N, none)
     tokens = q.new_empty(Q, B, N, H, d)
     if tokens.numel():
-        call = _Rows(q, k, v, N + Q, 0)
+        call = Rows(q, k, v, N + Q, 0)
         with torch.cuda.device_of(q):
             given = _merged(q, k_x, v_x, rows, stats)
             _merge[call.few_grid](*given, tokens, *_sizes(call, Q))
@@ -361,7 +156,7 @@ def _merged(q: Tensor, k_x: Tensor, v_x: Tensor, rows: Tensor, stats: Tensor) ->
     return q, q.stride(), *strides, stats
 
 
-def _sizes(call: _Rows, Q: int) -> tuple[Any, ...]:
+def _sizes(call: Rows, Q: int) -> tuple[Any, ...]:
     scale, B, H, M, _, M_all, _, d, D, *_ = call.sizes
     return scale, Q, B, H, M, M_all, d, D, call.few
 
@@ -382,13 +177,13 @@ def joint_backward(
     grad_tokens: Tensor, grad_query: Tensor, rows: Tensor, stats: Tensor, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """Arguments and results as `search._joint_backward`."""
-    q, k, v, q_x, k_x, v_x = map(_dense, tensors)
+    q, k, v, q_x, k_x, v_x = map(dense, tensors)
     (Q, B, H, d), N = q_x.shape, q.shape[2]
-    call = _Rows(q, k, v, N + Q, 0)
-    out, dx = _wide(q, B, N + Q, H, d), _wide(q, B, N + Q, H, d)
-    delta = _wide(q, B, N + Q, H)
+    call = Rows(q, k, v, N + Q, 0)
+    out, dx = wide(q, B, N + Q, H, d), wide(q, B, N + Q, H, d)
+    delta = wide(q, B, N + Q, H)
     tiles = triton.cdiv(N, call.few)
-    d_kx, d_vx = _wide(q, tiles, Q, B, H, d), _wide(q, tiles, Q, B, H, d)
+    d_kx, d_vx = wide(q, tiles, Q, B, H, d), wide(q, tiles, Q, B, H, d)
     if q.numel():
         with torch.cuda.device_of(q):
             given = grad_tokens.contiguous(), *_merged(q, k_x, v_x, rows, stats)
@@ -399,10 +194,10 @@ def joint_backward(
     out[:, N:] = ((1 - share) * g).transpose(0, 1)
     dx[:, N:] = (de * scale * key).transpose(0, 1)
     delta[:, N:] = de[..., 0].transpose(0, 1)
-    dk, dv = _wide(q, B, N, H, d).zero_(), _wide(q, B, N, H, d).zero_()
+    dk, dv = wide(q, B, N, H, d).zero_(), wide(q, B, N, H, d).zero_()
     rest = stats, out, delta, dx, dk, dv
-    _gradients(q, k, v, *rest, 0)
-    _gradients(q_x.permute(1, 2, 0, 3), k, v, *rest, N)
+    gradients(q, k, v, *rest, 0)
+    gradients(q_x.permute(1, 2, 0, 3), k, v, *rest, N)
     found = dx[:, :N], dk, dv, dx[:, N:].transpose(0, 1)
     found = (*found, d_kx.sum(0) + de * scale * x, d_vx.sum(0) + share * g)
     return tuple(t.to(q.dtype).contiguous() for t in found)

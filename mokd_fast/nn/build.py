@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ..config import Config
 from ..errors import UserError
@@ -27,9 +27,16 @@ class THeadConfig(Config):
     depth: PositiveInt = 3
     heads: PositiveInt = 6
     mlp_ratio: PositiveFloat = 4.0
-    search: Literal["joint", "cross"] = "joint"  # official: joint; see THead
+    # Official: joint; see THead. none leaves the search losses out.
+    search: Literal["joint", "cross", "none"] = "joint"
     queries: Literal["local", "all"] = "local"  # official: local crops; see MOKD
     maps: Literal["first", "both"] = "first"  # official: the first global view's
+
+    @model_validator(mode="after")
+    def _who_searches(self) -> "THeadConfig":
+        if self.search == "none" and (self.queries, self.maps) != ("local", "first"):
+            raise ValueError("search=none searches nothing: leave queries and maps out")
+        return self
 
 
 class NetworkConfig(Config):
@@ -86,7 +93,8 @@ def build_mokd(
         if t_head is None:
             return Model(backbone, mlp, None)
         options = {
-            **t_head.model_dump(exclude={"queries", "maps"}),
+            **t_head.model_dump(exclude={"queries", "maps", "search"}),
+            "search": "joint" if t_head.search == "none" else t_head.search,
             "dim": dim,
             "grid": grid,
             "stem": is_map or width != dim,
@@ -95,6 +103,7 @@ def build_mokd(
 
     if t_head is not None:
         losses |= {"search_queries": t_head.queries, "search_maps": t_head.maps}
+        losses["search"] = t_head.search != "none"
     return MOKD(
         [model(i, backbone) for i, backbone in enumerate(students)],
         [model(i, backbone) for i, backbone in enumerate(teachers)],

@@ -119,6 +119,7 @@ class MOKD(nn.Module):
             or "all". A global view searches the other global view's map.
         search_maps: of which global views a local crop searches the map, "first" or "both". Both
             defaults are the official choice.
+        search: False leaves the search losses out; self- and cross-distillation stay.
         prototype_loss: how logits are made, "fused" (stored), "fused-linear" (not) or "reference";
             None for the automatic choice of `mokd_fast.ops.prototype_loss`.
     """
@@ -134,6 +135,7 @@ class MOKD(nn.Module):
         center_momentum: float = 0.9,
         search_queries: Literal["local", "all"] = "local",
         search_maps: Literal["first", "both"] = "first",
+        search: bool = True,
         prototype_loss: str | None = None,
     ) -> None:
         super().__init__()
@@ -145,6 +147,7 @@ class MOKD(nn.Module):
         self.cross_weights = tuple(cross_weights)
         self.student_temperature = student_temperature
         self.search_queries, self.search_maps = search_queries, search_maps
+        self.search = search
         self.prototype_loss = prototype_loss
         # The official code keeps six centres; two of them always equal the self-loss ones.
         heads = [
@@ -257,7 +260,7 @@ class MOKD(nn.Module):
             return total, terms
         assert student.t_head is not None
         targets = {f"self_t_{number}": centred(f"t_{number}", taus.self)}
-        if maps is not None:
+        if maps is not None and self.search:
             assert own.query is not None
             found, pairs = self._search(other - 1, maps, own.query)
             matrix = teachers[f"t_{other}"].prototypes

@@ -31,6 +31,8 @@ def search_plates(run: Run, limit: int = 256) -> tuple[list[Plate], dict[str, An
         return [Plate(title, "", why_not=run.missing["networks"])], None
     if len(recipe.models) != 2:
         return [Plate(title, "", why_not="one model alone searches nothing")], None
+    if not run.mokd.search:
+        return [Plate(title, "", why_not="t_head.search=none: nothing was to search")], None
     try:
         source, which = held_out_pictures(run)
         data, seed = recipe.data, recipe.train.seed

@@ -10,12 +10,13 @@ import pytest
 import torch
 from mokd_fast.kernels import configs
 
-from bench import distill_gpu, distill_sweep, gpu_check, linear_distill_gpu
-from mokd_fast.ops import cpu, distill
+from bench import distill_gpu, distill_sweep, gpu_check, linear_distill_gpu, search_gpu
+from bench import search as search_bench
+from mokd_fast.ops import cpu, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "linear"]
-PARTS += ["sweep", "step", "initcheck"]
+PARTS += ["search", "sweep", "step", "initcheck"]
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 
 
@@ -41,6 +42,27 @@ class Wrong:
         return loss, terms, stats
 
     ForwardChunks = staticmethod(cpu.ForwardChunks)
+    why_not = staticmethod(cpu.why_not)
+
+    def search_forward(self, *call):
+        rows, stats, weights = cpu.search_forward(*call)
+        return (rows * (1 + 1e-4 * (self.what == "found")), stats, weights)
+
+    def search_backward(self, *call):
+        dx, dk, dv = cpu.search_backward(*call)
+        if self.what == "key gradient":
+            dk[..., -1] = 0
+        return dx, dk, dv
+
+    def joint_forward(self, *call):
+        tokens, query, rows, stats = cpu.joint_forward(*call)
+        if self.what == "last token":
+            tokens[:, :, -1] = rows[:, len(call[0][0, 0]) - 1]  # as it is without a query
+        elif self.what == "nan":
+            query.nan_to_num_()
+        return tokens, query, rows, stats
+
+    joint_backward = staticmethod(cpu.joint_backward)
 
     def distill_backward(self, grad, stats, student, *rest, out=None):
         out = cpu.distill_backward(grad, stats, student, *rest, out=out)
@@ -69,11 +91,16 @@ class Wrong:
         ("last column", "drop_in"),
         ("last column", "linear"),
         ("nan", "linear_bad"),
+        ("found", "search"),
+        ("key gradient", "search"),
+        ("nan", "search_bad"),
+        ("last token", "search_head"),
     ],
 )
 def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
     wrong = Wrong(what)
-    monkeypatch.setattr(distill, "_kernels", lambda backend: wrong)
+    for module in (distill, search):
+        monkeypatch.setattr(module, "_kernels", lambda backend: wrong)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
     check = {check.__name__: check for check in gpu_check.CHECKS}[name]
     assert not gpu_check.passes(check, gpu_check.Where("cpu", "cpu", small=True))
@@ -83,10 +110,10 @@ def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
 def test_checks_pass_in_the_triton_interpreter():
     pytest.importorskip("triton")
     command = "bench/gpu_check.py --device cpu --backends triton --small --only "
-    command += "values,extremes,linear_bad"
+    command += "values,extremes,linear_bad,search_head"
     ended = run([sys.executable, *command.split()], TRITON_INTERPRET="1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "3 of 3 checks passed" in ended.stdout
+    assert "4 of 4 checks passed" in ended.stdout
 
 
 def test_all_forms_are_the_same_loss():
@@ -119,6 +146,32 @@ def test_rows_of_the_prototype_layer_compare_in_one_run(monkeypatch):
     linear_distill_gpu.agree("equal", gradients, gradients)
     with pytest.raises(AssertionError, match="wrong"):
         linear_distill_gpu.agree("wrong", gradients, [torch.ones(3), torch.full((3,), 1.1)])
+
+
+@needs_native
+def test_rows_of_the_search_compare_in_one_run(monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "")
+    monkeypatch.setitem(search_bench.MAPS, "small", (3, 64, True))
+    rows = search_gpu.whole("small", 2, ["reference"], "cpu", 1)
+    assert [row["backend"] for row in rows] == ["joint", "cross", "joint reference"] * 2
+    assert [row["baseline"] for row in rows] == ["official"] * 3 + ["sdpa"] * 3
+    rows += search_gpu.operators(2, 9, 3, torch.float32, ["cpu", "reference"], "cpu", 1)
+    assert [row["op"] for row in rows[6:]] == ["feature_search"] * 2 + ["joint_attention"] * 2
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
+        assert row["backend"] == "cross" or row["ceiling_fraction"] > 0
+    assert len(search_gpu.operators(1, 20, 20, torch.float32, ["cpu"], "cpu", 1)) == 1
+
+
+def test_what_the_ceiling_of_a_search_counts(monkeypatch):
+    """The work of a literal joint search, less what images share and nobody asks for."""
+    monkeypatch.setattr(search_gpu, "MAPS", {"small": (3, 384, False)})
+    N, asked, images = 9, search_gpu.Q * 2, 2
+    literal = 3 * 12 * asked * (N + 1) * 384**2 + 3 * 2 * asked * (N + 1) ** 2 * 384
+    shared = 3 * (asked * (N + 1) - images * N - asked) * 384**2  # of the first block's q, k, v
+    shared += 2 * (asked * (N + 1) ** 2 - images * (N + search_gpu.Q) * N) * 384
+    last = 9 * asked * 384**2 + 2 * asked * (N + 1) * 384  # the query's row in the last block
+    assert search_gpu.work("small", images) == 2 * (literal - shared - last)
 
 
 def test_a_backend_that_cannot_run_is_named():

@@ -10,7 +10,8 @@ def test_a_row_of_each_kind(monkeypatch):
     row = search.whole("small", 2, torch.bfloat16, rounds=1)
     assert row["error_fp32"] < 1e-4 and row["ratio"] > 0 and row["ratio_to_fp32"] > 0
     assert row["cross_share"] > 0 and row["products"] > 0
-    assert set(row["peak_bytes"]) == {"joint", "cross", "official", "official_fp32"}
+    forms = {"joint", "cross", "look", "official", "sdpa", "official_fp32"}
+    assert set(row["peak_bytes"]) == forms
     rows = search.operators(1, 9, 2, torch.float32, rounds=1)
     assert [r["op"] for r in rows] == ["feature_search", "joint_attention"]
     for r in rows:

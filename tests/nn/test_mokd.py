@@ -127,6 +127,24 @@ def test_other_choices_of_queries_and_maps(queries, maps, asked, search):
     torch.testing.assert_close(out.terms["search_1"], torch.stack(terms).mean().detach())
 
 
+def test_without_a_search_the_other_losses_stay_as_they_are(monkeypatch):
+    """Nothing searches, and every parameter still learns."""
+    x, local = views()
+    outs = []
+    for search in ("joint", "none"):
+        torch.manual_seed(0)
+        t_head = {"dim": 48, "depth": 2, "heads": 4, "search": search}
+        mokd = build(small("x", t_head=t_head)).train()
+        outs.append(mokd(x, local, TAUS))
+        monkeypatch.setattr(THead, "search", None)  # a second search would raise
+    with_it, without = outs
+    names = {f"{name}_{i}" for name in ("self_mlp", "self_t", "cross") for i in (1, 2)}
+    assert set(without.terms) == names == {n for n in with_it.terms if "search" not in n}
+    assert all(torch.equal(without.terms[name], with_it.terms[name]) for name in names)
+    torch.stack(without.totals).sum().backward()
+    assert all(p.grad is not None for p in mokd.students.parameters() if p.requires_grad)
+
+
 def test_a_cross_search_shares_the_plain_pass(monkeypatch):
     """Each T-Head embeds the tokens of a pass once, a teacher's with the search too; what the self
     losses read of that pass is the joint model's."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mokd_fast.kernels import configs
 
-from mokd_fast.ops import cpu, cuda, distill
+from mokd_fast.ops import cpu, cuda, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -31,6 +31,7 @@ def emulated(tmp_path_factory):
         "cpu/augment.cpp",
         "cpu/distill.cpp",
         "cpu/search.cpp",
+        "cpu/search_backward.cpp",
         "cuda/distill.cu",
         "cuda/search.cu",
     )
@@ -57,8 +58,13 @@ class OnGpu:
     def why_not(self, *args):
         return cuda.why_not(*args)
 
-    def distill_forward(self, *args):
-        return tuple(out.cpu() for out in cuda.distill_forward(*map(to_gpu, args)))
+    def search_why_not(self, *args):
+        return cuda.search_why_not(*args)
+
+    def __getattr__(self, name):
+        """What returns tensors: distill_forward, and all of the search."""
+        kernel = getattr(cuda, name)
+        return lambda *args: tuple(out.cpu() for out in kernel(*map(to_gpu, args)))
 
     def distill_backward(self, *args, out=None):
         found = cuda.distill_backward(*map(to_gpu, args))
@@ -81,9 +87,10 @@ def to_gpu(value):
 def cuda_kernels(request, monkeypatch):
     """Backend "cuda" takes tensors on the CPU, when MOKD_FAST_BACKEND asks for it."""
     if torch.cuda.is_available() and hasattr(cpu.native, "cuda_versions"):
-        kernels = distill._kernels
-        on_gpu = lambda name: OnGpu() if name == "cuda" else kernels(name)  # noqa: E731
-        monkeypatch.setattr(distill, "_kernels", on_gpu)
+        for module in (distill, search):
+            kernels = module._kernels
+            on_gpu = lambda name, others=kernels: OnGpu() if name == "cuda" else others(name)  # noqa: E731
+            monkeypatch.setattr(module, "_kernels", on_gpu)
     else:
         monkeypatch.setattr(cpu, "native", request.getfixturevalue("emulated"))
         monkeypatch.setattr(cuda, "_place", lambda tensor: (0, 0))

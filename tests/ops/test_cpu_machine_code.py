@@ -1,4 +1,4 @@
-"""What the compiler made of the CPU kernel: each x86-64 level uses its own vectors, and no more."""
+"""What the compiler made of the CPU kernels: each x86-64 level has its own vectors, and no more."""
 
 import platform
 import re
@@ -14,12 +14,25 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64"),
     pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (binutils)"),
 ]
-# The fp32 loops over columns; which function one ends up in is the compiler's choice.
+# The fp32 loops of each file; which function one ends up in is the compiler's choice.
 LOOPS = {
-    "teachers": r"exponentials<float",
-    "forward": r"forward_(item|student|teacher)<float|student_block<.*float",
-    "backward": r"backward_(item|student)<float|gradient(_block)?<.*float",
+    "distill.cpp": {
+        "teachers": r"exponentials<float",
+        "forward": r"forward_(item|student|teacher)<float|student_block<.*float",
+        "backward": r"backward_(item|student)<float|gradient(_block)?<.*float",
+    },
+    "search.cpp": {
+        "scores": r"product(_columns)?<.*\bfalse, float>",
+        "rows": r"(attend|add_rows|exponentials)<float>|product(_columns)?<.*\btrue, float>",
+        "merge": r"(forward_tile|merge_(tokens|queries)|shares)<float>",
+    },
+    "search_backward.cpp": {
+        "scores": r"product(_columns)?<.*\bfalse, float>",
+        "sums": r"product(_columns)?<.*\btrue, float>",
+        "backward": r"(backward_tile|unmerge|unmix|shares)<float>",
+    },
 }
+PRODUCTS = {"scores", "sums"}  # without an exponential
 
 
 def objdump(*options: str) -> str:
@@ -36,41 +49,62 @@ def objdump(*options: str) -> str:
 
 @pytest.fixture(scope="module")
 def functions():
-    """Level -> {function: instructions}. The levels' objects are linked in this order."""
+    """Level -> {(file, function): instructions}. The levels' objects are linked in this order."""
     code = {}
     for block in re.split(r"\n\n(?=[0-9a-f]+ <)", objdump("-d", "-j", ".text"))[1:]:
         head, _, body = block.partition("\n")
         code[int(head.split()[0], 16)] = body
-    objects = re.split(r"df \*ABS\*\s+0+\s*(\S*)", objdump("-t"))
-    found = [symbols for name, symbols in zip(objects[1::2], objects[2::2], strict=True)
-             if name == "distill.cpp" and "run_forward" in symbols]  # fmt: skip
-    line = re.compile(r"^([0-9a-f]+) l +F \.text\s+[0-9a-f]+ +(.*)$", re.MULTILINE)
-    levels = [{name: code[int(at, 16)] for at, name in line.findall(part)} for part in found]
-    return dict(zip(cpu.LEVELS, levels, strict=True))
+    symbols = objdump("-t")
+    objects = re.split(r"df \*ABS\*\s+0+\s*(\S*)", symbols)
+    line = re.compile(r"^([0-9a-f]+) [lg] +F \.text\s+[0-9a-f]+ +(.*)$", re.MULTILINE)
+    found = {level: {} for level in cpu.LEVELS}
+    for file in LOOPS:
+        parts = [part for name, part in zip(objects[1::2], objects[2::2], strict=True)
+                 if name == file and "mokd::cpu::" in part]  # fmt: skip
+        for level, part in zip(cpu.LEVELS, parts, strict=True):
+            found[level] |= {(file, name): code[int(at, 16)] for at, name in line.findall(part)}
+    for at, name in line.findall(symbols):  # of another file's use, so under no file's name
+        if match := re.search(r"search_backward_(\w+)\(", name):
+            found[match[1]]["search_backward.cpp", name] = code[int(at, 16)]
+    return found
 
 
 def loops(functions, level):
-    for loop, pattern in LOOPS.items():
-        code = [code for name, code in functions[level].items() if re.search(pattern, name)]
-        assert code, functions[level].keys()
-        yield loop, "\n".join(code)
+    for file, patterns in LOOPS.items():
+        mine = {name: code for (of, name), code in functions[level].items() if of == file}
+        for loop, pattern in patterns.items():
+            code = [code for name, code in mine.items() if re.search(pattern, name)]
+            assert code, (file, loop, list(mine))
+            yield file, loop, "\n".join(code)
 
 
 def test_v4_multiplies_and_scales_512_bits_at_once(functions):
-    for name, code in loops(functions, "v4"):
-        assert re.search(r"vfn?m(add|sub)\d+ps .*%zmm", code), name
-        assert re.search(r"vscalefps .*%zmm", code), name  # the exponential
+    for file, loop, code in loops(functions, "v4"):
+        assert re.search(r"vfn?m(add|sub)\d+ps .*%zmm", code), (file, loop)
+        if loop not in PRODUCTS:
+            assert re.search(r"vscalefps .*%zmm", code), (file, loop)  # the exponential
 
 
 def test_v3_multiplies_256_bits_at_once(functions):
-    for name, code in loops(functions, "v3"):
-        assert re.search(r"vfn?m(add|sub)\d+ps .*%ymm", code), name
-        assert re.search(r"vpslld .*%ymm", code), name  # the exponential's exponent
+    for file, loop, code in loops(functions, "v3"):
+        assert re.search(r"vfn?m(add|sub)\d+ps .*%ymm", code), (file, loop)
+        if loop not in PRODUCTS:
+            assert re.search(r"vpslld .*%ymm", code), (file, loop)  # the exponential's exponent
 
 
 def test_baseline_runs_on_every_processor(functions):
-    for name, code in loops(functions, "baseline"):
-        assert re.search(r"\bmulps .*%xmm", code), name
+    for file, loop, code in loops(functions, "baseline"):
+        assert re.search(r"\bmulps .*%xmm", code), (file, loop)
+
+
+@pytest.mark.parametrize(
+    ("level", "multiply"),
+    [("v4", r"vfn?m(add|sub)\d+ss "), ("v3", r"vfn?m(add|sub)\d+ss "), ("baseline", r"\bmulss ")],
+)
+def test_products_of_the_search_have_no_scalar_loop(level, multiply, functions):
+    for file, loop, code in loops(functions, level):
+        if loop in PRODUCTS:
+            assert not re.search(multiply, code), (file, loop)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +121,12 @@ def test_no_instruction_of_a_higher_level(level, more, functions):
 
 @pytest.mark.parametrize("level", cpu.LEVELS)
 def test_the_exponential_of_fp32_is_no_call(level, functions):
-    for loop, code in loops(functions, level):
+    for file, loop, code in loops(functions, level):
         called = set(re.findall(r"call .*<(\w+)@plt>", code))
         # Merges of blocks and the coefficients take exp, in fp64; no loop over columns does.
-        assert not {name for name in called if re.match("exp2|expf|log", name)}, (loop, called)
-        assert loop != "teachers" or "exp" not in called
+        allowed = {"exp"} if file == "distill.cpp" and loop != "teachers" else set()
+        wrong = {name for name in called if re.match("exp|log", name)} - allowed
+        assert not wrong, (file, loop, called)
 
 
 @pytest.mark.parametrize(
@@ -99,4 +134,5 @@ def test_the_exponential_of_fp32_is_no_call(level, functions):
     [("v4", "vmovntdq .*%zmm"), ("v3", "vmovntdq .*%ymm"), ("baseline", "movnt[a-z]+ .*%xmm")],
 )
 def test_gradients_are_written_past_the_caches(level, store, functions):
-    assert re.search(store, dict(loops(functions, level))["backward"])
+    found = {(file, loop): code for file, loop, code in loops(functions, level)}
+    assert re.search(store, found["distill.cpp", "backward"])

@@ -24,6 +24,14 @@ SHAPES = [
     (1, 1, 1, 1, 16), (3, 2, 2, 49, 24), (8, 2, 3, 196, 64), (70, 1, 2, 130, 40),
     (2, 1, 2, 65, 128), (4, 1, 1, 1000, 16), (5, 2, 1, 7, 33), (2, 1, 2, 9, 128),
 ]  # fmt: skip
+# What the emulator, which is slow, takes for them. The CUDA kernels have no tiles of rows or keys:
+# a warp has one, a block four, a lane every 32nd number of a head. So these keep the widths, odd
+# heads and images, blocks partly filled, and more queries than tokens.
+EMULATED = {
+    (3, 2, 2, 49, 24): (3, 2, 2, 6, 24), (8, 2, 3, 196, 64): (2, 2, 3, 5, 64),
+    (70, 1, 2, 130, 40): (11, 1, 2, 3, 40), (2, 1, 2, 65, 128): (2, 1, 1, 10, 128),
+    (4, 1, 1, 1000, 16): (4, 1, 1, 15, 16),
+}  # fmt: skip
 
 
 def case(operator, shape, dtype=torch.float32, scale=1.0, strided=False):
@@ -103,9 +111,8 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(backend, operator, dtype, shape):
-    Q, _, _, N, _ = shape
-    if backend == "cuda" and Q + N > 12:
-        pytest.skip("the emulator is slow; smaller shapes reach every line of these kernels")
+    if backend == "cuda" and not torch.cuda.is_available():
+        shape = EMULATED.get(shape, shape)
     check(operator, case(operator, shape, dtype), backend)
     check(operator, case(operator, shape, dtype, strided=True), backend)
 

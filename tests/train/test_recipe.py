@@ -115,6 +115,8 @@ def test_the_baselines_are_the_official_vit():
         ("train.duration=five", "3ep, 200it or 8%"),
         ("train.accumulate=3", "must be a multiple of accumulate=3"),
         ("t_head=", "two models need one"),
+        ("t_head.search=some", "t_head.search: .*'joint', 'cross' or 'none', got 'some'"),
+        ("t_head={search: none, maps: both}", "t_head: search=none searches nothing: leave"),
         ("models.7.name=x", "a number from 0 to 1"),
         ("batch", "is not key=value"),
         ("pair=resnet18", "joined by"),

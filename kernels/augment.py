@@ -6,8 +6,8 @@ Four launches, and no number read by the host; crops that a launch has nothing t
     _colour        all of the colour; then the result, or bytes for the blur
     _blur_along    a row's neighbours, to fp32
     _blur_across   a column's, and the result
-Bytes moved a pixel with three channels and b bytes a number: 3 read and 3 b written; 3 more read with
-contrast; 30 more with blur (bytes and fp32, written and read; neighbours come from the caches).
+Bytes moved a pixel with three channels and b bytes a number: 3 read and 3 b written; 3 more read
+with contrast; 30 more with blur (bytes and fp32, written and read; neighbours come from caches).
 """
 
 from collections.abc import Sequence
@@ -182,11 +182,10 @@ def _colour(crops, stride, table, sums, bytes, out, H, W, tiles, scale, shift, C
     for slot in range(4):
         code, factor = _step(row, slot, C)
         r, g, b = _apply(r, g, b, code, factor, mean, C)
-    if C == 3:
-        if tl.load(row + GREY) > 0:
-            r = _luma(r, g, b)
-            g = r
-            b = r
+    if tl.load(row + GREY) > 0:
+        r = _grey(r, g, b, C)
+        g = r
+        b = r
     at = crop * H * W * C + pixel.to(tl.int64) * C
     mask = pixel < H * W
     if tl.load(row + SIGMA) > 0:

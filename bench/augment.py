@@ -2,11 +2,11 @@
 
     python bench/augment.py [--quick] [--photos FOLDER] [--json FILE]
 
-Everything after crop and resize, to a normalised batch: Pillow (as the loader runs it, its crops being
-Pillow's already, in as many threads as torch has), torchvision's v2 operators on uint8 tensors, the
-reference in plain PyTorch, and the C++ kernel; global views of 224 and local ones of 96, same numbers.
-Then how far each is from Pillow, in grey levels, an operation at a time. Without --photos the
-photographs are scikit-learn's two.
+Everything after crop and resize, to a normalised batch: Pillow (as the loader runs it, its crops
+being Pillow's already, in as many threads as torch has), torchvision's v2 operators on uint8
+tensors, the reference in plain PyTorch, and the C++ kernel; global views of 224 and local ones of
+96, same numbers. Then how far each is from Pillow, in grey levels, an operation at a time. Without
+--photos the photographs are scikit-learn's two.
 """
 
 import argparse
@@ -39,9 +39,8 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
 def photographs(folder: Path | None) -> list[Image.Image]:
     if folder:
-        files = sorted(
-            f for f in folder.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png")
-        )
+        kinds = ".jpg", ".jpeg", ".png"
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in kinds)
         return [Image.open(file).convert("RGB") for file in files]
     from sklearn.datasets import load_sample_images
 
@@ -149,10 +148,8 @@ def operations(views: list[ViewParams]) -> dict[str, list[ViewParams]]:
     found = {}
     for k, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         alone = [tuple(x if i == k else NEUTRAL[i] for i, x in enumerate(p.factors)) for p in plain]
-        found[name] = [
-            replace(p, order=(0, 1, 2, 3), factors=f)
-            for p, f in zip(plain, alone, strict=True)  # fmt: skip
-        ]
+        pairs = zip(plain, alone, strict=True)
+        found[name] = [replace(p, order=(0, 1, 2, 3), factors=f) for p, f in pairs]
     found["jitter"] = [replace(p, order=p.order or (0, 1, 2, 3)) for p in plain]
     found["grey"] = [replace(p, grey=True) for p in off]
     sigmas = np.linspace(0.1, 2.0, len(views)).tolist()
@@ -162,7 +159,7 @@ def operations(views: list[ViewParams]) -> dict[str, list[ViewParams]]:
 
 
 def parity(crops: Crops) -> list[dict[str, Any]]:
-    """Grey levels from Pillow: mean and largest difference of all crops, and the worst crop's mean."""
+    """Grey levels from Pillow: mean and largest difference, and the worst crop's mean."""
     rows = []
     for name, views in operations(crops.views).items():
         expected = crops.pillow(views).float()

@@ -35,18 +35,26 @@ def objdump(*options: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def functions():
-    """Level -> {function: instructions}. The levels' objects are linked in this order."""
+def objects():
+    """Source -> level -> {function: instructions}. The levels' objects are linked in this order."""
     code = {}
     for block in re.split(r"\n\n(?=[0-9a-f]+ <)", objdump("-d", "-j", ".text"))[1:]:
         head, _, body = block.partition("\n")
         code[int(head.split()[0], 16)] = body
     objects = re.split(r"df \*ABS\*\s+0+\s*(\S*)", objdump("-t"))
-    found = [symbols for name, symbols in zip(objects[1::2], objects[2::2], strict=True)
-             if name == "distill.cpp" and "run_forward" in symbols]  # fmt: skip
     line = re.compile(r"^([0-9a-f]+) l +F \.text\s+[0-9a-f]+ +(.*)$", re.MULTILINE)
-    levels = [{name: code[int(at, 16)] for at, name in line.findall(part)} for part in found]
-    return dict(zip(cpu.LEVELS, levels, strict=True))
+    found = {}
+    for source, sign in (("distill.cpp", "run_forward"), ("augment.cpp", "take_apart|augment<")):
+        parts = [symbols for name, symbols in zip(objects[1::2], objects[2::2], strict=True)
+                 if name == source and re.search(sign, symbols)]  # fmt: skip
+        levels = [{name: code[int(at, 16)] for at, name in line.findall(part)} for part in parts]
+        found[source] = dict(zip(cpu.LEVELS, levels, strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def functions(objects):
+    return objects["distill.cpp"]
 
 
 def loops(functions, level):
@@ -80,9 +88,24 @@ def test_baseline_runs_on_every_processor(functions):
         ("v3", r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|[23][0-9])"),
     ],
 )
-def test_no_instruction_of_a_higher_level(level, more, functions):
-    for name, code in functions[level].items():
-        assert not re.search(more, code), name
+def test_no_instruction_of_a_higher_level(level, more, objects):
+    for levels in objects.values():
+        for name, code in levels[level].items():
+            assert not re.search(more, code), name
+
+
+@pytest.mark.parametrize(
+    ("level", "register", "multiply_add", "divide"),
+    [
+        ("v4", "zmm", r"vfn?m(add|sub)\d+ps", "vdivps"),
+        ("v3", "ymm", r"vfn?m(add|sub)\d+ps", "vdivps"),
+        ("baseline", "xmm", r"\bmulps", r"\bdivps"),
+    ],
+)
+def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add, divide, objects):
+    code = "\n".join(objects["augment.cpp"][level].values())
+    for instruction in (multiply_add, divide):  # the blur, the hue
+        assert re.search(rf"{instruction} .*%{register}", code), instruction
 
 
 @pytest.mark.parametrize("level", cpu.LEVELS)

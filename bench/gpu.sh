@@ -21,7 +21,7 @@ total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
 LIMITS=(machine=30 build=110 check=100 tests=120 memcheck=75 racecheck=50 distill=110 linear=50
-    sweep=60 step=60 initcheck=45)
+    augment=20 sweep=60 step=60 initcheck=45)
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -125,6 +125,7 @@ initcheck() { sanitize initcheck cuda values,targets; }
 
 distill() { "$python" bench/distill_gpu.py --json "$OUT/distill.json"; }
 linear() { "$python" bench/linear_distill_gpu.py --json "$OUT/linear_distill.json"; }
+augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
 step() { "$python" bench/step.py --full --json "$OUT/step.json"; }
 

@@ -31,7 +31,7 @@ def crops_of(n, h, w, c):
 @pytest.mark.parametrize("c", [3, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views_without_blur_bit_for_bit(c, dtype):
-    views = [*(replace(PLAIN, **changes) for changes in SINGLE.values()), *drawn(12)]
+    views = [*(replace(PLAIN, **changes) for changes in SINGLE.values()), *drawn(6)]
     views = views if dtype == torch.float32 else views[::3]
     mine, expected = both(
         crops_of(len(views), 11, 17, c), torch.from_numpy(augment_table(views)), dtype
@@ -42,7 +42,7 @@ def test_views_without_blur_bit_for_bit(c, dtype):
 
 @pytest.mark.parametrize("c", [3, 1])
 def test_blurred_views_up_to_a_rounding(c):
-    views = drawn(6, blur=True)
+    views = drawn(4, blur=True)
     table = torch.from_numpy(augment_table(views))
     table[0, 10], table[1, 10] = 3.0, 1e-3  # a radius beyond the height, and none
     mine, expected = both(crops_of(len(views), 8, 37, c), table)
@@ -67,7 +67,7 @@ def test_strides_and_codes():
     assert torch.equal(*both(wide[:0], params[:0]))
 
 
-@pytest.mark.parametrize("n", [7, 1000])
+@pytest.mark.parametrize("n", [7, 300])
 def test_the_mean_that_contrast_turns_about_is_rounded_as_by_the_host(n):
     """Sums at, below and above halves."""
     crops = torch.zeros(6, 1, n, 1, dtype=torch.uint8)

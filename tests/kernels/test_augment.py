@@ -34,8 +34,7 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("c", [3, 1])
+@pytest.mark.parametrize(("capability", "c"), [(80, 3), (90, 3), (100, 3), (90, 1)])
 def test_no_spill_no_fusion_and_64_bit_offsets(capability, c, tmp_path):
     crops = torch.zeros(2, 224, 224, c, dtype=torch.uint8)
     with compile_only(capability) as found:

@@ -4,19 +4,24 @@
 
 A whole three-block T-Head (C = 384, 6 heads) on a ViT's map of 14 x 14 and on a CNN's of 7 x 7 with
 its stem, Q = 8 queries: ours, joint (exact) and cross, against the official form, which repeats the
-map, concatenates and stores its softmax, in the same dtype (bf16: autocast) and, for bf16, in fp32.
+map, concatenates and stores its softmax, in the same dtype (bf16: autocast) and, for bf16, in fp32;
+and against that form with PyTorch's attention for its softmax (sdpa). Cross is timed alone, and as
+a step has it (look), where its tokens are those of the teacher's own pass, which L_st needs.
 `products` is the share of the joint search that its linear layers take. The operators are set
 against packed SDPA and einsum, forward and with backward.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
@@ -43,14 +48,32 @@ def searches(name: str, images: int) -> dict[str, Callable[[], Tensor]]:
     for head in (cross, official):
         head.load_state_dict(joint.state_dict())
     official.last_layer = torch.nn.Identity()  # type: ignore[assignment]
+    sdpa = copy.deepcopy(official)
+    for block in sdpa.blocks:
+        block.attn.forward = partial(attend, block.attn)
     tokens, queries = torch.randn(images, side * side, width), torch.randn(Q, images, D)
-    for head in (joint, cross, official):
+    for head in (joint, cross, official, sdpa):
         head.requires_grad_(False)
+    memory = cross.remember(tokens, grid)[1]
+    halves = [(k.bfloat16(), v.bfloat16()) for k, v in memory]
+
+    def look() -> Tensor:
+        found = halves if torch.is_autocast_enabled("cpu") else memory
+        return cross.look(found, queries)[0]
+
     return {
         "joint": lambda: joint.search(tokens, grid, queries),
         "cross": lambda: cross.search(tokens, grid, queries),
+        "look": look,
         "official": lambda: official(tokens.repeat(Q, 1, 1), grid, queries.flatten(0, 1))[0],
+        "sdpa": lambda: sdpa(tokens.repeat(Q, 1, 1), grid, queries.flatten(0, 1))[0],
     }
+
+
+def attend(self: Any, x: Tensor) -> Tensor:
+    """The official Attention's forward with PyTorch's attention in it."""
+    qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
 
 
 def cast(run: Callable[[], Any], dtype: torch.dtype) -> Callable[[], Any]:
@@ -76,7 +99,10 @@ def whole(name: str, images: int, dtype: torch.dtype, rounds: int) -> dict[str, 
         "seconds": dict(times),
         "ratio": times["official"] / times["joint"],
         "ratio_to_fp32": times.get("official_fp32", times["official"]) / times["joint"],
+        "ratio_of_sdpa": times["official"] / times["sdpa"],
+        "ratio_of_sdpa_to_fp32": times.get("official_fp32", times["official"]) / times["sdpa"],
         "cross_share": times["cross"] / times["joint"],
+        "look_share": times["look"] / times["joint"],
         "products": products(runs["joint"]) / times["joint"],
         "peak_bytes": peaks,
         "error_fp32": float((found.flatten(0, 1) - expected).abs().max()),
@@ -170,9 +196,10 @@ def main() -> None:
                 result["rows"].append(row)
                 mib = {key: f"{peak / 2**20:.0f}" for key, peak in row["peak_bytes"].items()}
                 print(f"{row['dtype']} {name} B={images}: {row['seconds']['joint'] * 1e3:.0f} ms, "
-                      f"{row['ratio']:.2f}x official, {row['ratio_to_fp32']:.2f}x in fp32, cross "
-                      f"{row['cross_share']:.2f} of it, products {row['products']:.0%}, "
-                      f"peak MiB {mib}", flush=True)  # fmt: skip
+                      f"{row['ratio']:.2f}x official, {row['ratio_to_fp32']:.2f}x in fp32 (sdpa "
+                      f"{row['ratio_of_sdpa']:.2f}x, {row['ratio_of_sdpa_to_fp32']:.2f}x), cross "
+                      f"{row['cross_share']:.2f} and {row['look_share']:.3f} of it, "
+                      f"products {row['products']:.0%}, peak MiB {mib}", flush=True)  # fmt: skip
         for images, tokens in ((4, 196),) if options.quick else ((4, 196), (16, 196), (16, 49)):
             for queries in (8,) if options.quick else (1, 2, 4, 8):
                 for row in operators(images, tokens, queries, dtype, 3 * rounds):

@@ -53,11 +53,13 @@ class MLPHead(nn.Module):
 # (linear_parts.json); no GPU has measured the other.
 GROUP = {"cpu": 512, "cuda": 65536}
 
+Memory = list[tuple[Tensor, Tensor]]  # keys and values of each block, [B, H, N, d] of B maps
+
 
 class Layers:
     """A transformer block's layers as one search uses them: their weights are cast once, for x's
-    dtype or autocast's, and without gradients products on the CPU are oneDNN's, with GELU inside
-    (ops/onednn.py says why)."""
+    dtype or autocast's, and kept until `forget`; without gradients products on the CPU are
+    oneDNN's, with GELU inside (ops/onednn.py says why)."""
 
     def __init__(self, x: Tensor) -> None:
         kind = x.device.type
@@ -79,11 +81,15 @@ class Layers:
         y = F.linear(x, *parameters)
         return F.gelu(y) if gelu else y
 
+    def forget(self) -> None:
+        """Before another block: of one block's weights 16-bit copies are alive at a time."""
+        self.cast.clear()
+
     def block(self, block: nn.Module, x: Tensor, found: Tensor) -> Tensor:
         """What a block makes of x [..., D] once its heads have found something."""
         x = x + self(block.attn.proj, found)  # type: ignore[union-attr, arg-type]
-        hidden = self(block.mlp.fc1, block.norm2(x), gelu=True)  # type: ignore
-        return x + self(block.mlp.fc2, hidden)  # type: ignore[union-attr, arg-type]
+        # No name for what lies between: it is the largest tensor here, and gone before the sum.
+        return x + self(block.mlp.fc2, self(block.mlp.fc1, block.norm2(x), gelu=True))  # type: ignore
 
 
 class THead(nn.Module):
@@ -154,79 +160,119 @@ class THead(nn.Module):
         """Embedding of a map as seen with each query. [B, N, C], [Q, B, D] -> [Q, B, D]
 
         Tokens are never repeated: what they say to each other in the first block is computed once
-        an image. Images go through in groups, so that memory does not grow with them.
-        ValueError for queries of other images or another width, and tokens that are no `grid`.
+        an image. ValueError for queries of other images or another width, and tokens that are no
+        `grid`.
         """
-        x = self._checked(tokens, grid, queries)
+        if self.mode == "cross":
+            return self.look(self.remember(tokens, grid, embedding=False)[1], queries)[0]
+        x = self._embedded(tokens, grid)
+        _check_queries(queries, len(x), x.shape[2])
         layers = Layers(x)
         with torch.autocast(x.device.type, enabled=False):
-            if self.mode == "cross":
-                return self._cross(layers, x, queries)[0]
-            group = max(1, layers.group // max(1, len(queries) * x.shape[1]))
-            parts = zip(x.split(group), queries.split(group, dim=1), strict=True)
-            return torch.cat([self._joint(layers, *part) for part in parts], dim=1)
+            return self._joint(layers, x, queries)
+
+    def remember(
+        self, tokens: Tensor, grid: tuple[int, int], *, embedding: bool = True
+    ) -> tuple[Tensor, Memory]:
+        """The plain pass, and all that a cross search of these maps needs of it.
+
+        tokens [B, N, C] -> what `forward` gives, [B, D] (without `embedding`, tokens before the
+        last block, whose own it skips), and the keys and values of every block.
+        """
+        x = self._embedded(tokens, grid)
+        layers, memory = Layers(x), []
+        with torch.autocast(x.device.type, enabled=False):
+            for block in self.blocks:
+                layers.forget()
+                skip = block is self.blocks[-1] and not embedding
+                *q, k, v = self._qkv(layers, block, x, int(skip)).transpose(2, 3)  # [B, H, N, d]
+                memory.append((k, v))
+                if not skip:
+                    found = feature_search(q[0].permute(2, 0, 1, 3), k, v)
+                    x = layers.block(block, x, found.transpose(0, 1).flatten(2))
+            return self.norm(x).mean(dim=1), memory
+
+    def look(
+        self, memory: Memory, queries: Tensor, *, weights: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A cross search in remembered maps: queries attend over each block's keys and values.
+
+        [Q, B, D] -> their own output [Q, B, D], and with `weights` the attention [Q, B, H, N] of
+        each block.
+        """
+        _check_queries(queries, len(memory[0][0]), self.pos_embed.shape[2])
+        looks, layers = [], Layers(queries)
+        with torch.autocast(queries.device.type, enabled=False):
+            for block, (k, v) in zip(self.blocks, memory, strict=True):
+                layers.forget()
+                asking = self._qkv(layers, block, queries, 0, 1)[0]  # [Q, B, H, d]
+                found = feature_search(asking, k, v, weights=weights)
+                if weights:
+                    looks.append(found[1])
+                    found = found[0]
+                queries = layers.block(block, queries, found.flatten(2))
+            return self.norm(queries), looks
 
     def looks(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
         """A cross search's attention weights in every block. -> [depth, Q, B, H, N]"""
-        x = self._checked(tokens, grid, queries)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.stack(self._cross(Layers(x), x, queries, weights=True)[1])
+        memory = self.remember(tokens, grid, embedding=False)[1]
+        return torch.stack(self.look(memory, queries, weights=True)[1])
 
-    def _checked(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:
-        """The tokens, embedded."""
+    def _embedded(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if tokens.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens are no map of {grid[0]} x {grid[1]}")
-        x = self.embed(tokens, grid)
-        if queries.ndim != 3 or queries.shape[1:] != x[:, 0].shape:
-            raise ValueError(
-                f"queries must be [Q, B, D] = [Q, {len(x)}, {x.shape[2]}] for these tokens, "
-                f"got {list(queries.shape)}"
-            )
-        return x
+        return self.embed(tokens, grid)
 
     def _joint(self, layers: "Layers", x: Tensor, queries: Tensor) -> Tensor:
-        """[B, N, D], [Q, B, D] -> [Q, B, D]"""
-        block = self.blocks[0]
+        """[B, N, D], [Q, B, D] -> [Q, B, D]
+
+        Groups of images and queries go through a block one after another, and all of them before
+        the next block: what a block makes stays in the caches, its weights are cast once.
+        """
+        first, *rest = self.blocks
+        images = max(1, layers.group // max(1, len(queries) * x.shape[1]))
+        parts = [
+            self._first(layers, first, *part, last=not rest)
+            for part in zip(x.split(images), queries.split(images, dim=1), strict=True)
+        ]
+        for block in rest:
+            layers.forget()
+            for part in parts:
+                for i, y in enumerate(part):
+                    part[i] = self._joined(layers, block, y, last=block is rest[-1])
+        found = [torch.cat([self.norm(y).mean(dim=2) for y in part]) for part in parts]
+        return torch.cat(found, dim=1)
+
+    def _first(
+        self, layers: "Layers", block: nn.Module, x: Tensor, queries: Tensor, *, last: bool
+    ) -> list[Tensor]:
+        """The first block: x [B, N, D] and queries [Q, B, D] to groups of [Q, B, 1+N, D]."""
         own = self._qkv(layers, block, x).transpose(2, 3)  # 3 x [B, H, N, d]
         tokens, query = joint_attention(*own, *self._qkv(layers, block, queries))
-        found = torch.cat([query.unsqueeze(2), tokens.transpose(2, 3)], dim=2).flatten(3)
-        group = max(1, layers.group // max(1, x.shape[0] * x.shape[1]))
-        parts = zip(queries.split(group), found.split(group), strict=True)
-        return torch.cat([self._with_queries(layers, x, *part) for part in parts])
+        tokens = tokens.transpose(2, 3)  # [Q, B, N, H, d]
+        size = max(1, layers.group // max(1, x.shape[0] * x.shape[1]))
+        parts = []
+        for asking, heard, found in zip(
+            queries.split(size), query.split(size), tokens.split(size), strict=True
+        ):
+            y = x.expand(len(asking), *x.shape)
+            if not last:  # else nobody asks what becomes of the query
+                y = torch.cat([asking.unsqueeze(2), y], dim=2)
+                found = torch.cat([heard.unsqueeze(2), found], dim=2)
+            parts.append(layers.block(block, y, found.flatten(3)))
+        return parts
 
-    def _with_queries(self, layers: "Layers", x: Tensor, queries: Tensor, found: Tensor) -> Tensor:
-        """The rest of `_joint`, from what the heads of its first block found [Q, B, 1+N, D]."""
-        first, *rest = self.blocks
-        y = torch.cat([queries.unsqueeze(2), x.expand(len(queries), *x.shape)], dim=2)
-        if not rest:
-            y, found = y[:, :, 1:], found[:, :, 1:]
-        y = layers.block(first, y, found).flatten(0, 1)  # [Q*B, 1+N, D]
-        for block in rest:
-            q, k, v = self._qkv(layers, block, y).transpose(2, 3)  # [Q*B, H, 1+N, d]
-            if block is rest[-1]:  # nobody asks what becomes of the query
-                q, y = q[:, :, 1:], y[:, 1:]
-            found = feature_search(q.permute(2, 0, 1, 3), k, v)  # each token asks
-            y = layers.block(block, y, found.transpose(0, 1).flatten(2))
-        return self.norm(y).mean(dim=1).unflatten(0, queries.shape[:2])
+    def _joined(self, layers: "Layers", block: nn.Module, x: Tensor, *, last: bool) -> Tensor:
+        """Another block over [Q, B, 1+N, D]; the last one drops the query."""
+        y = x.flatten(0, 1)
+        found = self._attend(layers, block, y, int(last))
+        return layers.block(block, y[:, int(last) :], found).unflatten(0, x.shape[:2])
 
-    def _cross(
-        self, layers: "Layers", x: Tensor, queries: Tensor, *, weights: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """[B, N, D], [Q, B, D] -> [Q, B, D], and with `weights` [Q, B, H, N] of each block."""
-        looks = []
-        for block in self.blocks:
-            last = block is self.blocks[-1]  # where tokens ask nothing
-            *q, k, v = self._qkv(layers, block, x, int(last)).transpose(2, 3)  # [B, H, N, d]
-            asking = self._qkv(layers, block, queries, 0, 1)[0]  # [Q, B, H, d]
-            found = feature_search(asking, k, v, weights=weights)
-            if weights:
-                looks.append(found[1])
-                found = found[0]
-            queries = layers.block(block, queries, found.flatten(2))
-            if not last:
-                own = feature_search(q[0].permute(2, 0, 1, 3), k, v)
-                x = layers.block(block, x, own.transpose(0, 1).flatten(2))
-        return self.norm(queries), looks
+    def _attend(self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0) -> Tensor:
+        """What the heads find where each token asks, from number `first` on. -> [.., N, D]"""
+        q, k, v = self._qkv(layers, block, x).transpose(2, 3)  # [.., H, N, d]
+        found: Tensor = feature_search(q[:, :, first:].permute(2, 0, 1, 3), k, v)
+        return found.transpose(0, 1).flatten(2)
 
     def _qkv(
         self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0, end: int = 3
@@ -257,3 +303,11 @@ def _init(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _check_queries(queries: Tensor, images: int, width: int) -> None:
+    if queries.ndim != 3 or queries.shape[1:] != (images, width):
+        raise ValueError(
+            f"queries must be [Q, B, D] = [Q, {images}, {width}] for these tokens, "
+            f"got {list(queries.shape)}"
+        )

@@ -8,7 +8,7 @@ Letters: V student views (2 global, L local), T = 2 teacher views, B images, K p
 D width of a head's features, C backbone width, N tokens, Q queries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
 from ..ops.prototype_loss import OP
 from .backbones import Features, features
-from .heads import MLPHead, THead
+from .heads import Memory, MLPHead, THead
 from .prototypes import Prototypes
 
 GLOBALS = 2
@@ -42,6 +42,7 @@ class Embedding(NamedTuple):
     t: Tensor | None  # [views, B, D of the T-Head]
     query: Tensor | None  # [views, B, D of the T-Head]
     features: Features
+    memory: Memory | None = None  # of all views' maps, for a cross search
 
 
 class HeadRows(NamedTuple):
@@ -89,15 +90,21 @@ class Model(nn.Module):
         self.mlp_head = mlp_head
         self.t_head = t_head
 
-    def forward(self, views: Tensor) -> Embedding:
-        """Views of one size [views, B, channels, H, W]; one BatchNorm batch."""
+    def forward(self, views: Tensor, *, remember: bool = False) -> Embedding:
+        """Views of one size [views, B, channels, H, W]; one BatchNorm batch. `remember`: keep what
+        cross searches of these maps need of the T-Head's pass."""
         count = views.shape[:2]
         found = features(self.backbone, views.flatten(0, 1))
         mlp = self.mlp_head(found.pooled).unflatten(0, count)
         if self.t_head is None:
             return Embedding(mlp, None, None, found)
-        t = self.t_head(found.tokens, found.grid).unflatten(0, count)
-        return Embedding(mlp, t, self.t_head.query(found.pooled).unflatten(0, count), found)
+        memory = None
+        if remember:
+            t, memory = self.t_head.remember(found.tokens, found.grid)
+        else:
+            t = self.t_head(found.tokens, found.grid)
+        query = self.t_head.query(found.pooled).unflatten(0, count)
+        return Embedding(mlp, t.unflatten(0, count), query, found, memory)
 
 
 class MOKD(nn.Module):
@@ -164,7 +171,7 @@ class MOKD(nn.Module):
         teachers = self._rows(found, stored=way != "fused-linear")
         totals, terms, own = [], {}, {}
         for i in range(len(students)):
-            maps = found[1 - i].features if len(found) == 2 else None
+            maps = found[1 - i] if len(found) == 2 else None
             total, named = self._losses(i, students[i], teachers, maps, temperatures[i], way)
             totals.append(total)
             terms.update(named)
@@ -190,7 +197,14 @@ class MOKD(nn.Module):
 
     @torch.no_grad()  # not inference mode: the losses save these tensors for backward
     def _teach(self, global_views: Tensor) -> list[Embedding]:
-        return [teacher(global_views) for teacher in self.teachers]
+        return [
+            teacher(global_views, remember=self._remembers(teacher)) for teacher in self.teachers
+        ]
+
+    def _remembers(self, teacher: nn.Module) -> bool:
+        """Whether cross searches look into this teacher's plain T-Head pass."""
+        head = teacher.t_head
+        return len(self.teachers) == 2 and isinstance(head, THead) and head.mode == "cross"
 
     @torch.no_grad()
     def _rows(self, found: list[Embedding], *, stored: bool) -> dict[str, HeadRows]:
@@ -222,7 +236,7 @@ class MOKD(nn.Module):
         i: int,
         own: Embedding,
         teachers: dict[str, HeadRows],
-        maps: Features | None,
+        maps: Embedding | None,
         taus: Temperatures,
         way: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -272,19 +286,19 @@ class MOKD(nn.Module):
         return total, dict(zip(targets, terms.unbind(), strict=True))
 
     @torch.no_grad()
-    def _search(self, teacher: int, found: Features, queries: Tensor) -> tuple[Tensor, Pairs]:
+    def _search(self, teacher: int, found: Embedding, queries: Tensor) -> tuple[Tensor, Pairs]:
         """Features [T, B, D] of the teacher's maps as queries [V, B, D] find them, and their pairs:
         a row is the target of the view that asked, 1 / T each."""
-        search: Callable[..., Tensor] = self.teachers[teacher].t_head.search  # type: ignore
-        maps, V = found.tokens.unflatten(0, (GLOBALS, -1)), len(queries)  # [2, B, N, C]
+        head: THead = self.teachers[teacher].t_head  # type: ignore
+        V = len(queries)
         asking: list[list[int]] = [[], []]  # the views that search each map
         if self.search_queries == "all" or V == GLOBALS:
             asking = [[1], [0]]
         for views in asking[: 1 if self.search_maps == "first" else 2]:
             views.extend(range(GLOBALS, V))
         rows = [
-            search(tokens, found.grid, queries[views])
-            for tokens, views in zip(maps, asking, strict=True)
+            _searched(head, found, view, queries[views])
+            for view, views in enumerate(asking)
             if views
         ]
         who = asking[0] + asking[1]
@@ -310,6 +324,18 @@ class MOKD(nn.Module):
         """EMA of the parameters. Buffers (BatchNorm statistics) are the teachers' own."""
         for student, teacher in zip(self.students, self.teachers, strict=True):
             ema_update_(list(teacher.parameters()), list(student.parameters()), momentum)
+
+
+def _searched(head: THead, found: Embedding, view: int, queries: Tensor) -> Tensor:
+    """What queries [Q, B, D] find in the maps of one global view. [Q, B, D]"""
+
+    def of_view(rows: Tensor) -> Tensor:  # [2 * B, ...] -> [B, ...]
+        return rows.unflatten(0, (GLOBALS, -1))[view]
+
+    if found.memory is None:
+        maps = found.features
+        return head.search(of_view(maps.tokens), maps.grid, queries)
+    return head.look([(of_view(k), of_view(v)) for k, v in found.memory], queries)[0]
 
 
 def _prototypes(model: nn.Module, head: str) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# "fused" and "fused-linear" are ways of `prototype_loss`, "sdpa" one of `feature_search`.
-PRIORITY = ("cuda", "triton", "cpu", "sdpa", "fused", "fused-linear", "reference")
+# "fused" and "fused-linear" are ways of `prototype_loss`, "sdpa" and "xformers" of the search.
+PRIORITY = ("cuda", "triton", "cpu", "sdpa", "xformers", "fused", "fused-linear", "reference")
 ENVIRONMENT = "MOKD_FAST_BACKEND"
 
 

@@ -101,13 +101,15 @@ def joint_attention(
     """Literally: each query before the repeated tokens, and self-attention over them."""
     dtype = accumulation_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_ = (
-            torch.cat([x.unsqueeze(3), t.expand(len(x), *t.shape)], dim=3).to(dtype)
-            for x, t in ((q_x, q), (k_x, k), (v_x, v))
-        )  # [Q, B, H, 1 + N, d]
+        q_, k_, v_ = (joined(x, t).to(dtype) for x, t in ((q_x, q), (k_x, k), (v_x, v)))
         out = ((q_ @ k_.mT) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v_
         out = out.to(q.dtype)
         return out[..., 1:, :], out[..., 0, :]
+
+
+def joined(query: Tensor, tokens: Tensor) -> Tensor:
+    """Each query before the repeated tokens. [Q, B, H, d], [B, H, N, d] -> [Q, B, H, 1 + N, d]"""
+    return torch.cat([query.unsqueeze(3), tokens.expand(len(query), *tokens.shape)], dim=3)
 
 
 LUMA = (19595, 38470, 7471)  # of red, green and blue: BT.601 in 65536ths, as Pillow has them

@@ -18,10 +18,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cuda, reference
+from . import attention, cpu, cuda, reference  # noqa: F401  (attention registers its backends)
 from .dispatch import pick, register
 from .distill import no_second_derivative, plain, transformed, triton_why_not
 
@@ -261,17 +260,7 @@ def _run_joint(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.transpose(2, 3), query
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
-    """PyTorch's attention, the queries of an image as the rows that share its tokens."""
-    out = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), key, value)
-    return out.permute(2, 0, 1, 3), query.new_empty(0)
-
-
-def _sdpa_why_not(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> str | None:
-    return "it gives no attention weights" if weights else None
-
-
-def why_not(backend: str, first: Tensor, *rest: Any) -> str | None:
+def why_not(backend: str, first: Tensor, *rest: Any, weights: bool = False) -> str | None:
     """Why the kernels of a backend cannot take these tensors, or None."""
     if reason := transformed(first):
         return reason
@@ -286,7 +275,7 @@ def why_not(backend: str, first: Tensor, *rest: Any) -> str | None:
     return found
 
 
-def _simple(*tensors: Any) -> str | None:
+def _simple(*tensors: Any, weights: bool = False) -> str | None:
     return "but it is the simple form (csrc/cuda/search.cu), no GPU has measured it"
 
 
@@ -312,7 +301,6 @@ register(
     _unmeasured,
 )
 register("feature_search", "cpu", partial(_run_search, "cpu"), partial(why_not, "cpu"), _avoid)
-register("feature_search", "sdpa", _sdpa, _sdpa_why_not)
 register("feature_search", "reference", reference.feature_search)
 register("joint_attention", "triton", partial(_run_joint, "triton"), partial(why_not, "triton"))
 register("joint_attention", "cpu", partial(_run_joint, "cpu"), partial(why_not, "cpu"))

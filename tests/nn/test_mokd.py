@@ -10,6 +10,7 @@ from bench.baseline.official import SearchLoss
 from mokd_fast import UserError
 from mokd_fast.nn import Prototypes, Temperatures
 from mokd_fast.nn.build import NetworkConfig, THeadConfig, build_mokd
+from mokd_fast.nn.heads import THead
 from mokd_fast.ops import cpu
 from mokd_fast.train.loop import build
 from tests.train.recipes import CNN, VIT, model, small
@@ -76,10 +77,12 @@ def test_batch_norm_of_a_teacher_sees_the_globals_alone():
     assert not torch.allclose(mokd.teachers[0](x).mlp, again)
 
 
+@pytest.mark.parametrize("search", ["joint", "cross"])
 @pytest.mark.parametrize("locals_", [0, 1, 3])
-def test_who_searches_which_map(locals_):
+def test_who_searches_which_map(locals_, search):
     """Locals search view 1's map; without them view 1 searches view 2's and the other way round."""
-    mokd = build(small("x")).train()
+    t_head = {"dim": 48, "depth": 2, "heads": 4, "search": search}
+    mokd = build(small("x", t_head=t_head)).train()
     x, local = views(locals_)
     out = mokd(x, local, TAUS)
     for i in (0, 1):
@@ -96,6 +99,7 @@ def test_who_searches_which_map(locals_):
         torch.testing.assert_close(out.terms[f"search_{i + 1}"], expected.detach())
 
 
+@pytest.mark.parametrize("search", ["joint", "cross"])
 @pytest.mark.parametrize(
     ("queries", "maps", "asked"),
     [
@@ -104,9 +108,9 @@ def test_who_searches_which_map(locals_):
         ("all", "both", [(0, 1), (1, 0), (2, 0), (3, 0), (2, 1), (3, 1)]),
     ],
 )
-def test_other_choices_of_queries_and_maps(queries, maps, asked):
+def test_other_choices_of_queries_and_maps(queries, maps, asked, search):
     """The mean over (view, map) pairs of one cross-entropy each."""
-    t_head = {"dim": 48, "depth": 2, "heads": 4, "queries": queries, "maps": maps}
+    t_head = {"dim": 48, "depth": 2, "heads": 4, "queries": queries, "maps": maps, "search": search}
     mokd = build(small("x", t_head=t_head)).train()
     x, local = views(2)
     out = mokd(x, local, TAUS)
@@ -121,6 +125,28 @@ def test_other_choices_of_queries_and_maps(queries, maps, asked):
         logits, target = student.t_head.last_layer(t[view]), teacher.t_head.last_layer(searched)
         terms.append(SearchLoss([0.04])(logits, target, 0))
     torch.testing.assert_close(out.terms["search_1"], torch.stack(terms).mean().detach())
+
+
+def test_a_cross_search_shares_the_plain_pass(monkeypatch):
+    """Each T-Head embeds the tokens of a pass once, a teacher's with the search too; what the self
+    losses read of that pass is the joint model's."""
+    losses = []
+    for search in ("joint", "cross"):
+        torch.manual_seed(0)
+        t_head = {"dim": 48, "depth": 2, "heads": 4, "search": search}
+        mokd = build(small("x", t_head=t_head)).train()
+        calls = []
+        real = THead.embed
+        spy = lambda self, *given: calls.append(self) or real(self, *given)  # noqa: E731, B023
+        monkeypatch.setattr(THead, "embed", spy)
+        torch.manual_seed(1)
+        losses.append(mokd(*views(), TAUS).terms)
+        monkeypatch.setattr(THead, "embed", real)
+        assert [calls.count(t.t_head) for t in mokd.teachers] == [1 + (search == "joint")] * 2
+        assert [calls.count(s.t_head) for s in mokd.students] == [2, 2]
+    for name in ("self_t_1", "self_t_2", "cross_1"):
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+    assert losses[0]["search_1"] != losses[1]["search_1"]
 
 
 def test_a_training_step_goes_through_the_kernels_of_the_search(monkeypatch):

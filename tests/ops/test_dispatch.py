@@ -50,7 +50,7 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
 
 
 def test_the_order_does_not_depend_on_who_registers_first():
-    for name in ("cpu", "fused-linear", "fused", "sdpa", "triton"):
+    for name in ("cpu", "fused-linear", "fused", "xformers", "sdpa", "triton"):
         dispatch.register("op", name, lambda x: None)
     lines = dispatch.explain("op", 0).splitlines()
     assert tuple(line.split(":")[0] for line in lines) == dispatch.PRIORITY

@@ -1,6 +1,10 @@
 """feature_search and joint_attention: values and gradients against float64, PyTorch around them."""
 
+import dataclasses
+import inspect
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from mokd_fast.ops import cpu, cuda, explain, feature_search, joint_attention, search
+from mokd_fast.ops import cpu, cuda, dispatch, explain, feature_search, joint_attention, search
 
 from .conftest import levels
 
@@ -111,8 +115,39 @@ def test_the_longest_map():
     check(feature_search, case(feature_search, (2, 1, 1, 4096, 16)), "cpu")
 
 
-def test_packed_sdpa(monkeypatch):
-    check(feature_search, case(feature_search, (3, 2, 2, 49, 24)), "sdpa")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_plain_sdpa(operator):
+    tensors = case(operator, (3, 2, 2, 49, 24))
+    check(operator, tensors, "sdpa")
+    with torch.autocast("cpu", torch.bfloat16):
+        check(operator, tensors, "sdpa")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_xformers_is_given(operator, monkeypatch):
+    """Its attention runs on a GPU alone; here PyTorch's takes its place, in its layout."""
+    tensors = case(operator, (3, 2, 2, 49, 24))
+    with pytest.raises(RuntimeError, match="xformers has no attention for cpu tensors"):
+        operator(*tensors, backend="xformers")
+
+    from xformers.ops import memory_efficient_attention as theirs
+
+    assert list(inspect.signature(theirs).parameters)[:3] == ["query", "key", "value"]
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
+        assert query.shape[2:] == key.shape[2:] == (2, 24)  # [batch, rows, heads, width]
+        rows = (t.transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(*rows, scale=scale).transpose(1, 2)
+
+    modules = {name: types.ModuleType(name) for name in ("xformers", "xformers.ops")}
+    modules["xformers.ops"].memory_efficient_attention = memory_efficient_attention
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    backends = dispatch._BACKENDS[operator.__name__]
+    (found,) = (backend for backend in backends if backend.name == "xformers")
+    at = [dataclasses.replace(found, why_not=lambda *given: None)]
+    monkeypatch.setitem(dispatch._BACKENDS, operator.__name__, at + backends[-1:])
+    check(operator, tensors, "xformers")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -294,15 +329,17 @@ def test_bad_input():
 def test_a_head_that_has_no_kernel_takes_the_next_backend():
     x, k, v = case(feature_search, (2, 1, 1, 5, 8))
     lines = explain("feature_search", x, k, v).splitlines()
-    assert lines[-3:] == [
-        "cpu: it takes heads 16 to 128 wide, these are 8", "sdpa: chosen", "reference: can run too"
-    ]  # fmt: skip
+    assert lines[-4:] == [
+        "cpu: it takes heads 16 to 128 wide, these are 8",
+        "sdpa: chosen",
+        "xformers: xformers has no attention for cpu tensors",
+        "reference: can run too",
+    ]
     with pytest.raises(RuntimeError, match="heads 16 to 128 wide, these are 8"):
         feature_search(x, k, v, backend="cpu")
     torch.testing.assert_close(feature_search(x, k, v), literal(x, k, v)[0])
-    assert "reference: chosen" in explain(
-        "joint_attention", *case(joint_attention, (2, 1, 1, 5, 8))
-    )
+    assert "sdpa: chosen" in explain("joint_attention", *case(joint_attention, (2, 1, 1, 5, 8)))
+    assert "sdpa: it gives no attention weights" in explain("feature_search", x, k, v, weights=True)
 
 
 def scfs(tokens, crops):

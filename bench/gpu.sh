@@ -21,7 +21,7 @@ total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
 LIMITS=(machine=30 build=110 check=100 tests=120 memcheck=80 racecheck=50 distill=90 linear=45
-    search=60 sweep=60 step=60 initcheck=45)
+    search=60 augment=20 sweep=60 step=60 initcheck=45)
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -126,6 +126,7 @@ initcheck() { sanitize initcheck cuda values,targets,search; }
 distill() { "$python" bench/distill_gpu.py --json "$OUT/distill.json"; }
 linear() { "$python" bench/linear_distill_gpu.py --json "$OUT/linear_distill.json"; }
 search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
+augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
 step() { "$python" bench/step.py --full --json "$OUT/step.json"; }
 

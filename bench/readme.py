@@ -237,6 +237,37 @@ def search_table() -> str:
     return "\n".join([*lines, "", measured(result)])
 
 
+def augment_table() -> str:
+    """Time a crop, one line a view and thread count; then grey levels from Pillow an operation."""
+    result = json.loads((RESULTS / "augment.json").read_text())
+    others = ["pillow", "torchvision v2", "reference"]
+    lines = [f"| crops | threads | ours | ours in bf16 | {' | '.join(others)} | of the copy rate |"]
+    lines.append("|---|---|---|---|" + "---|" * len(others) + "---|")
+    for row in result["rows"]:
+        shape, seconds = row["shape"], row["seconds"]
+        each = {name: s / shape["B"] * 1e6 for name, s in seconds.items()}
+        cells = (f"{each[n]:.0f} us, {seconds[n] / seconds['cpu']:.1f}x" for n in others)
+        lines.append(
+            f"| {shape['B']} {shape['view']}, {shape['side']} | {row['threads']} "
+            f"| {each['cpu']:.0f} us | {each['cpu bfloat16']:.0f} us | {' | '.join(cells)} "
+            f"| {row['floor_fraction']:.0%} |"
+        )
+    lines += ["", "| grey levels from Pillow | ours: mean | worst crop | largest | v2: mean "
+              "| worst crop | largest |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for row in result["parity"]:
+        sides.setdefault(row["operation"], []).append(row)
+    for name, rows in sides.items():
+        cells = []
+        for form in ("cpu", "torchvision v2"):
+            mean = statistics.mean(row[form]["mean"] for row in rows)
+            cells += [f"{mean:.2f}" if mean else "0"]
+            cells += [f"{max(row[form]['worst_crop'] for row in rows):.2f}" if mean else "0"]
+            cells += [f"{max(row[form]['max'] for row in rows):.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", measured(result)])
+
+
 def alarms_table() -> str:
     """Lowest and highest end value over heads, and over the healthy seeds; the alarms raised."""
     result = json.loads((RESULTS / "alarms.json").read_text())
@@ -331,6 +362,7 @@ PARTS = {
     "scaling-table": scaling_table,
     "linear-table": linear_table,
     "search-table": search_table,
+    "augment-table": augment_table,
     "step-table": step_table,
 }
 

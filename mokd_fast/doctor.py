@@ -59,6 +59,8 @@ def backends() -> dict[str, str]:
     linear = LinearTarget(cross_view_pairs(2, 4), student[:2], prototypes, temperature=0.04)
     maps = torch.randn(3, 2, 2, 9, 32, device=device)  # q, k, v [B, H, N, d]
     asked = torch.randn(3, 4, 2, 2, 32, device=device)  # [Q, B, H, d]
+    crops = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device=device)
+    params = augment_params(2, device=device)
     return {
         "distill_cross_entropy": explain("distill_cross_entropy", student, [target], 0.1),
         "linear_distill_cross_entropy": explain(
@@ -68,13 +70,6 @@ def backends() -> dict[str, str]:
         "feature_search": explain("feature_search", asked[0], *maps[1:]),
         "joint_attention": explain("joint_attention", *maps, *asked),
         "column_mean": explain("column_mean", student),
-        "augment_crops": explain(
-            "augment_crops",
-            torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device=device),
-            augment_params(2, device=device),
-            [0.5] * 3,
-            [0.5] * 3,
-            torch.float32,
-        ),
+        "augment_crops": explain("augment_crops", crops, params, mean=(0.5,) * 3, std=(0.5,) * 3),
         "data.loader=auto": choose_loader("auto")[1],
     }

@@ -39,7 +39,7 @@ def test_python_examples_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "pictures", 64)
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         exec(example.replace("train.duration=20it", "train.duration=2it"), {})
     assert (tmp_path / "runs/mine/exported").is_dir()

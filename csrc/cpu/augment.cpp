@@ -23,6 +23,7 @@ namespace {
 constexpr int L = LANES<float>;
 constexpr int64_t STEP = 32;          // planes are padded to: two vectors of the widest level
 constexpr float SIGMA_MAX = 100;      // as in reference.py
+constexpr int RADIUS = 300;           // of that
 
 enum Op { BRIGHTNESS, CONTRAST, SATURATION, HUE, LUMA };
 
@@ -38,7 +39,7 @@ struct Plan {
   int count = 0, contrast = -1;  // its place in the steps
   bool flip, solarize;
   int radius = 0;
-  float taps[3 * int(SIGMA_MAX) + 1];  // from the middle outwards
+  float taps[RADIUS + 1];  // from the middle outwards
 
   Plan(const float* row, int channels) : flip(row[FLIP] > 0), solarize(row[SOLARIZE] > 0) {
     bool seen[4] = {};
@@ -61,7 +62,7 @@ struct Plan {
 
   void gaussian(double sigma) {
     radius = int(std::ceil(3 * sigma));
-    double tap[3 * int(SIGMA_MAX) + 1], sum = -1;
+    double tap[RADIUS + 1], sum = -1;
     for (int j = 0; j <= radius; ++j) sum += 2 * (tap[j] = std::exp(-0.5 * (j / sigma) * (j / sigma)));
     for (int j = 0; j <= radius; ++j) taps[j] = float(tap[j] / sum);
   }
@@ -155,33 +156,34 @@ void finish(const Augment& a, const Planes<C, T>& row, bool solarize, float* wid
   }
   const int64_t bytes = item_size(a.type) * C;
   narrow(a.type, a.width * C, wide);
-  std::memcpy(static_cast<char*>(a.out) + pixel * bytes, wide, a.width * bytes);
+  stream(static_cast<char*>(a.out) + pixel * bytes, wide, a.width * bytes);
 }
 
-// to[i] = sum over j of taps[j] (left(j)[i] + right(j)[i]), the middle one once. Whole pairs of vectors.
-template <typename Neighbours>
-void convolve(const Plan& plan, int64_t n, const Neighbours& at, float* to) {
-  for (int64_t i = 0; i < n; i += 2 * L) {
-    Floats first = floats(at(0) + i) * plan.taps[0], second = floats(at(0) + i + L) * plan.taps[0];
+// to[i] = sum over j from -R to R of taps[|j|] near[j][i], for whole STEPs of n.
+void convolve(const Plan& plan, int64_t n, const float* const* near, float* to) {
+  for (int64_t i = 0; i < n; i += STEP) {
+    Floats sum[STEP / L];
+    for (int u = 0; u < STEP / L; ++u) sum[u] = floats(near[0] + i + u * L) * plan.taps[0];
     for (int j = 1; j <= plan.radius; ++j) {
-      const float *before = at(-j) + i, *after = at(j) + i;
-      const Floats tap = Floats{} + plan.taps[j];
-      first = multiply_add(floats(before) + floats(after), tap, first);
-      second = multiply_add(floats(before + L) + floats(after + L), tap, second);
+      const float *before = near[-j] + i, *after = near[j] + i;
+      for (int u = 0; u < STEP / L; ++u)
+        sum[u] = multiply_add(floats(before + u * L) + floats(after + u * L), plan.taps[j], sum[u]);
     }
-    store(to + i, first), store(to + i + L, second);
+    for (int u = 0; u < STEP / L; ++u) store(to + i + u * L, sum[u]);
   }
 }
 
 // Along a row; beyond its edges their pixels go on.
 template <int C>
 void blur_along(const Plan& plan, const Planes<C, uint8_t>& row, int64_t width, float* wide, float* to) {
+  const float* near[2 * RADIUS + 1];
+  for (int j = -plan.radius; j <= plan.radius; ++j) near[RADIUS + j] = wide + plan.radius + j;
   for (int c = 0; c < C; ++c) {
     const uint8_t* from = row.at + c * row.apart;
     float* middle = wide + plan.radius;
     for (int64_t i = 0; i < width; i += L) store(middle + i, floats(from + i));
     for (int64_t i = 0; i < plan.radius; ++i) wide[i] = from[0], middle[width + i] = from[width - 1];
-    convolve(plan, row.apart, [&](int64_t j) { return middle + j; }, to + c * row.apart);
+    convolve(plan, row.apart, near + RADIUS, to + c * row.apart);
   }
 }
 
@@ -197,7 +199,7 @@ struct Sizes {
   Sizes(const Augment& a, int radius) {
     padded = (a.width + STEP - 1) / STEP * STEP;
     bytes = a.height * a.channels * padded;
-    wide = (padded + 2 * radius) * a.channels + 2 * STEP;
+    wide = (padded * a.channels + 2 * radius + 2 * STEP) / STEP * STEP;  // and so all begin in a cache line
     lines = radius ? (2 * radius + 1) * a.channels * padded : 0;
     out = a.channels * padded;
   }
@@ -237,6 +239,7 @@ struct Crop {
 
   void blurred(const Step* begin, const Step* end) {
     const int64_t R = plan.radius, H = a.height, line = C * size.padded;
+    const float* near[2 * RADIUS + 1];
     const auto line_of = [&](int64_t y) { return place.lines + y % (2 * R + 1) * line; };
     for (int64_t y = 0; y < H + R; ++y) {
       if (y < H) {
@@ -245,8 +248,8 @@ struct Crop {
       }
       const int64_t ready = y - R;
       if (ready < 0) continue;
-      const auto near = [&](int64_t j) { return line_of(std::clamp(ready + j, int64_t(0), H - 1)); };
-      convolve(plan, line, near, place.out);
+      for (int64_t j = -R; j <= R; ++j) near[RADIUS + j] = line_of(std::clamp(ready + j, int64_t(0), H - 1));
+      convolve(plan, line, near + RADIUS, place.out);
       const Planes<C, float> out = {place.out, size.padded};
       finish(a, out, plan.solarize, place.wide, (index * H + ready) * a.width);
     }
@@ -266,6 +269,7 @@ void augment(const Augment& a) {
                          wide + size.wide, wide + size.wide + size.lines};
     Plan plan(a.params + index * COLUMNS, C);
     Crop<C>{a, size, place, plan, index}.run();
+    stream_fence();
   });
 }
 

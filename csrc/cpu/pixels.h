@@ -68,8 +68,9 @@ inline Floats smaller(Floats a, Floats b) { return -larger(-a, -b); }
 
 inline Floats absolute(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Bits>(x) & 0x7fffffff); }
 
-// a * b + c, rounded once where the level can: this file's loops are compiled without contraction.
-inline Floats multiply_add(Floats a, Floats b, Floats c) {
+// a * factor + c, rounded once where the level can: this file's loops are compiled without contraction.
+inline Floats multiply_add(Floats a, float factor, Floats c) {
+  const Floats b = factor - Floats{};  // of 0 + factor something would be left: it may be -0
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_fmadd_ps(
       reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));

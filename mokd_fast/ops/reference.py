@@ -196,11 +196,13 @@ def _hue(x: Tensor, factor: float) -> Tensor:
 
 
 def _gaussian(x: Tensor, sigma: float) -> Tensor:
-    """Cut off at 3 sigma; beyond an edge its last pixel goes on. Rounded once, after both passes."""
+    """Cut off at 3 sigma, edge pixels repeated; rounded once, after both passes."""
     R = math.ceil(3 * sigma)
     taps = [math.exp(-0.5 * (j / sigma) ** 2) for j in range(-R, R + 1)]
     for dim in (1, 0):
         n, far = x.shape[dim], torch.arange(-R, x.shape[dim] + R, device=x.device)
         wide = x.index_select(dim, far.clamp(0, n - 1))
-        x = sum(wide.narrow(dim, j, n) * (tap / sum(taps)) for j, tap in enumerate(taps))
+        x = torch.zeros_like(x)
+        for j, tap in enumerate(taps):
+            x += wide.narrow(dim, j, n) * (tap / sum(taps))
     return (x + 0.5).floor()

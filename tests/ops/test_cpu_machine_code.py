@@ -33,6 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
+FILES = (*LOOPS, "augment.cpp")
 
 
 def objdump(*options: str) -> str:
@@ -58,7 +59,7 @@ def functions():
     objects = re.split(r"df \*ABS\*\s+0+\s*(\S*)", symbols)
     line = re.compile(r"^([0-9a-f]+) [lg] +F \.text\s+[0-9a-f]+ +(.*)$", re.MULTILINE)
     found = {level: {} for level in cpu.LEVELS}
-    for file in LOOPS:
+    for file in FILES:
         parts = [part for name, part in zip(objects[1::2], objects[2::2], strict=True)
                  if name == file and "mokd::cpu::" in part]  # fmt: skip
         for level, part in zip(cpu.LEVELS, parts, strict=True):
@@ -117,6 +118,21 @@ def test_products_of_the_search_have_no_scalar_loop(level, multiply, functions):
 def test_no_instruction_of_a_higher_level(level, more, functions):
     for name, code in functions[level].items():
         assert not re.search(more, code), name
+
+
+@pytest.mark.parametrize(
+    ("level", "register", "multiply_add", "divide"),
+    [
+        ("v4", "zmm", r"vfn?m(add|sub)\d+ps", "vdivps"),
+        ("v3", "ymm", r"vfn?m(add|sub)\d+ps", "vdivps"),
+        ("baseline", "xmm", r"\bmulps", r"\bdivps"),
+    ],
+)
+def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add, divide, functions):
+    found = functions[level].items()
+    code = "\n".join(code for (file, _), code in found if file == "augment.cpp")
+    for instruction in (multiply_add, divide):  # the blur, the hue
+        assert re.search(rf"{instruction} .*%{register}", code), instruction
 
 
 @pytest.mark.parametrize("level", cpu.LEVELS)

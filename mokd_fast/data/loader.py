@@ -6,6 +6,7 @@ number of workers gives the same bits, and so does a start in the middle.
 """
 
 import functools
+import itertools
 import logging
 import signal
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ class _Batches(Dataset):
     accumulate: int
     rank: int
     world: int
+    known_bad: frozenset[int]
 
     def __post_init__(self) -> None:
         self.steps = len(self.source) // (self.batch * self.world * self.accumulate)
@@ -86,9 +88,9 @@ class _Batches(Dataset):
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.source), self.seed, epoch))
         order = self._order[1]
-        tries = min(_TRIED, len(order))
-        for k in range(position, position + tries):
-            i = int(order[k % len(order)])
+        tries = min(_TRIED, len(order) - len(self.known_bad))
+        following = (int(order[k % len(order)]) for k in range(position, position + len(order)))
+        for i in itertools.islice((i for i in following if i not in self.known_bad), tries):
             try:
                 return i, decode(self.source.read(i), self.channels)
             except UserError:
@@ -123,7 +125,8 @@ class ViewLoader:
     of how many training processes this is. An epoch is a permutation of the source, cut to whole
     optimizer steps of batch x accumulate x world pictures. An unreadable picture is logged once,
     kept in `bad_files` (name -> reason), and replaced by the next readable one of the epoch's
-    order. Raises UserError when the source is smaller than an optimizer step.
+    order. known_bad: positions of pictures that are replaced in the same way without being read.
+    Raises UserError when the source is smaller than an optimizer step or all of it is known bad.
 
     steps_per_epoch: micro-steps of an epoch, a multiple of accumulate.
     """
@@ -140,6 +143,7 @@ class ViewLoader:
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        known_bad: frozenset[int] = frozenset(),
     ) -> None:
         if channels not in (1, 3):
             raise UserError(f"channels must be 1 or 3, got {channels}")
@@ -149,7 +153,11 @@ class ViewLoader:
                 f"a batch of {batch * accumulate}{each} does not fit a data set of {len(source)} "
                 f"pictures: set train.batch to {len(source) // world} or less, or add pictures"
             )
-        self._batches = _Batches(source, augment, batch, channels, seed, accumulate, rank, world)
+        if len(known_bad) >= len(source):
+            raise UserError(f"none of the {len(source)} pictures can be read")
+        self._batches = _Batches(
+            source, augment, batch, channels, seed, accumulate, rank, world, known_bad
+        )
         self._workers = workers
         self.steps_per_epoch = self._batches.steps
         self.bad_files: dict[str, str] = {}

@@ -180,6 +180,8 @@ def test_a_second_start_takes_milliseconds(tmp_path, folder, make_picture):
     again = check(source, str(tmp_path / "many"))
     took = time.process_time() - begin
     assert first.checked == 10_000 and again.checked == 0 and took < 0.5, took
+    os.link(folder / "00.png", tmp_path / "many" / "new.png")  # of the size and time of the others
+    assert found(tmp_path / "many")[1].checked == 1
 
 
 def test_known_bad_pictures_are_replaced_unread(folder):

@@ -5,9 +5,11 @@ A shard's index is kept in the cache folder until its size or modification time 
 
 import logging
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from . import cache
 from .files import EXTENSIONS, Labels, Names, folder_labels, shown
 from .spans import LocalFiles, Spans, SpanSource, Store
 
-_BLOCK = 512
 Opener = Callable[[str, str], Any]  # (path, "rb") -> a file that can seek
 
+_BLOCK = 512
 _NO_CLASS = -1
+_TOLD = 2**32  # bytes of new shards from which it is said; 26 us a member, so about a second
 _CLASS_BYTES = 32  # a .cls member is a number; what is longer is something else
 _PACKED = (b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _log = logging.getLogger(__name__)
@@ -48,7 +51,12 @@ def open_tars(
     Raises UserError for shards that are missing, compressed or without a picture.
     """
     store = store or LocalFiles()
-    shards = [_indexed(path, store.stamp(path), opener) for path in paths]
+    stamps = {path: store.stamp(path) for path in paths}
+    kept = {path: _kept(path, stamps[path]) for path in paths}
+    new = [path for path in paths if kept[path] is None]
+    if sum(stamps[path][0] for path in new) >= _TOLD:
+        print(f"indexing {len(new)} tar shards, once", file=sys.stderr, flush=True)
+    shards = [kept[path] or _indexed(path, stamps[path], opener) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if shard.damage:
             count = len(shard.names)
@@ -81,15 +89,21 @@ def _labels(numbers: list[int], names: list[bytes]) -> Labels:
     return tuple(str(n) for n in present.tolist()), position.astype(np.int32)
 
 
+def _place(path: str) -> Path:
+    return cache.place("tar", path if "://" in path else os.path.abspath(path)).with_suffix(".npz")
+
+
+def _kept(path: str, stamp: tuple[int, int]) -> _Shard | None:
+    """The cached index of a shard, while the file is the same."""
+    kept = cache.load(_place(path))
+    if stamp[0] < 0 or "stamp" not in kept or tuple(kept["stamp"].tolist()) != stamp:
+        return None
+    names = kept["names"].tobytes().split(b"\0")[:-1]
+    start, size, label = (kept[key].tolist() for key in ("start", "size", "label"))
+    return _Shard(names, start, size, label, str(kept["damage"]))
+
+
 def _indexed(path: str, stamp: tuple[int, int], opener: Opener) -> _Shard:
-    """The index of a shard: the cached one while the file is the same."""
-    place = cache.place("tar", os.path.abspath(path) if opener is open else path)
-    place = place.with_suffix(".npz")
-    kept = cache.load(place)
-    if stamp[0] >= 0 and "stamp" in kept and tuple(kept["stamp"].tolist()) == stamp:
-        names = kept["names"].tobytes().split(b"\0")[:-1]
-        start, size, label = (kept[key].tolist() for key in ("start", "size", "label"))
-        return _Shard(names, start, size, label, str(kept["damage"]))
     try:
         with opener(path, "rb") as file:
             shard = _scan(file)
@@ -100,7 +114,7 @@ def _indexed(path: str, stamp: tuple[int, int], opener: Opener) -> _Shard:
     blob = b"".join(name + b"\0" for name in shard.names)  # no name in a tar holds a zero
     arrays = {key: np.array(getattr(shard, key), np.int64) for key in ("start", "size", "label")}
     arrays |= {"names": np.frombuffer(blob, np.uint8), "stamp": np.array(stamp)}
-    cache.save(place, damage=np.array(shard.damage), **arrays)
+    cache.save(_place(path), damage=np.array(shard.damage), **arrays)
     return shard
 
 

@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 
+from mokd_fast.data import tar
 from mokd_fast.data.sources import open_source
 from mokd_fast.data.spans import LocalFiles
 from mokd_fast.errors import UserError
@@ -14,11 +15,11 @@ from mokd_fast.errors import UserError
 def write_tar(path, members, end=True):
     """members: (name, bytes). end: False leaves the end mark out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w") as out:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            out.addfile(info, io.BytesIO(data))
     if not end:
         whole = path.read_bytes()
         path.write_bytes(whole[: sum(512 + -(-len(data) // 512) * 512 for _, data in members)])
@@ -59,13 +60,13 @@ def test_one_shard_with_odd_members(tmp_path, cache):
     long = "d" * 150 + "/" + "n" * 120 + ".PNG"
     names = [long, "ä.jpg", "a.seg.png", "a/.x.png", "._b.png", "c.json", "a/b/e.webp"]
     write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
-    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+    with tarfile.open(tmp_path / "a.tar", "a") as out:
         folder = tarfile.TarInfo("f.png")
         folder.type = tarfile.DIRTYPE
         link = tarfile.TarInfo("l.png")
         link.type, link.linkname = tarfile.SYMTYPE, "c.png"
         for info in (folder, link, tarfile.TarInfo("empty.png")):
-            tar.addfile(info)
+            out.addfile(info)
     source = open_source(tmp_path / "a.tar")
     kept = [long, "ä.jpg", "a.seg.png", "a/b/e.webp"]
     assert [source.read(i) for i in range(len(source))] == [*(n.encode() for n in kept), b""]
@@ -80,7 +81,8 @@ def test_labels_without_cls_are_the_folders(tmp_path, cache):
     assert open_source(tmp_path / "b.tar").classes == ()
 
 
-def test_the_index_is_made_once_and_again_for_a_changed_shard(shards, cache, monkeypatch):
+def test_the_index_is_made_once_and_again_for_a_changed_shard(shards, cache, monkeypatch, capsys):
+    monkeypatch.setattr(tar, "_TOLD", 1)
     before = open_source(shards)
     scanned = []
     real = tarfile.open
@@ -91,8 +93,10 @@ def test_the_index_is_made_once_and_again_for_a_changed_shard(shards, cache, mon
     assert again.name(11) == before.name(11) and again.read(11) == b"picture 11"
     write_tar(shards / "s-001.tar", samples(50, 2))
     scanned.clear()
+    assert capsys.readouterr().err == "indexing 3 tar shards, once\n"
     changed = open_source(shards)
-    assert len(scanned) == 1 + 0 and changed.read(4) == b"picture 50" and len(changed) == 10
+    assert capsys.readouterr().err == "indexing 1 tar shards, once\n"
+    assert len(scanned) == 1 and changed.read(4) == b"picture 50" and len(changed) == 10
     assert changed.fingerprint() != before.fingerprint()
     for file in cache.rglob("*.npz"):
         file.write_bytes(b"damaged")

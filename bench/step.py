@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 
 from bench.timing import calibrate, interleave, machine, peak_bytes, write_json
 from bench.twin import official_step
-from mokd_fast.data.loader import Views
+from mokd_fast.data.batches import Views
 from mokd_fast.train.loop import Trainer
 from mokd_fast.train.recipe import load_recipe
 

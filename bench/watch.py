@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
 from bench.timing import calibrate, machine, write_json
-from mokd_fast.data.loader import Views
+from mokd_fast.data.batches import Views
 from mokd_fast.nn import Temperatures
 from mokd_fast.ops import clip_grad_per_tensor_
 from mokd_fast.train.loop import Trainer

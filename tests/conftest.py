@@ -1,5 +1,5 @@
-"""For every test: one thread, for on a busy machine the barriers of tiny operators cost far more.
-The command line in this process."""
+"""For every test: one thread, for on a busy machine the barriers of tiny operators cost far more;
+a cache folder of its own. The command line in this process."""
 
 import sys
 
@@ -12,6 +12,14 @@ from mokd_fast import cli
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """What is known of the tests' pictures stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOKD_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

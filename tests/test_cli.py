@@ -53,11 +53,25 @@ def test_one_picture_and_a_batch_larger_than_the_data(run, recipe, tmp_path):
     assert not out.exists(), "nothing is made before the mistake is known"
 
 
-def test_an_unreadable_picture_is_named_skipped_and_counted(run, recipe, data, tmp_path, caplog):
+def test_an_unreadable_picture_is_named_skipped_and_counted(run, recipe, data, tmp_path):
+    broken, out = data / "class0" / "broken [1].png", tmp_path / "run"
+    broken.write_bytes(b"not a picture")
+    words = ("pretrain", recipe, "train.duration=9it", "--run", out)
+    text = "1 of 13 pictures cannot be read"
+    refused(run(*words), text, "data.max_bad=0.01 allows 0", str(broken), f"{out}/bad_files.txt")
+    code, said, _ = run(*words, "data.max_bad=0.1")
+    assert code == 0 and f"{text} and are skipped, listed in {out}/bad_files.txt" in said
+    reason = "OSError: not a picture that Pillow can read, begins b'not a pi'"
+    assert (out / "bad_files.txt").read_text() == f"{broken}\t{reason}\n"
+    assert '"bad_files": 1' in (out / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_without_the_check_an_unreadable_picture_is_met(run, recipe, data, tmp_path, caplog):
     broken = data / "class0" / "broken [1].png"
     broken.write_bytes(b"not a picture")
-    code, _, _ = run("pretrain", recipe, "train.duration=9it", "--run", tmp_path / "run")
-    assert code == 0
+    words = ("train.duration=9it", "data.check=false", "--run", tmp_path / "run")
+    code, said, _ = run("pretrain", recipe, *words)
+    assert code == 0 and "checked" not in said
     assert str(broken) in caplog.text
     assert '"bad_files": 1' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 

@@ -5,6 +5,8 @@ batch of micro-step s is a function of (source, augmentation, seed, batch x worl
 number of workers gives the same bits, and so does a start in the middle.
 """
 
+import itertools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -76,6 +78,7 @@ class Batches(Dataset):
     rank: int = 0
     world: int = 1
     drop_last: bool = True
+    known_bad: frozenset[int] = frozenset()
     kind: Kind = "pillow"
 
     def __post_init__(self) -> None:
@@ -131,9 +134,9 @@ class Batches(Dataset):
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.source), self.seed, epoch))
         order = self._order[1]
-        tries = min(_TRIED, len(order))
-        for k in range(position, position + tries):
-            i = int(order[k % len(order)])
+        tries = min(_TRIED, len(order) - len(self.known_bad))
+        following = (int(order[k % len(order)]) for k in range(position, position + len(order)))
+        for i in itertools.islice((i for i in following if i not in self.known_bad), tries):
             try:
                 return i, self._open(self.source.read(i))
             except UserError:
@@ -178,3 +181,14 @@ class _Met(NamedTuple):
             tables[0],
             tables[1] if len(small) else None,
         )
+
+
+def same(item: Any) -> Any:
+    return item
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: a worker that died of it would take the step along
+    that the run is about to finish. Workers end with the run, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

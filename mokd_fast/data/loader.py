@@ -7,7 +7,6 @@ decodes and resizes with NVIDIA DALI, on the CPU or the GPU.
 
 import functools
 import logging
-import signal
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UserError
 from ..ops import augment_crops
-from .batches import Bad, Batches, Views
+from .batches import Bad, Batches, Views, leave_signals_to_the_run, same
 from .params import AugmentConfig
 from .sources import Source
 
@@ -49,8 +48,9 @@ class ViewLoader:
     training, where DALI works too. An epoch is a permutation of the source, cut to whole optimizer
     steps of batch x accumulate x world pictures, or without drop_last filled up to them with its
     first pictures. An unreadable picture is logged once, kept in `bad_files` (name -> reason), and
-    replaced by the next readable one of the epoch's order. Raises UserError when the source is
-    smaller than an optimizer step, and for a loader that is not there.
+    replaced by the next readable one of the epoch's order. known_bad: positions of pictures that
+    are replaced in the same way without being read. Raises UserError when the source is smaller
+    than an optimizer step or all of it is known bad, and for a loader that is not there.
 
     steps_per_epoch: micro-steps of an epoch, a multiple of accumulate.
     """
@@ -67,6 +67,7 @@ class ViewLoader:
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        known_bad: frozenset[int] = frozenset(),
         drop_last: bool = True,
         loader: Loader = "pillow",
         device: torch.device | str = "cpu",
@@ -81,9 +82,12 @@ class ViewLoader:
                 f"a batch of {batch * accumulate}{each} does not fit a data set of {len(source)} "
                 f"pictures: set train.batch to {len(source) // world} or less, or add pictures"
             )
+        if len(known_bad) >= len(source):
+            raise UserError(f"none of the {len(source)} pictures can be read")
         make = functools.partial(
-            Batches, source, augment, batch, channels, seed, accumulate, rank, world, drop_last
-        )
+            Batches, source, augment, batch, channels, seed, accumulate, rank, world, drop_last,
+            known_bad,
+        )  # fmt: skip
         self._batches = make(kind="files" if loader == "dali" else loader)
         self._checked, self._cpu = make(kind="checked files"), make(kind="cpu")  # where DALI fails
         self.loader, self.device = loader, torch.device(device)
@@ -113,8 +117,8 @@ class ViewLoader:
             sampler=_From(start),
             # DALI decodes in threads of its own; where it waits for a disk, few processes read.
             num_workers=min(self._workers, 2 if gpu else 0) if dali else self._workers,
-            collate_fn=_same,
-            worker_init_fn=_leave_signals_to_the_run,
+            collate_fn=same,
+            worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # else DataLoader draws a seed from the global one
             pin_memory=gpu and not dali,  # else the copy to the GPU waits
         )
@@ -151,17 +155,6 @@ def _good(made: Any) -> Any:
     if isinstance(made, UserError):
         raise made
     return made
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: a worker that died of it would take the step along
-    that the run is about to finish. Workers end with the run, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def loader_why_not(loader: str) -> str | None:

@@ -1,23 +1,36 @@
 """Where pictures come from. Every source has one door, `read(i) -> bytes`.
 
-So order, epochs and resume are exact for all of them, and each loader decodes as it likes.
+So order, epochs and resume are exact for all of them, and each loader decodes as it likes. What a
+source opens it opens when it is first read from, in each process: it may be forked and pickled.
 """
 
-import hashlib
+import glob
+import itertools
+import json
+import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..errors import UserError
+from .arrays import open_arrays
 from .builtin import NAMES, SPLITS, builtin
+from .files import EXTENSIONS, FileSource, no_picture, open_list, shown, walk
+from .parquet import open_table
+from .remote import is_url, open_remote
+from .tar import open_tars
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, so that a folder means the same pictures there.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_SHOWN = 3  # how many names an error message lists
+__all__ = ["EXTENSIONS", "FileSource", "Source", "open_source"]
+
+_TABLES = (".parquet", ".arrow")
+_ARRAYS = (".npz", ".npy")
+_MOST = 100_000  # names that braces may stand for
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")  # as data sets name their parts
 
 
 class Source(Protocol):
@@ -25,7 +38,7 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, sorted; empty when the pictures have no labels."""
+        """The class names, in order; empty when the pictures have no labels."""
 
     def __len__(self) -> int: ...
 
@@ -41,140 +54,137 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """A hash of the list (names and order, not contents): another list, another hash."""
 
+    def stamps(self) -> np.ndarray:
+        """int64 [N, 2]: size and time of change, by which a changed picture is known.
 
-class FileSource:
-    """Files below `root`, in the order given; built by `open_folder` and `open_list`.
-
-    The names lie in one bytes object: millions of Python strings would take gigabytes, and
-    their reference counts would copy the pages into every forked worker.
-    """
-
-    def __init__(self, root: Path, names: Iterable[str], labelled: bool = False) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.root = str(root)
-        self._blob = b"\n".join(encoded)
-        self._ends = np.cumsum([len(name) + 1 for name in encoded], dtype=np.int64) - 1
-        self.classes, self._labels = _labels(encoded) if labelled else ((), None)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def _relative(self, i: int) -> str:
-        start = int(self._ends[i - 1]) + 1 if i else 0
-        return os.fsdecode(self._blob[start : int(self._ends[i])])
-
-    def read(self, i: int) -> bytes:
-        with open(self.name(i), "rb", buffering=0) as file:
-            return file.read()
-
-    def name(self, i: int) -> str:
-        return os.path.join(self.root, self._relative(i))
-
-    def label(self, i: int) -> int:
-        return -1 if self._labels is None else int(self._labels[i])
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._blob).hexdigest()
-
-
-def _labels(names: list[bytes]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """First-level folders as classes, unless a picture lies outside one."""
-    separator = os.fsencode(os.sep)
-    first = [head for head, slash, _ in (name.partition(separator) for name in names) if slash]
-    if len(first) < len(names):
-        return (), None
-    classes = tuple(sorted({os.fsdecode(head) for head in set(first)}))
-    number = {os.fsencode(name): i for i, name in enumerate(classes)}
-    return classes, np.array([number[head] for head in first], np.int32)
+        Below 0: it is not there. 0 0: nothing is known, and it is taken as unchanged.
+        """
 
 
 def open_source(root: str | Path) -> Source:
-    """Opens a folder, a `.txt` file list, or a built-in data set by its name.
+    """Opens pictures wherever they lie; README, "What data.root takes", shows each kind.
 
-    root: a folder of pictures (ImageFolder, flat or nested), a text file with one path a line,
-    or `fashion-mnist` or `digits`, with `/train` (the default) or `/test` behind it. A path that
-    exists goes before a built-in name. Raises UserError for what is missing or holds no picture.
+    root: a folder (ImageFolder, flat or nested, of tar shards, of Parquet files, or of
+    `save_to_disk`), a .txt list with one path a line, a .tar, .parquet, .arrow, .npz or .npy file,
+    several of those by braces or wildcards (`shards-{000..009}.tar`), a URL, or a built-in data
+    set: `fashion-mnist` or `digits`, with `/train` (the default) or `/test` behind it. `#NAME`
+    behind a table or an array file names the column or the array. A path that exists goes before
+    all else. Raises UserError for what is missing, holds no picture or cannot be read.
     """
+    text = str(root)
+    if is_url(text):
+        return open_remote(text, _expand)
     path = Path(root).expanduser()
+    column = ""
+    if not os.path.exists(path) and "#" in path.name:
+        text, _, column = str(path).rpartition("#")
+        path = Path(text)
     if os.path.isdir(path):
-        return open_folder(path)
+        return _open_folder(path, column)
     if os.path.isfile(path):
-        return open_list(path)
+        return _open_files([str(path)], column)
     name, _, split = str(root).partition("/")
     if name in NAMES and split in ("", *SPLITS):
-        return open_folder(builtin(name) / (split or SPLITS[0]))
+        return _open_folder(builtin(name) / (split or SPLITS[0]), "")
+    if set("{*?[") & set(str(path)):
+        return _open_files(_matching(str(path)), column)
     raise UserError(
         f"{root}: no such folder or file list. Give a folder of pictures, a .txt file with one "
-        f"path a line, or a built-in data set: {', '.join(NAMES)} (/train or /test)"
+        f"path a line, .tar, .parquet, .arrow or .npz files, or a built-in data set: "
+        f"{', '.join(NAMES)} (/train or /test)"
     )
 
 
-def open_folder(root: Path) -> FileSource:
-    """All pictures below `root`, subfolders included, sorted; hidden names are left out.
+def _open_files(paths: list[str], column: str) -> Source:
+    kinds = sorted({os.path.splitext(path)[1].lower() for path in paths})
+    kind = kinds[0]
+    if kinds == [".tar"]:
+        return open_tars(paths)
+    if len(kinds) == 1 and kind in _TABLES:
+        return open_table(paths, column)
+    if len(paths) == 1 and kind in _ARRAYS:
+        return open_arrays(Path(paths[0]), column)
+    if len(paths) == 1 and kind == ".txt":
+        return open_list(Path(paths[0]))
+    several = f"and {len(paths) - 1} more are files" if paths[1:] else "is a file"
+    raise UserError(
+        f"{paths[0]}: {several}; expected a folder or a .txt list, one path a line, .tar, .parquet "
+        "or .arrow files (several of one kind), or one .npz or .npy"
+    )
+
+
+def _open_folder(root: Path, column: str) -> Source:
+    """Pictures below a folder; without one, its tar shards, Arrow or Parquet files.
 
     When every picture lies in a subfolder, the first-level folders are the classes, as in
-    torchvision's ImageFolder. Raises UserError when there is no picture.
+    torchvision's ImageFolder.
     """
+    if (state := root / "state.json").is_file() and any(root.glob("*.arrow")):
+        return open_table(_saved(state), column)
+    if (root / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in root.glob("*/state.json"))
+        raise UserError(f"{root}: holds the splits {', '.join(splits)}: give one, {root}/SPLIT")
     others: Counter[str] = Counter()
-    names = list(_walk(str(root), "", others))
-    if names:
+    if names := list(walk(str(root), others)):
         return FileSource(root, names, labelled=True)
-    if not others:
-        raise UserError(f"{root}: the folder is empty; expected pictures in it or below it")
-    found = ", ".join(f"{count} x {kind}" for kind, count in others.most_common(_SHOWN))
-    raise UserError(
-        f"{root}: no picture in this folder or below it. Looked for {' '.join(EXTENSIONS)} "
-        f"(upper or lower case); found {others.total()} other files: {found}"
-    )
+    for ending in (".tar", *_TABLES):
+        if others[ending]:
+            paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() == ending)
+            paths = [p for p in paths if not os.path.basename(p).startswith(".")]
+            _refuse_splits(root, paths)
+            return _open_files(paths, column)
+    raise no_picture(root, others)
 
 
-def _walk(folder: str, prefix: str, others: Counter[str]) -> Iterator[str]:
-    """Relative paths of the pictures; scandir knows a folder without a stat for each file."""
+def _saved(state: Path) -> list[str]:
+    """The files of `save_to_disk`, in its order."""
     try:
-        with os.scandir(folder) as scan:
-            entries = sorted((e for e in scan if e.name[0] != "."), key=lambda e: e.name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot list this folder: {error.strerror}") from error
-    for entry in entries:
-        link = entry.is_symlink()
-        if os.path.isdir(entry.path) if link else entry.is_dir():
-            if not (link and _loops(entry.path)):
-                yield from _walk(entry.path, f"{prefix}{entry.name}{os.sep}", others)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            yield prefix + entry.name
-        else:
-            others[os.path.splitext(entry.name)[1] or "no extension"] += 1
+        rows = json.loads(state.read_text())["_data_files"]
+        return [str(state.parent / row["filename"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{state}: not as datasets.save_to_disk writes it: {error}") from error
 
 
-def _loops(link: str) -> bool:
-    """Whether a linked folder holds the link itself."""
-    target = os.path.realpath(link)
-    parent = os.path.realpath(os.path.dirname(link))
-    return parent == target or parent.startswith(os.path.join(target, ""))
+def _refuse_splits(root: Path, paths: list[str]) -> None:
+    """Training on the test pictures by mistake would not be seen in any curve."""
+    splits: dict[str, str] = {}
+    for path in paths:
+        words = re.split(r"[^a-z]+", os.path.relpath(path, root).lower())
+        for word in [word for word in words if word in _SPLITS][:1]:
+            splits.setdefault(word, path)
+    if len(splits) > 1:
+        first = "train" if "train" in splits else min(splits)
+        folder, base = os.path.split(splits[first])
+        named = base.lower().startswith(first)
+        one = f"{folder}/{base[: len(first)]}*{os.path.splitext(base)[1]}" if named else folder
+        raise UserError(f"{root}: holds the splits {', '.join(sorted(splits))}: give one, as {one}")
 
 
-def open_list(path: Path) -> FileSource:
-    """The pictures that a text file names, one path a line, in its order; unlabelled.
+def _expand(pattern: str) -> list[str]:
+    """`a-{00..12}.tar` and `{x,y}.tar` to names, in order; what has no braces is itself."""
+    parts = _BRACES.split(pattern)  # every second one stood in braces
+    words = [_words(part) if i % 2 else [part] for i, part in enumerate(parts)]
+    if math.prod(map(len, words)) > _MOST:
+        raise UserError(f"{pattern}: the braces stand for more than {_MOST} names")
+    return ["".join(choice) for choice in itertools.product(*words)]
 
-    Paths are absolute or relative to the list's folder; blank lines and lines that start with #
-    are skipped. Raises UserError for another kind of file, no path, or files that do not exist.
-    """
-    if path.suffix.lower() != ".txt":
-        raise UserError(f"{path}: is a file; expected a folder or a .txt list, one path a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this list: {error.strerror}") from error
-    lines = (line.strip() for line in text.split("\n"))
-    names = [line for line in lines if line and line[0] != "#"]
-    if not names:
-        raise UserError(f"{path}: the list names no file; expected one path a line")
-    root = path.parent
-    missing = [name for name in names if not os.path.exists(os.path.join(root, name))]
+
+def _words(inner: str) -> list[str]:
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        low, high = span.groups()
+        last = min(int(high), int(low) + _MOST)  # one more than is allowed, and not a billion
+        return [f"{n:0{len(low)}d}" for n in range(int(low), last + 1)]
+    return inner.split(",")
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files of a pattern; UserError when one that the braces name is not there."""
+    names = _expand(pattern)
+    lists = [sorted(glob.glob(name)) if set("*?[") & set(name) else [name] for name in names]
+    paths = list(itertools.chain.from_iterable(lists))
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if not paths:
+        raise UserError(f"{pattern}: no file is called so")
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
-        raise UserError(
-            f"{path}: {len(missing)} of {len(names)} files do not exist: {shown}. "
-            f"Relative paths start at {root}"
-        )
-    return FileSource(root, names)
+        raise UserError(f"{pattern}: {len(missing)} of {len(paths)} are missing: {shown(missing)}")
+    return paths

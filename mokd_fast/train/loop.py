@@ -22,6 +22,7 @@ from ..ops.dispatch import pick
 from ..ops.foreach import Snapshot
 from ..ops.prototype_loss import OP
 from .alarms import Alarms
+from .check import check_pictures
 from .checkpoint import find_checkpoint, kept, save_checkpoint, way_out
 from .diagnose import diagnose
 from .fit import fit
@@ -70,9 +71,10 @@ def pretrain(
 class Trainer:
     """Everything of one run. The cheap checks come first, the networks last.
 
-    Raises UserError for a missing or empty data folder, a batch larger than the data set, a
-    warm-up longer than the run, a run folder that cannot be written, is in use or holds another
-    recipe's checkpoint, an unknown or unfit model, and a warm start that does not fit.
+    Raises UserError for a missing or empty data folder, a batch larger than the data set, more
+    unreadable pictures than data.max_bad, a warm-up longer than the run, a run folder that cannot
+    be written, is in use or holds another recipe's checkpoint, an unknown or unfit model, and a
+    warm start that does not fit.
     """
 
     def __init__(
@@ -89,18 +91,7 @@ class Trainer:
         self.device = _device(train.device)
         _check_backend(recipe, self.device)
         self.source = open_source(data.root)
-        self.loader = ViewLoader(
-            self.source,
-            recipe.augment,
-            batch=train.batch // train.accumulate,
-            accumulate=train.accumulate,
-            channels=data.channels,
-            seed=train.seed,
-            workers=data.workers,
-            drop_last=data.drop_last,
-            loader=choose_loader(data.loader)[0],
-            device=self.device,
-        )
+        self.loader = self._loader(frozenset())  # refuses a batch that does not fit
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
         self.total = total_steps(recipe, self.steps_per_epoch)
         self.fingerprint = self.source.fingerprint()
@@ -111,6 +102,22 @@ class Trainer:
             self.lock.release()
             raise
 
+    def _loader(self, known_bad: frozenset[int]) -> ViewLoader:
+        train, data = self.recipe.train, self.recipe.data
+        return ViewLoader(
+            self.source,
+            self.recipe.augment,
+            batch=train.batch // train.accumulate,
+            accumulate=train.accumulate,
+            channels=data.channels,
+            seed=train.seed,
+            workers=data.workers,
+            drop_last=data.drop_last,
+            loader=choose_loader(data.loader)[0],
+            device=self.device,
+            known_bad=known_bad,
+        )
+
     def _prepare(self, warm_start: str | Path | None) -> None:
         """The networks, as they start or as the newest checkpoint has them."""
         recipe, train = self.recipe, self.recipe.train
@@ -118,6 +125,11 @@ class Trainer:
             self.run, recipe.model_dump(mode="json"), self.fingerprint, self.loader.loader
         )
         given = find_checkpoint(warm_start) if warm_start and state is None else None
+        self.known_bad, reasons = check_pictures(
+            recipe.data, self.source, self.run, self.console, state
+        )
+        self.loader = self._loader(self.known_bad)
+        self.loader.bad_files.update(reasons)
         torch.manual_seed(train.seed)
         self.mokd = build(recipe).to(self.device)
         if train.channels_last:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..data.loader import Views
+from ..data.batches import Views
 
 if TYPE_CHECKING:
     from .loop import Trainer

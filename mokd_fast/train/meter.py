@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.loader import Views
+from ..data.batches import Views
 
 
 class StepResult(NamedTuple):

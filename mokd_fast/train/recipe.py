@@ -38,7 +38,7 @@ Ints = Annotated[
 
 
 class DataConfig(Config):
-    root: str | None = None  # a folder, a .txt list, fashion-mnist or digits
+    root: str | None = None  # a folder, list, tar, table, array or URL: data.open_source
     channels: Literal[1, 3] = 3
     mean: Floats = (0.485, 0.456, 0.406)
     std: Floats = (0.229, 0.224, 0.225)
@@ -46,6 +46,8 @@ class DataConfig(Config):
     # Who decodes and crops: pillow (the reference), cpu, dali; auto: the fastest that is there.
     loader: Literal["auto", "cpu", "dali", "pillow"] = "auto"
     drop_last: bool = True  # false: the last batch of an epoch is filled up with its first pictures
+    check: bool = True  # every picture is decoded once before training, and what is good cached
+    max_bad: Fraction = 0.01  # a larger share of unreadable pictures stops the run at once
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> "DataConfig":

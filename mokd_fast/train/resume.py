@@ -10,9 +10,12 @@ from .recipe import load_recipe
 
 # What may differ between a checkpoint and the recipe that resumes it: nothing of the result, but
 # for the rounding that loss.prototypes changes (which is said). Of the data the list of pictures
-# counts, not the path; it has a fingerprint of its own. Of data.loader it is what auto came to.
+# counts, not the path; it has a fingerprint of its own. Which of them are skipped unread is in the
+# checkpoint (check.py), so how they were checked does not matter. Of data.loader counts what auto
+# came to.
 FREE_KEYS = (
-    *("data.root", "data.workers", "data.loader", "evaluate.", "train.device"),
+    *("data.root", "data.workers", "data.loader", "data.check", "data.max_bad"),
+    *("evaluate.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.max_skipped", "loss.prototypes"),
 )

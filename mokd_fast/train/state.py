@@ -29,6 +29,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "scalers": [scaler.state_dict() for scaler in trainer.scalers],
         "skipped": trainer.skipped,
         "bad_files": trainer.loader.bad_files,
+        "known_bad": sorted(trainer.known_bad),
         "rng": {"cpu": torch.get_rng_state()},
     }
     if trainer.device.type == "cuda":

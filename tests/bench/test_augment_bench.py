@@ -41,6 +41,7 @@ def test_parity_is_that_of_the_promise():
 
 
 def test_the_check_for_gpus_notices_wrong_kernels(monkeypatch, capsys):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")  # `passes` sets it, and is undone with this
     real = cpu.augment_crops
     at = gpu_check.Where("cpu", "cpu", small=True)
     wrong = {

@@ -1,14 +1,16 @@
-"""What the command line does after pre-training, from Python: knn, linear, export, report."""
+"""What the command line does after pre-training, from Python: knn, linear, export, views,
+report."""
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .data.loader import Loader
 from .data.sources import Source, open_source
 from .errors import UserError
 from .evaluate import evaluate
@@ -79,6 +81,40 @@ def export(
         std=recipe.data.std,
         trained_by=f"mokd_fast, recipe {recipe.name}, {which} of model {model}",
     )
+
+
+def views(
+    root: str | Path,
+    *overrides: str,
+    recipe: str = "resnet50-vit_small",
+    images: int = 4,
+    loaders: Sequence[str] = ("pillow", "cpu"),
+    out: str | Path = "views.png",
+) -> Path:
+    """Draws what a recipe's augmentation makes of a few pictures; see `report.views`.
+
+    root: whatever data.root takes; overrides: `augment.blur=[1,0,0]`, `train.seed=1` ...
+    """
+    from .report.views import views_picture
+
+    path = Path(out)
+    for loader in loaders:
+        if loader not in get_args(Loader):
+            raise UserError(f"no loader {loader!r}; there are {', '.join(get_args(Loader))}")
+    found = load_recipe(recipe, [*overrides, f"data.root={root}"])
+    picture = views_picture(
+        open_source(root),
+        found.augment,
+        images=images,
+        loaders=loaders,  # type: ignore[arg-type]
+        channels=found.data.channels,
+        seed=found.train.seed,
+    )
+    try:
+        picture.save(path, "PNG", optimize=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:

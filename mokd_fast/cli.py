@@ -1,4 +1,4 @@
-"""mokd-fast: pretrain, knn, linear, export, report, doctor, demo."""
+"""mokd-fast: pretrain, knn, linear, export, views, report, doctor, demo."""
 
 import sys
 from pathlib import Path
@@ -77,6 +77,28 @@ def export(
 
     which: api.Which = "student" if student else "teacher"
     _say(str(api.export(run, model=model, which=which, path=out)))
+
+
+@app.command()
+def views(
+    folder: Annotated[str, typer.Argument(help="pictures: whatever data.root takes")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="whose augmentation")] = "resnet50-vit_small",
+    images: Annotated[int, typer.Option(min=1, help="how many pictures")] = 4,
+    loader: Annotated[
+        list[str] | None,
+        typer.Option(help="pillow, cpu or dali, maybe several (default: pillow and cpu)"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the PNG")] = Path("views.png"),
+) -> None:
+    """Draw every view of a few pictures with its numbers, as one PNG.
+
+    mokd-fast views pictures augment.locals=4 --loader pillow --loader dali
+    """
+    from . import api
+
+    _say(str(api.views(folder, *(overrides or []), recipe=recipe, images=images,
+                       loaders=loader or ("pillow", "cpu"), out=out)))  # fmt: skip
 
 
 @app.command()

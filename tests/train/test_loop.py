@@ -106,6 +106,33 @@ def test_resume_is_bit_equal(uninterrupted, tmp_path, monkeypatch, stop):
     assert logged == {row["step"]: pytest.approx(row["loss_1"]) for row in metrics(parts)}
 
 
+def test_every_loader_trains_and_resumes(data, tmp_path, monkeypatch):
+    """Bit-equal over a stop; nearly alike among each other, for so are their views."""
+    step, losses = Trainer.step, {}
+
+    def killed(self, k, batches):
+        if k == 3:
+            raise KeyboardInterrupt
+        return step(self, k, batches)
+
+    for loader in ("pillow", "cpu", "dali"):
+        changes = (f"data.loader={loader}", "train.duration=2ep", "train.checkpoint_every=1it")
+        recipe = small(data, *changes, "train.freeze_last_layers=0it", models=[VIT], t_head=None)
+        whole = pretrain(recipe, run=tmp_path / loader, console=silent())
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Trainer, "step", killed)
+            pretrain(recipe, run=tmp_path / f"{loader} parts", console=silent())
+        parts = pretrain(recipe, run=tmp_path / f"{loader} parts", console=silent())
+        one, two = final_state(whole), final_state(parts)
+        assert one["loader"] == loader
+        for name, value in one["model"].items():
+            assert torch.equal(value, two["model"][name]), (loader, name)
+        losses[loader] = [row["loss_1"] for row in metrics(whole)]
+    assert losses["cpu"] != losses["pillow"] != losses["dali"]
+    for loader in ("cpu", "dali"):
+        assert losses[loader] == pytest.approx(losses["pillow"], rel=0.01)
+
+
 def test_a_finished_run_does_nothing(uninterrupted):
     recipe, run = uninterrupted
     logged, kept = (run / "metrics.jsonl").read_text(), checkpoints(run / "checkpoints")

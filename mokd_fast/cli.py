@@ -1,5 +1,6 @@
 """mokd-fast: pretrain, knn, linear, export, views, report, doctor, demo."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -203,6 +204,9 @@ def _evaluate(kind: str, run: Path, overrides: list[str], student: bool) -> dict
 
 def main() -> None:
     """The console script. What the user can mend is one message and exit code 2, no traceback."""
+    from .train.distributed import place
+
+    console.quiet = place(os.environ).rank > 0  # of several processes the first one speaks
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:

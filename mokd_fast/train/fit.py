@@ -52,7 +52,8 @@ def _steps(trainer: Trainer) -> None:
             trainer.done += 1
             meter.add(trainer.done, result)
             log.advance()
-            stopping = stop.number is not None  # one look: a signal may come at any time
+            # One look: a signal may come at any time.
+            stopping = trainer.world.stops(stop.number is not None)
             save = stopping or trainer.done == total or trainer.done % trainer.every == 0
             if save or trainer.is_logged(trainer.done):
                 row = trainer._row(meter)  # raises when too many steps are skipped, before a save
@@ -73,7 +74,8 @@ def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) ->
         return trainer.step(trainer.done, meter)
     except UserError as error:  # of the loader: the pictures are gone
         begun = batches.count % trainer.recipe.train.accumulate
-        if not begun and trainer.done > trainer.saved:  # the state is whole, and not saved yet
+        alone = trainer.world.size == 1  # the others may be well, and save for themselves
+        if alone and not begun and trainer.done > trainer.saved:  # the state is whole, not saved
             if trainer.done > log.last:
                 log.write(trainer._row(meter))
             trainer.save()

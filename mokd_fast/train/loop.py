@@ -1,4 +1,4 @@
-"""The pre-training loop: plain PyTorch, one process."""
+"""The pre-training loop: plain PyTorch, one process a GPU."""
 
 import math
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ..console import RunConsole, takes_output
@@ -23,8 +24,9 @@ from ..ops.foreach import Snapshot
 from ..ops.prototype_loss import OP
 from .alarms import Alarms
 from .check import check_pictures
-from .checkpoint import find_checkpoint, kept, save_checkpoint, way_out
+from .checkpoint import find_checkpoint, kept, load_checkpoint, save_checkpoint, way_out
 from .diagnose import diagnose
+from .distributed import World
 from .fit import fit
 from .folder import RunLock, write_whole
 from .meter import Meter, StepResult, accumulate
@@ -64,7 +66,13 @@ def pretrain(
     elif overrides:
         recipe = load_recipe(recipe.model_dump(mode="json"), list(overrides))
     folder = Path(run) if run is not None else Path("runs") / recipe.name
-    Trainer(recipe, folder, console or RunConsole(), warm_start).fit()
+    world = World(recipe.train.device)
+    if not world.first:
+        console = Console(quiet=True)
+    try:
+        Trainer(recipe, folder, console or RunConsole(), warm_start, world).fit()
+    finally:
+        world.leave()
     return folder
 
 
@@ -83,9 +91,18 @@ class Trainer:
         run: Path,
         console: Console,
         warm_start: str | Path | None = None,
+        world: World | None = None,
     ) -> None:
-        self.recipe, self.run, self.console = recipe, run, console
+        self.recipe, self.console = recipe, console
+        self.world = world or World(recipe.train.device)
+        self.run = self.world.folder(run)
         train, data = recipe.train, recipe.data
+        self.share = train.accumulate * self.world.size  # into so many parts a batch is cut
+        if train.batch % self.share:
+            raise UserError(
+                f"train.batch={train.batch} must be a multiple of train.accumulate="
+                f"{train.accumulate} times {self.world.size} processes"
+            )
         if data.root is None:
             raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
         self.device = _device(train.device)
@@ -95,20 +112,27 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
         self.total = total_steps(recipe, self.steps_per_epoch)
         self.fingerprint = self.source.fingerprint()
-        self.lock = RunLock(run)
+        self.lock = self._claim()
         try:
-            self._prepare(warm_start)
+            self._prepare(run, warm_start)
         except BaseException:
             self.lock.release()
             raise
+
+    def _claim(self) -> RunLock:
+        locks: list[RunLock] = []
+        self.world.decide(lambda: locks.append(RunLock(self.run)))
+        return locks[0] if locks else RunLock(self.run)
 
     def _loader(self, known_bad: frozenset[int]) -> ViewLoader:
         train, data = self.recipe.train, self.recipe.data
         return ViewLoader(
             self.source,
             self.recipe.augment,
-            batch=train.batch // train.accumulate,
+            batch=train.batch // self.share,
             accumulate=train.accumulate,
+            rank=self.world.rank,
+            world=self.world.size,
             channels=data.channels,
             seed=train.seed,
             workers=data.workers,
@@ -118,20 +142,37 @@ class Trainer:
             known_bad=known_bad,
         )
 
-    def _prepare(self, warm_start: str | Path | None) -> None:
+    def _state(self, run: Path) -> dict[str, Any] | None:
+        """Of the checkpoint that the run goes on from, in every process."""
+        found: list[dict[str, Any]] = []
+        recipe = self.recipe.model_dump(mode="json")
+
+        def newest() -> int | None:
+            state = resumable(run, recipe, self.fingerprint, self.loader.loader, self.world.size)
+            found.extend([] if state is None else [state])
+            return None if state is None else state["step"]
+
+        step = self.world.decide(newest)
+        if step is not None and not found:
+            found.append(load_checkpoint(run / "checkpoints" / f"{step:08d}.pt"))
+        return found[0] if found else None
+
+    def _prepare(self, run: Path, warm_start: str | Path | None) -> None:
         """The networks, as they start or as the newest checkpoint has them."""
         recipe, train = self.recipe, self.recipe.train
-        state = resumable(
-            self.run, recipe.model_dump(mode="json"), self.fingerprint, self.loader.loader
-        )
+        state = self._state(run)
         given = find_checkpoint(warm_start) if warm_start and state is None else None
-        self.known_bad, reasons = check_pictures(
-            recipe.data, self.source, self.run, self.console, state
+        self.known_bad, reasons = self.world.decide(
+            lambda: check_pictures(recipe.data, self.source, self.run, self.console, state)
         )
         self.loader = self._loader(self.known_bad)
         self.loader.bad_files.update(reasons)
         torch.manual_seed(train.seed)
         self.mokd = build(recipe).to(self.device)
+        if self.world.size > 1:
+            torch.manual_seed(train.seed + self.world.rank)  # drop-path of its own
+            if self.device.type == "cuda":  # as official; there is none for the CPU
+                convert_sync_batchnorm(self.mokd)
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
         self.statistics = Snapshot(self.mokd.statistics())
@@ -156,6 +197,7 @@ class Trainer:
                 "are taken; optimizers and schedules begin anew"
             )
             self.save()  # else a run cut off before its first checkpoint would start without it
+        self.network = self.world.share(self.mokd, self.device)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         path = self.run / "recipe.yaml"
         try:
@@ -174,7 +216,7 @@ class Trainer:
             for config, model in zip(recipe.models, self.mokd.students, strict=True)
         ]
         self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)
-        self.alarms = Alarms(recipe.prototypes, 2 * (train.batch // train.accumulate), warmup)
+        self.alarms = Alarms(recipe.prototypes, 2 * (train.batch // self.share), warmup)
         self.every = max(in_steps(train.checkpoint_every, per_epoch, total), 1)
         self.frozen_steps = in_steps(train.freeze_last_layers, per_epoch, total)
         self.temperatures = [
@@ -191,7 +233,7 @@ class Trainer:
         """Whether logits are stored, said once with the reason."""
         train, views = self.recipe.train, 2 + self.recipe.augment.locals
         prototypes = self.mokd.students[0].mlp_head.last_layer.weight_v  # type: ignore[union-attr]
-        features = prototypes[:1].expand(views, train.batch // train.accumulate, -1)  # type: ignore
+        features = prototypes[:1].expand(views, train.batch // self.share, -1)  # type: ignore
         with self._autocast():
             way = self.mokd.way(features)
             reasons = explain(OP, *self.mokd.example(features)).splitlines()
@@ -230,11 +272,11 @@ class Trainer:
         diagnostics: dict[str, Tensor] = {}
         prototypes: dict[str, Tensor] = {}
         self.statistics.take()
-        for _ in range(parts):
+        for part in range(parts):
             prototypes.clear()  # the next micro-batch makes the same again
             global_views, local_views = self.to_device(next(batches))
-            with self._autocast():
-                out = self.mokd(global_views, local_views, taus)
+            with self.world.apart(self.network, part < parts - 1), self._autocast():
+                out = self.network(global_views, local_views, taus)
             if self.is_logged(k + 1):
                 accumulate(diagnostics, diagnose(out, self.mokd, taus), parts)
             # The students' graphs are disjoint, so one backward of the sum is exact for both.
@@ -246,6 +288,7 @@ class Trainer:
             accumulate(means, {h: mean.features for h, mean in out.center_means.items()}, parts)
             prototypes |= {head: mean.prototypes for head, mean in out.center_means.items()}
             del out  # or the teachers' logits would live on into the next micro-batch
+        losses = self.world.mean(losses)
         skip = ~torch.stack(list(losses.values())).isfinite().all()
         skip = self._update_students(k, skip)
         momentum = torch.full_like(skip, float(self.momentum[k]), dtype=torch.float64)
@@ -316,11 +359,15 @@ class Trainer:
         """A checkpoint of this step. Refuses to save a state that is not finite."""
         if fault := not_finite(self):
             raise UserError(f"{fault} is not finite after step {self.done}. {way_out(self.run)}")
-        keep = self.recipe.train.keep_checkpoints
-        try:
-            path = save_checkpoint(self.run / "checkpoints", self.done, capture(self), keep)
-        except UserError as error:
-            raise UserError(f"{error}. {kept(self.run)} Make room there first") from error
+        state, keep = capture(self), self.recipe.train.keep_checkpoints
+
+        def write() -> Path:
+            try:
+                return save_checkpoint(self.run / "checkpoints", self.done, state, keep)
+            except UserError as error:
+                raise UserError(f"{error}. {kept(self.run)} Make room there first") from error
+
+        path = self.world.decide(write)
         self.saved = self.done
         return path
 

@@ -22,7 +22,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "recipe": trainer.recipe.model_dump(mode="json"),
         "data": trainer.fingerprint,
         "loader": trainer.loader.loader,
-        "world": 1,
+        "world": trainer.world.size,
         "versions": versions(trainer),
         "model": trainer.mokd.state_dict(),
         "optimizers": [optimizer.torch.state_dict() for optimizer in trainer.optimizers],
@@ -30,11 +30,12 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "skipped": trainer.skipped,
         "bad_files": trainer.loader.bad_files,
         "known_bad": sorted(trainer.known_bad),
-        "rng": {"cpu": torch.get_rng_state()},
     }
+    rng = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
-        state["rng"]["cuda"] = torch.cuda.get_rng_state(trainer.device)
-    return state
+        rng["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    others = trainer.world.gather(rng)[1:]
+    return state | {"rng": rng, "rng of the others": others}
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -51,9 +52,10 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.skipped = state.get("skipped", [])
     trainer.loader.bad_files.update(state.get("bad_files", {}))
     trainer.done = state["step"]
-    torch.set_rng_state(state["rng"]["cpu"])  # last: what is above may draw numbers
-    if trainer.device.type == "cuda" and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"], trainer.device)
+    rng = [state["rng"], *state.get("rng of the others", [])][trainer.world.rank]
+    torch.set_rng_state(rng["cpu"])  # last: what is above may draw numbers
+    if trainer.device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], trainer.device)
 
 
 def versions(trainer: Trainer) -> dict[str, str]:

@@ -1,0 +1,136 @@
+"""Several processes: the curve of one with the same batch, one run folder, exact resume."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from mokd_fast import UserError, pretrain
+from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
+from mokd_fast.train.distributed import Place, place, slurm_master
+from tests.train.recipes import VIT, pictures, silent, small
+
+PAIR = (VIT, {**VIT, "name": "mokd_vit_tiny"})  # BatchNorm of one process sees more pictures
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(recipe, folder, size, **environment):
+    """`size` processes as a launcher starts them."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, "-m", "mokd_fast", "pretrain", path, "--run", folder]
+    return [
+        subprocess.Popen(
+            list(map(str, command)),
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+            | {k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(size)
+    ]
+
+
+def wait(processes):
+    out = [p.communicate(timeout=200)[0] for p in processes]
+    return [p.returncode for p in processes], out
+
+
+def losses(run):
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k.startswith(("loss", "self", "cross", "search"))}
+            for row in rows]  # fmt: skip
+
+
+def recipe_of(data, *more):
+    changes = ("train.batch=8", "train.log_every=1", "train.checkpoint_every=2it", *more)
+    return small(data, *changes, models=PAIR)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("many") / "data", 26)
+
+
+def test_two_processes_are_one_with_the_same_batch(data, tmp_path):
+    """Losses and weights to the rounding of other sums; one folder, one voice, and a stop."""
+    recipe = recipe_of(data, "train.accumulate=2")
+    whole = pretrain(recipe, run=tmp_path / "one", console=silent())
+    codes, out = wait(start(recipe, tmp_path / "two", 2))
+    assert codes == [0, 0], out
+    assert "step 12/12" in out[0] and out[1] == ""
+    one, two = losses(whole), losses(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    one, two = (load_checkpoint(last_checkpoint(tmp_path / n)) for n in ("one", "two"))
+    assert two["world"] == 2 and len(two["rng of the others"]) == 1
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=2e-4, msg=name)
+    codes, out = wait(start(recipe_of(data), tmp_path / "one", 2))  # of one process
+    assert codes == [2, 2] and "is of another recipe" in out[0] and out[1] == ""
+
+
+def test_a_rank_that_dies_and_the_run_goes_on(data, tmp_path):
+    """Bit-equal to two processes that were not stopped."""
+    recipe = recipe_of(data, "train.duration=12ep")
+    codes, out = wait(start(recipe, tmp_path / "whole", 2))
+    assert codes == [0, 0], out
+    processes = start(recipe, tmp_path / "parts", 2)
+    while not len(list((tmp_path / "parts").glob("checkpoints/*.pt"))):
+        assert processes[1].poll() is None
+        time.sleep(0.05)
+    processes[1].kill()
+    time.sleep(0.5)
+    processes[0].send_signal(signal.SIGKILL)  # as torchrun ends the others
+    wait(processes)
+    stopped = load_checkpoint(last_checkpoint(tmp_path / "parts"))["step"]
+    codes, out = wait(start(recipe, tmp_path / "parts", 2))
+    assert codes == [0, 0], out
+    assert stopped < 36 and f"from step {stopped} of 36" in out[0]
+    whole, parts = (load_checkpoint(last_checkpoint(tmp_path / n)) for n in ("whole", "parts"))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name]), name
+
+
+def test_sigterm_stops_all_of_them_at_one_step(data, tmp_path):
+    processes = start(recipe_of(data, "train.duration=60ep"), tmp_path / "run", 2)
+    while not len(list((tmp_path / "run").glob("checkpoints/*.pt"))):
+        time.sleep(0.05)
+    processes[1].terminate()  # one is told
+    codes, out = wait(processes)
+    assert codes == [143, 143], out
+    assert load_checkpoint(last_checkpoint(tmp_path / "run"))["step"] < 180
+
+
+def test_a_mistake_is_said_once(data, tmp_path):
+    codes, out = wait(start(recipe_of(data, "train.batch=7"), tmp_path / "run", 2))
+    assert codes == [2, 2]
+    assert "train.batch=7 must be a multiple of train.accumulate=1 times 2 processes" in out[0]
+
+
+def test_where_launchers_put_a_process():
+    assert place({}) == Place(0, 1, 0)
+    assert place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+    assert place(slurm) == Place(0, 1, 0)  # sbatch's own shell: no step of srun
+    slurm |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[003-004,7]"}
+    assert place(slurm) == Place(3, 4, 1)
+    assert slurm_master({**slurm, "SLURM_JOB_ID": "40001"}) == ("gpu003", "20001")
+    assert slurm_master({"SLURM_STEP_NODELIST": "a-1,b-2"}) == ("a-1", "20000")
+    with pytest.raises(UserError, match="names no node"):
+        slurm_master({"SLURM_STEP_NODELIST": ""})

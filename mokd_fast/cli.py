@@ -204,9 +204,8 @@ def _evaluate(kind: str, run: Path, overrides: list[str], student: bool) -> dict
 
 def main() -> None:
     """The console script. What the user can mend is one message and exit code 2, no traceback."""
-    from .train.distributed import place
-
-    console.quiet = place(os.environ).rank > 0  # of several processes the first one speaks
+    # Of several processes (train/distributed.py) the first one speaks.
+    console.quiet = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0"
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:

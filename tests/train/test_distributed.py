@@ -17,7 +17,8 @@ from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
 from mokd_fast.train.distributed import Place, place, slurm_master
 from tests.train.recipes import VIT, pictures, silent, small
 
-PAIR = (VIT, {**VIT, "name": "mokd_vit_tiny"})  # BatchNorm of one process sees more pictures
+PAIR = [{**VIT, "name": "test_vit"}] * 2  # without BatchNorm, which sees a process's pictures
+SIZES = {"global_size": 32, "local_size": 16, "locals": 2}
 
 
 def free_port() -> int:
@@ -58,7 +59,7 @@ def losses(run):
 
 def recipe_of(data, *more):
     changes = ("train.batch=8", "train.log_every=1", "train.checkpoint_every=2it", *more)
-    return small(data, *changes, models=PAIR)
+    return small(data, *changes, models=PAIR, augment=SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,17 @@ def test_two_processes_are_one_with_the_same_batch(data, tmp_path):
     one, two = losses(whole), losses(tmp_path / "two")
     assert len(one) == len(two) == 12
     for mine, theirs in zip(two, one, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
+        assert mine == pytest.approx(theirs, rel=1e-5)
     one, two = (load_checkpoint(last_checkpoint(tmp_path / n)) for n in ("one", "two"))
     assert two["world"] == 2 and len(two["rng of the others"]) == 1
     for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=2e-4, msg=name)
+        if not name.endswith("qkv.bias"):  # a key's has no gradient; AdamW makes steps of its noise
+            torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     codes, out = wait(start(recipe_of(data), tmp_path / "one", 2))  # of one process
     assert codes == [2, 2] and "is of another recipe" in out[0] and out[1] == ""
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_and_the_run_goes_on(data, tmp_path):
     """Bit-equal to two processes that were not stopped."""
     recipe = recipe_of(data, "train.duration=12ep")

@@ -99,12 +99,15 @@ class Batches(Dataset):
         cfg, B, C = self.augment, self.batch, self.channels
         views = np.empty((2, B, *cfg.global_hw, C), np.uint8)
         small = np.empty((cfg.locals, B, *cfg.local_hw, C), np.uint8)
-        render = pillow.render if self.kind == "pillow" else cpu.crops
         met = _Met([], [], [])
         for b, image in enumerate(self._pictures(step, met)):
-            for v, crop in enumerate(render(image, met.params[b], cfg)):
+            for v, crop in enumerate(self.render(image, met.params[b])):
                 (views if v < 2 else small)[v if v < 2 else v - 2, b] = crop
         return met.views(views, small, finished=self.kind == "pillow")
+
+    def render(self, image: Any, params: list[ViewParams]) -> list[np.ndarray]:
+        """The views of one decoded picture, finished for the kind "pillow", else only cropped."""
+        return (pillow.render if self.kind == "pillow" else cpu.crops)(image, params, self.augment)
 
     def _files(self, step: int) -> Files:
         met = _Met([], [], [])

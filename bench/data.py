@@ -15,11 +15,12 @@ Debian's wallpapers (apt install ukui-wallpapers lomiri-wallpapers-20.04 lomiri-
 import argparse
 import itertools
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,20 @@ def memory(name: str, folder: Path, steps: int, batch: int = BATCH) -> dict[str,
     """Peak resident bytes of this process and of its largest worker, after so many batches.
 
     What processes share counts in each."""
+    workers = 0
     for _ in forms(folder, AugmentConfig(), batch, WORKERS)[name](0, steps):
-        pass
-    kinds = {"peak_bytes": resource.RUSAGE_SELF, "worker_peak_bytes": resource.RUSAGE_CHILDREN}
-    return {key: resource.getrusage(who).ru_maxrss * 1024 for key, who in kinds.items()}
+        workers = max([workers, *(_peak(process.pid) for process in active_children())])
+    return {"peak_bytes": _peak("self"), "worker_peak_bytes": workers}
+
+
+def _peak(pid: Any) -> int:
+    """Not getrusage: after fork and exec it begins with the parent's peak."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # ended, or no Linux
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _memory_of(name: str, folder: Path, steps: int) -> dict[str, int]:

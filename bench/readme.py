@@ -276,7 +276,8 @@ def data_table() -> str:
     for row in result["rows"]:
         fast, slow = (1 / s for s in row["range_s"])
         low, high = row["ratio_range"]
-        memory = (f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "worker_peak_bytes"))
+        peaks = (row[key] for key in ("peak_bytes", "worker_peak_bytes"))
+        memory = (f"{peak / 2**20:.0f}" for peak in peaks if peak)
         lines.append(
             f"| {row['backend']} | {1 / row['median_s']:.0f} ({slow:.0f}-{fast:.0f}) "
             f"| {row['ratio']:.2f}x ({low:.2f}-{high:.2f}) | {row['cpu_median_s'] * 1e3:.1f} ms "

@@ -93,8 +93,11 @@ def test_rows(folder):
         for key in ("", "cpu_"):
             low, high = row[f"{key}range_s"]
             assert 0 < low <= row[f"{key}median_s"] <= high
-    peaks = data.memory("cpu", folder, 1, 2)
-    assert peaks["peak_bytes"] > 2**20
+
+
+def test_memory(folder):
+    peaks = data.memory("cpu", folder, 4, 2)
+    assert peaks["peak_bytes"] > 2**26 and peaks["worker_peak_bytes"] > 2**24
 
 
 def test_processor_time_counts_processes_that_ended():

@@ -8,7 +8,8 @@ map, concatenates and stores its softmax, in the same dtype (bf16: autocast) and
 and against that form with PyTorch's attention for its softmax (sdpa). Cross is timed alone, and as
 a step has it (look), where its tokens are those of the teacher's own pass, which L_st needs.
 `products` is the share of the joint search that its linear layers take. The operators are set
-against packed SDPA and einsum, forward and with backward.
+against SDPA (packed queries; for joint_attention the repeated tokens) and einsum, forward and with
+backward.
 """
 
 import argparse
@@ -147,7 +148,10 @@ def operators(images: int, tokens: int, queries: int, dtype: torch.dtype, rounds
         (
             "joint_attention",
             joint,
-            {n: lambda n=n: joint_attention(*joint, backend=n) for n in ("cpu", "reference")},
+            {
+                name: lambda name=name: joint_attention(*joint, backend=name)
+                for name in ("cpu", "sdpa", "reference")
+            },
         ),
     ):
         grads = {f"{name} backward": backward(run, tensors) for name, run in runs.items()}

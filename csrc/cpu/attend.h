@@ -32,14 +32,14 @@ struct Matrix {
 // Where one thread works; from `next` on is what backward needs.
 template <typename A>
 struct Place {
-  A *x, *xt, *o, *keys, *values, *scores, *others, *row;
+  A *x, *xt, *o, *keys, *values, *scores, *row;
   A *top, *sum, *decay;
   A* next;
   Place(A* at, int64_t D)
       : x(at), xt(x + ROWS * D), o(xt + ROWS * D), keys(o + ROWS * D), values(keys + KEYS * D),
-        scores(values + KEYS * D), others(scores + KEYS * ROWS), row(others + KEYS * ROWS), top(row + D),
-        sum(top + ROWS), decay(sum + ROWS), next(decay + ROWS) {}
-  static int64_t size(int64_t D) { return 5 * ROWS * D + 2 * KEYS * ROWS + D + 3 * ROWS; }
+        scores(values + KEYS * D), row(scores + KEYS * ROWS), top(row + D), sum(top + ROWS),
+        decay(sum + ROWS), next(decay + ROWS) {}
+  static int64_t size(int64_t D) { return 3 * ROWS * D + 2 * KEYS * D + KEYS * ROWS + D + 3 * ROWS; }
 };
 
 // One head of one image.

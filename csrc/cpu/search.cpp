@@ -40,7 +40,7 @@ void merge_queries(const Head<A>& g, const SearchForward& io, int64_t j, int64_t
   }
 }
 
-// Scores of keys [n0, n0 + n) as they are; `finish_weights` makes them weights.
+// Of one query; scores until `finish_weights` makes them weights. [N]
 template <typename A>
 A* weights_at(const Head<A>& g, const SearchForward& io, int64_t j) {
   return static_cast<A*>(io.weights) + ((j * g.s.images + g.b) * g.s.heads + g.h) * g.s.tokens;

@@ -166,7 +166,7 @@ class THead(nn.Module):
         if self.mode == "cross":
             return self.look(self.remember(tokens, grid, embedding=False)[1], queries)[0]
         x = self._embedded(tokens, grid)
-        _check_queries(queries, len(x), x.shape[2])
+        queries = self._asking(queries, len(x))
         layers = Layers(x)
         with torch.autocast(x.device.type, enabled=False):
             return self._joint(layers, x, queries)
@@ -200,7 +200,7 @@ class THead(nn.Module):
         [Q, B, D] -> their own output [Q, B, D], and with `weights` the attention [Q, B, H, N] of
         each block.
         """
-        _check_queries(queries, len(memory[0][0]), self.pos_embed.shape[2])
+        queries = self._asking(queries, len(memory[0][0]))
         looks, layers = [], Layers(queries)
         with torch.autocast(queries.device.type, enabled=False):
             for block, (k, v) in zip(self.blocks, memory, strict=True):
@@ -222,6 +222,17 @@ class THead(nn.Module):
         if tokens.shape[1] != grid[0] * grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens are no map of {grid[0]} x {grid[1]}")
         return self.embed(tokens, grid)
+
+    def _asking(self, queries: Tensor, images: int) -> Tensor:
+        """Queries in the tokens' dtype: under autocast a stem gives 16 bits, which neither the
+        residual sums may have nor, on a GPU, a LayerNorm of fp32 weights takes."""
+        dim = self.pos_embed.shape[2]
+        if queries.ndim != 3 or queries.shape[1:] != (images, dim):
+            raise ValueError(
+                f"queries must be [Q, B, D] = [Q, {images}, {dim}] for these tokens, "
+                f"got {list(queries.shape)}"
+            )
+        return queries.to(self.pos_embed.dtype)
 
     def _joint(self, layers: "Layers", x: Tensor, queries: Tensor) -> Tensor:
         """[B, N, D], [Q, B, D] -> [Q, B, D]
@@ -303,11 +314,3 @@ def _init(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _check_queries(queries: Tensor, images: int, width: int) -> None:
-    if queries.ndim != 3 or queries.shape[1:] != (images, width):
-        raise ValueError(
-            f"queries must be [Q, B, D] = [Q, {images}, {width}] for these tokens, "
-            f"got {list(queries.shape)}"
-        )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import register
+from .distill import transformed
 from .reference import joined
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [b, H, M, d] over maps [b, H, N, d]
@@ -41,7 +42,11 @@ def _joint(attention: Attention, *given: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
+    out = F.scaled_dot_product_attention(query, key, value)
+    if query.device.type != "cpu" or key.shape[2] >= 16:
+        return out
+    # A row of fewer scores than a vector has, all NaN, it takes for a masked one and makes 0 of it.
+    return torch.add(out, query.detach().amax(dim=-1, keepdim=True), alpha=0)
 
 
 def _run(form: Any, attention: Attention, first: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -51,7 +56,9 @@ def _run(form: Any, attention: Attention, first: Tensor, *rest: Any) -> tuple[Te
 
 
 def _sdpa_why_not(first: Tensor, *rest: Any, weights: bool = False) -> str | None:
-    return "it gives no attention weights" if weights or (rest and rest[-1] is True) else None
+    if weights or (rest and rest[-1] is True):
+        return "it gives no attention weights"
+    return transformed(first, *(t for t in rest if isinstance(t, Tensor)))
 
 
 def _xformers_why_not(first: Tensor, *rest: Any, weights: bool = False) -> str | None:

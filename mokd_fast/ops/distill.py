@@ -278,14 +278,16 @@ def plain(tensors: Iterable[Tensor]) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def transformed(student: Tensor) -> str | None:
-    """torch.func's transforms and forward mode take the reference alone."""
+def transformed(*tensors: Tensor) -> str | None:
+    """torch.func's transforms and forward mode, of any of these, take the reference alone."""
     if torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(student):
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return "it cannot run under torch.func transforms (grad, vmap)"
-    if forward_ad.unpack_dual(student).tangent is not None:  # a custom operator would drop it
-        return "it has no forward-mode derivative"
+    if forward_ad._current_level < 0:  # no tensor has a tangent; to ask each would take 1 us
+        return None
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "it has no forward-mode derivative"  # a custom operator would drop the tangent
     return None
 
 

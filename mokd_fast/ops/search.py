@@ -262,14 +262,15 @@ def _run_joint(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 def why_not(backend: str, first: Tensor, *rest: Any, weights: bool = False) -> str | None:
     """Why the kernels of a backend cannot take these tensors, or None."""
-    if reason := transformed(first):
+    tensors = [t for t in rest if isinstance(t, Tensor)]
+    if reason := transformed(first, *tensors):
         return reason
     if backend == "triton" and (reason := triton_why_not(first)):
         return reason
     low, high = WIDTHS
     if not low <= first.shape[-1] <= high:
         return f"it takes heads {low} to {high} wide, these are {first.shape[-1]}"
-    kernels, tensors = _kernels(backend), [t for t in rest if isinstance(t, Tensor)]
+    kernels = _kernels(backend)
     ask = kernels.search_why_not if backend == "cuda" else kernels.why_not
     found: str | None = ask(first, tensors)
     return found
@@ -284,11 +285,13 @@ def _unmeasured(query: Tensor, key: Tensor, value: Tensor, weights: bool = False
 
 
 def _avoid(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> str | None:
-    """Where PyTorch's attention is faster on the CPU: fp32 with few queries (bench/search.py)."""
-    few = 4 if _differentiable((query, key, value)) else 1
-    if weights or query.dtype != torch.float32 or not 1 <= len(query) <= few:
+    """Where PyTorch's attention is faster on the CPU: fp32 with few queries and a backward pass
+    (bench/search.py)."""
+    if weights or query.dtype != torch.float32 or not 1 <= len(query) <= 4:
         return None
-    return "but for so few fp32 queries an image sdpa takes 0.7 to 0.95 of its time"
+    if not _differentiable((query, key, value)):
+        return None
+    return "but for so few fp32 queries an image, with backward, sdpa takes 0.7 to 0.95 of its time"
 
 
 for _op, _run in (("feature_search", _run_search), ("joint_attention", _run_joint)):
@@ -310,9 +313,9 @@ register("joint_attention", "reference", reference.joint_attention)
 def _check(maps: dict[str, Tensor], queries: dict[str, Tensor]) -> None:
     """Maps [B, H, N, d] of one shape, queries [Q, B, H, d] of one shape that fit."""
     name, first = next(iter(maps.items()))
-    if first.ndim != 4 or not first.is_floating_point() or 0 in first.shape[2:]:
+    if first.ndim != 4 or first.dtype not in cpu.TYPES or 0 in first.shape[1:]:
         raise ValueError(
-            f"{name} must be floating [B, H, N, d] with N and d >= 1, "
+            f"{name} must be fp16, bf16, fp32 or fp64 [B, H, N, d] with H, N and d >= 1, "
             f"got {first.dtype} of shape {list(first.shape)}"
         )
     B, H, _, d = first.shape

@@ -187,6 +187,22 @@ def test_search_under_autocast_is_as_near_as_the_literal_one(search):
     assert error <= 0.05 if search == "cross" else error <= 1.5 * (theirs - exact).abs().max()
 
 
+@pytest.mark.parametrize("search", ["joint", "cross"])
+def test_queries_of_16_bits(search):
+    """A stem gives them under autocast. Residual sums stay in fp32, and no LayerNorm sees two
+    dtypes, which only CPUs take."""
+    head = wide(torch.float32, search=search)
+    tokens, pooled = torch.randn(2, 6, 20), torch.randn(2, 20)
+    for block in head.blocks:
+        block.norm1.register_forward_pre_hook(lambda m, x: seen.append(x[0].dtype))
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        queries = head.query(pooled).expand(3, -1, -1)
+        found = head.search(tokens, (2, 3), queries)
+        assert queries.dtype == torch.bfloat16 and set(seen) == {torch.float32}
+        assert torch.equal(found, head.search(tokens, (2, 3), queries.float()))
+
+
 def test_searches_that_do_not_fit():
     head, tokens = t_head(), torch.randn(2, 6, 20, dtype=torch.float64)
     queries = torch.randn(3, 2, 12, dtype=torch.float64)

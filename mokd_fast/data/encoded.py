@@ -4,8 +4,8 @@ Pillow is the reference. DALI 2.4 equals it to the bit for JPEG, PNG and WebP in
 and within a level where it makes grey of colour or 8 bits of 16. What it does otherwise (levels of
 256 off): CMYK JPEG without Adobe's marker (88), 16-bit BMP (2), PGM of less than 256 levels (99),
 float TIFF (96), LAB TIFF (8); it turns a TIFF by its orientation and its boxes not; it refuses
-bilevel and 32-bit TIFF, text PPM, GIF, 15-bit BMP, and a PNG whose last chunk is cut off. All of
-these are told by the header, and Pillow decodes them.
+bilevel and 32-bit TIFF, text PPM, GIF, 15-bit BMP, and a PNG whose last chunk is cut off. A batch
+of all of them ended the process (SIGSEGV). The header tells these, and Pillow decodes them.
 
 Damage: both refuse the same cut-off files. Flipped bits are found by PNG's check sums in both; in a
 JPEG most are pixels to both, but DALI goes on at some false markers where Pillow stops ("broken

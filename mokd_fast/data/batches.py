@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from . import cpu, pillow
+from .encoded import as_file
 from .params import AugmentConfig, ViewParams, draw_views, epoch_order
 from .sources import Source
 from .table import augment_table
@@ -54,16 +55,10 @@ class Files(NamedTuple):
     views: Views  # all but the crops, which are empty
 
 
-class File(NamedTuple):
-    data: bytes
-    height: int
-    width: int
-
-
 @dataclass
 class Batches(Dataset):
-    """Item s is the batch of micro-step s: `Views`, or `Files` of the kinds "files", whose headers
-    alone were read, and "checked files", which Pillow could decode.
+    """Item s is the batch of micro-step s: `Views`, or `Files` of the kinds "files", most of them
+    known by their headers alone, and "checked files", which Pillow could decode.
 
     An error that is the user's to mend is returned, not raised: DataLoader would wrap it in a
     traceback's text.
@@ -154,12 +149,9 @@ class Batches(Dataset):
 
     def _open(self, data: bytes) -> Any:
         """The decoded picture, or the file with its size."""
-        if self.kind == "files":
-            return File(data, *pillow.size(data))
-        picture = pillow.decode(data, self.channels)
-        if self.kind == "checked files":
-            return File(data, picture.height, picture.width)
-        return picture
+        if "files" in self.kind:
+            return as_file(data, self.channels, check=self.kind == "checked files")
+        return pillow.decode(data, self.channels)
 
 
 class _Met(NamedTuple):

@@ -1,8 +1,8 @@
 """What the cpu loader does to one picture: every crop from one decode, with PyTorch's resize.
 
 PyTorch's antialiased bicubic resize of uint8 takes a third of Pillow's time and ends at most one
-grey level beside it. What follows a crop, flip to solarize, is left to `ops.augment_crops`, a batch
-at a time, with the numbers of `augment_table`.
+grey level beside it (two in a few pixels of enlarged pictures). What follows a crop, flip to
+solarize, is left to `ops.augment_crops`, a batch at a time, with the numbers of `augment_table`.
 """
 
 from collections.abc import Sequence

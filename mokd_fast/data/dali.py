@@ -82,7 +82,7 @@ class Cropper:
             try:
                 self._sent.append(self._lost.popleft() if self._lost else next(files))
             except Exception as error:
-                self._end = error
+                self._end = self._end or error  # asked again after its error, a generator just ends
                 raise StopIteration from None
             return _arrays(self._sent[-1])
 

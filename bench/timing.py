@@ -3,11 +3,12 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ BUSY = 0.1  # share of the machine's processor time
 
 
 class Medians(dict[str, float]):
-    """Seconds of each run, and how many rounds were thrown away because the machine was busy."""
+    """Seconds of each run, and how many rounds were thrown away because the machine was busy.
 
-    discarded = 0
+    turns, cpu: of each run its seconds in the rounds that count, by the clock and of the processor
+    (this process and those that it began and that ended in the turn).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.discarded = 0
+        self.turns: dict[str, list[float]] = {name: [] for name in names}
+        self.cpu: dict[str, list[float]] = {name: [] for name in names}
 
 
 def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Medians:
@@ -32,17 +41,17 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 
     A round in which other processes took more than BUSY of the machine is repeated, up to twice as
     many rounds in all; with more than that the machine is too busy to wait for.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    result, counted, turn = Medians(), 0, 0
+    result, counted, turn = Medians(runs), 0, 0
     while counted < rounds:
-        before, times = _others(), {}
+        before, times, cpu = _others(), {}, {}
         for name, run in list(runs.items())[:: 1 if turn % 2 else -1]:  # each after each
             _synchronize()
-            begin = time.perf_counter()
+            used, begin = _ours(), time.perf_counter()
             for _ in range(calls):
                 run()
             _synchronize()
             times[name] = (time.perf_counter() - begin) / calls
+            cpu[name] = (_ours() - used) / calls
         share = (_others() - before) / (calls * sum(times.values()) * (os.cpu_count() or 1))
         turn += 1
         if turn == 1:
@@ -51,9 +60,10 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 
             result.discarded += 1
             continue
         counted += 1
-        for name, value in times.items():
-            seconds[name].append(value)
-    result.update({name: statistics.median(values) for name, values in seconds.items()})
+        for name in runs:
+            result.turns[name].append(times[name])
+            result.cpu[name].append(cpu[name])
+    result.update({name: statistics.median(values) for name, values in result.turns.items()})
     return result
 
 
@@ -163,8 +173,13 @@ def _others() -> float:
     except OSError:
         return 0.0
     user, nice, system, _, _, irq, softirq, steal = (int(x) for x in fields[:8])
-    ours = time.process_time()
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - ours
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - _ours()
+
+
+def _ours() -> float:
+    """Processor seconds of this process, and of those that it began and that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def _synchronize() -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from . import cpu, pillow
+from .encoded import as_file
 from .params import AugmentConfig, ViewParams, draw_views, epoch_order
 from .sources import Source
 from .table import augment_table
@@ -54,16 +55,10 @@ class Files(NamedTuple):
     views: Views  # all but the crops, which are empty
 
 
-class File(NamedTuple):
-    data: bytes
-    height: int
-    width: int
-
-
 @dataclass
 class Batches(Dataset):
-    """Item s is the batch of micro-step s: `Views`, or `Files` of the kinds "files", whose headers
-    alone were read, and "checked files", which Pillow could decode.
+    """Item s is the batch of micro-step s: `Views`, or `Files` of the kinds "files", most of them
+    known by their headers alone, and "checked files", which Pillow could decode.
 
     An error that is the user's to mend is returned, not raised: DataLoader would wrap it in a
     traceback's text.
@@ -99,12 +94,15 @@ class Batches(Dataset):
         cfg, B, C = self.augment, self.batch, self.channels
         views = np.empty((2, B, *cfg.global_hw, C), np.uint8)
         small = np.empty((cfg.locals, B, *cfg.local_hw, C), np.uint8)
-        render = pillow.render if self.kind == "pillow" else cpu.crops
         met = _Met([], [], [])
         for b, image in enumerate(self._pictures(step, met)):
-            for v, crop in enumerate(render(image, met.params[b], cfg)):
+            for v, crop in enumerate(self.render(image, met.params[b])):
                 (views if v < 2 else small)[v if v < 2 else v - 2, b] = crop
         return met.views(views, small, finished=self.kind == "pillow")
+
+    def render(self, image: Any, params: list[ViewParams]) -> list[np.ndarray]:
+        """The views of one decoded picture, finished for the kind "pillow", else only cropped."""
+        return (pillow.render if self.kind == "pillow" else cpu.crops)(image, params, self.augment)
 
     def _files(self, step: int) -> Files:
         met = _Met([], [], [])
@@ -151,12 +149,9 @@ class Batches(Dataset):
 
     def _open(self, data: bytes) -> Any:
         """The decoded picture, or the file with its size."""
-        if self.kind == "files":
-            return File(data, *pillow.size(data))
-        picture = pillow.decode(data, self.channels)
-        if self.kind == "checked files":
-            return File(data, picture.height, picture.width)
-        return picture
+        if "files" in self.kind:
+            return as_file(data, self.channels, check=self.kind == "checked files")
+        return pillow.decode(data, self.channels)
 
 
 class _Met(NamedTuple):

@@ -1,8 +1,8 @@
 """What the cpu loader does to one picture: every crop from one decode, with PyTorch's resize.
 
 PyTorch's antialiased bicubic resize of uint8 takes a third of Pillow's time and ends at most one
-grey level beside it. What follows a crop, flip to solarize, is left to `ops.augment_crops`, a batch
-at a time, with the numbers of `augment_table`.
+grey level beside it (two in a few pixels of enlarged pictures). What follows a crop, flip to
+solarize, is left to `ops.augment_crops`, a batch at a time, with the numbers of `augment_table`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,9 @@ from .params import AugmentConfig, ViewParams
 def crops(image: Image.Image, params: Sequence[ViewParams], cfg: AugmentConfig) -> list[np.ndarray]:
     """The views of one decoded picture, cropped and resized: uint8 [h, w, C] each."""
     pixels = np.array(image)  # [H, W] or [H, W, C]
-    x = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).movedim(-1, 0).unsqueeze(0)
+    # [1, C, H, W] that PyTorch knows as channels_last by the strides, so that crops come out as
+    # [h, w, C] in memory: 0.7 ms a picture where the transposition took 1.3 (2x224 + 8x96).
+    x = torch.from_numpy(pixels.reshape(1, *pixels.shape[:2], -1)).permute(0, 3, 1, 2)
     return [
         F.interpolate(
             x[..., p.top : p.top + p.height, p.left : p.left + p.width],

@@ -82,7 +82,7 @@ class Cropper:
             try:
                 self._sent.append(self._lost.popleft() if self._lost else next(files))
             except Exception as error:
-                self._end = error
+                self._end = self._end or error  # asked again after its error, a generator just ends
                 raise StopIteration from None
             return _arrays(self._sent[-1])
 
@@ -110,8 +110,8 @@ class Cropper:
                         self._lost.appendleft(check(checked))
                     continue
                 views = self._sent.popleft().views
-                small = torch.stack(crops[2:]) if len(crops) > 2 else None
-                yield views._replace(globals=torch.stack(crops[:2]), locals=small)
+                small = _stacked(crops[2:]) if len(crops) > 2 else None
+                yield views._replace(globals=_stacked(crops[:2]), locals=small)
         finally:
             _close(pipe)
         if not isinstance(self._end, StopIteration):
@@ -130,6 +130,14 @@ class Cropper:
             stream = torch.cuda.current_stream(self._device)
             return [torch.from_dlpack(o.as_tensor()) for o in pipe.run(cuda_stream=stream)]  # type: ignore[attr-defined]
         return [torch.from_dlpack(o.as_tensor()) for o in pipe.run()]  # type: ignore[attr-defined]
+
+
+def _stacked(crops: list[Tensor]) -> Tensor:
+    """[V, B, h, w, C]. On the CPU NumPy copies: torch's OpenMP threads wait for each other in busy
+    loops while DALI's have the cores, 2 of 11 ms a picture (2 cores, 2 x 224 and 8 x 96)."""
+    if crops[0].is_cuda:
+        return torch.stack(crops)
+    return torch.from_numpy(np.stack([crop.numpy() for crop in crops]))
 
 
 def _arrays(files: Files) -> list[list[np.ndarray]]:

@@ -6,6 +6,7 @@ decodes and resizes with NVIDIA DALI, on the CPU or the GPU.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -27,16 +28,15 @@ Loader = Literal["cpu", "dali", "pillow"]
 
 
 class _From(Sampler):
-    """Micro-steps from `start`, without end."""
+    """Micro-steps from `start` up to and without `stop`, by default without end."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, start: int, stop: int | None) -> None:
+        self.start, self.stop = start, stop
 
     def __iter__(self) -> Iterator[int]:
-        step = self.start
-        while True:
-            yield step
-            step += 1
+        if self.stop is None:
+            return itertools.count(self.start)
+        return iter(range(self.start, self.stop))
 
 
 class ViewLoader:
@@ -95,9 +95,10 @@ class ViewLoader:
         self.steps_per_epoch = self._batches.steps
         self.bad_files: dict[str, str] = {}
 
-    def batches(self, start: int = 0) -> Iterator[Views]:
-        """The batches of micro-steps start, start + 1, …; raises UserError if none can be read."""
-        batches = self._made(start)
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Views]:
+        """The batches of micro-steps start, start + 1, … up to and without stop, by default without
+        end; raises UserError if none can be read."""
+        batches = self._made(start, stop)
         if self.loader == "dali":
             from .dali import Cropper
 
@@ -108,13 +109,13 @@ class ViewLoader:
             self._note(views.bad)
             yield views
 
-    def _made(self, start: int) -> Iterator[Any]:
+    def _made(self, start: int, stop: int | None) -> Iterator[Any]:
         """What the workers make, in order."""
         dali, gpu = self.loader == "dali", self.device.type == "cuda"
         loader = DataLoader(
             self._batches,
             batch_size=None,  # an item is a batch
-            sampler=_From(start),
+            sampler=_From(start, stop),
             # DALI decodes in threads of its own; where it waits for a disk, few processes read.
             num_workers=min(self._workers, 2 if gpu else 0) if dali else self._workers,
             collate_fn=same,

@@ -17,11 +17,12 @@ _MODES = {1: "L", 3: "RGB"}
 def decode(data: bytes, channels: int) -> Image.Image:
     """The picture in `data`, whole, as mode L (channels 1) or RGB (channels 3).
 
-    Transparency is dropped and EXIF orientation left alone, as by ImageFolder; 16-bit grey is
-    scaled to 8 bits (Pillow's own conversion would clip it). Raises OSError or what Pillow's
-    plugin raises for a broken file, Image.DecompressionBombError for a giant one.
+    Transparency is dropped and EXIF orientation left alone (but of a TIFF, which Pillow turns as
+    it loads it), as by ImageFolder; 16-bit grey is scaled to 8 bits (Pillow's own conversion would
+    clip it). Raises OSError or what Pillow's plugin raises for a broken file,
+    Image.DecompressionBombError for a giant one.
     """
-    image = _open(data)
+    image = header(data)
     image.load()
     image.info.pop("transparency", None)  # Pillow would warn about it and drop it all the same
     if image.mode.startswith("I"):
@@ -29,13 +30,8 @@ def decode(data: bytes, channels: int) -> Image.Image:
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
-def size(data: bytes) -> tuple[int, int]:
-    """(height, width) of the picture in `data`, from its header; raises as `decode`."""
-    image = _open(data)
-    return image.height, image.width
-
-
-def _open(data: bytes) -> Image.Image:
+def header(data: bytes) -> Image.Image:
+    """The picture in `data`, not yet decoded: its size, mode and format; raises as `decode`."""
     if not data:
         raise OSError("empty file (0 bytes)")
     try:

@@ -122,6 +122,15 @@ def test_resume_from_any_step(folder, kind):
         assert_same(take(it, 2, start), whole[start : start + 2])
 
 
+@KINDS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_span_of_steps_ends(workers, kind, folder, alarm):
+    source = open_source(folder)
+    it = loader(source, workers=workers, loader=kind)
+    assert_same(list(it.batches(3, 6)), take(loader(source, loader=kind), 3, start=3))
+    assert list(it.batches(3, 3)) == []
+
+
 def test_the_seed_changes_order_and_views(folder):
     source = open_source(folder)
     a, b = (take(loader(source, seed=s, batch=23), 1)[0] for s in (0, 1))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 
@@ -90,7 +91,12 @@ class World:
                     f"{torch.cuda.device_count()}: start as many processes, or train.device=cpu"
                 )
             torch.cuda.set_device(self.local)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, size = next(rendezvous("env://", self.rank, self.size))
+        # torchrun's store outlives a restart, and with it addresses of processes that are dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         self._own = True
 
     @property

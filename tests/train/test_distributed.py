@@ -1,5 +1,6 @@
 """Several processes: the curve of one with the same batch, one run folder, exact resume."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,24 +89,37 @@ def test_two_processes_are_one_with_the_same_batch(data, tmp_path):
     assert codes == [2, 2] and "is of another recipe" in out[0] and out[1] == ""
 
 
+def child(parent, variable):
+    """The process that torchrun `parent` started with this environment variable, if it lives."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent and variable in (entry / "environ").read_text().split("\0"):
+                return int(entry.name)
+    return None
+
+
 @pytest.mark.slow
-def test_a_rank_that_dies_and_the_run_goes_on(data, tmp_path):
-    """Bit-equal to two processes that were not stopped."""
-    recipe = recipe_of(data, "train.duration=12ep")
+def test_torchrun_starts_again_after_a_death(data, tmp_path):
+    """From the last checkpoint, and bit-equal to two processes that were not stopped."""
+    recipe = recipe_of(data, "train.duration=24ep")
     codes, out = wait(start(recipe, tmp_path / "whole", 2))
     assert codes == [0, 0], out
-    processes = start(recipe, tmp_path / "parts", 2)
-    while not len(list((tmp_path / "parts").glob("checkpoints/*.pt"))):
-        assert processes[1].poll() is None
-        time.sleep(0.05)
-    processes[1].kill()
-    time.sleep(0.5)
-    processes[0].send_signal(signal.SIGKILL)  # as torchrun ends the others
-    wait(processes)
-    stopped = load_checkpoint(last_checkpoint(tmp_path / "parts"))["step"]
-    codes, out = wait(start(recipe, tmp_path / "parts", 2))
-    assert codes == [0, 0], out
-    assert stopped < 36 and f"from step {stopped} of 36" in out[0]
+    run = tmp_path / "parts"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--max-restarts", "1", "-m", "--", "mokd_fast", "pretrain",
+               tmp_path / "whole.yaml", "--run", run]  # fmt: skip
+    with subprocess.Popen(
+        list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as torchrun:  # fmt: skip
+        while not list(run.glob("checkpoints/*.pt")):
+            assert torchrun.poll() is None
+            time.sleep(0.05)
+        os.kill(child(torchrun.pid, "LOCAL_RANK=1"), signal.SIGKILL)
+        said = torchrun.communicate(timeout=200)[0]
+    assert torchrun.returncode == 0, said
+    assert f"resuming {run} from step" in said
     whole, parts = (load_checkpoint(last_checkpoint(tmp_path / n)) for n in ("whole", "parts"))
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name

@@ -39,6 +39,9 @@ def pretrain(
         Path | None,
         typer.Option(help="a run folder or checkpoint whose weights a new run starts from"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="a few steps, then time and memory of the whole run")
+    ] = False,
 ) -> None:
     """Pre-train the models of RECIPE: a published name or a .yaml file.
 
@@ -50,6 +53,12 @@ def pretrain(
     words = arguments or []
     named = words[:1] if words and "=" not in words[0] else []
     recipe = named[0] if named else "resnet50-vit_small"
+    if dry_run:
+        from .train.dry import dry_run as measure
+        from .train.recipe import load_recipe
+
+        measure(load_recipe(recipe, words[len(named) :]), console)
+        return
     folder = _train(recipe, *words[len(named) :], run=run, warm_start=warm_start)
     _say(f"Run folder: {folder}")
 

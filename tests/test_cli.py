@@ -1,5 +1,6 @@
 """Every mistake a user can make: one message that names it and the way out, exit code 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -267,3 +268,18 @@ def test_views(run, data, tmp_path):
     refused(run("views", data, "--loader", "gpu"), "no loader 'gpu'; there are cpu, dali, pillow")
     refused(run("views", data, "--out", tmp_path / "no" / "v.png"), "cannot be written: No such")
     refused(run("views", tmp_path / "gone"), "no such folder")
+
+
+def test_a_dry_run_says_what_the_run_needs(run, recipe, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run("pretrain", recipe, "--dry-run")
+    assert code == 0
+    said = " ".join(said.split())
+    found = re.search(
+        r"4 steps of (\S+) s take (\S+) hours, .* memory (\S+) GiB, a checkpoint", said
+    )
+    assert found, said
+    seconds, hours, gib = map(float, found.groups())
+    assert hours == pytest.approx(4 * seconds / 3600, rel=0.02) and 0.1 < gib < 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "small.yaml"]
+    refused(run("pretrain", recipe, "train.batch=999", "--dry-run"), "does not fit a data set")

@@ -42,7 +42,8 @@ def fit(trainer: Trainer) -> None:
 
 def _steps(trainer: Trainer) -> None:
     total = trainer.total
-    batches = _Counted(trainer.loader.batches(trainer.done * trainer.recipe.train.accumulate))
+    parts = trainer.recipe.train.accumulate
+    batches = _Counted(trainer.loader.batches(trainer.done * parts, total * parts))
     meter = Meter(batches, trainer.skipped)
     trainer.mokd.train()
     with StopSignals() as stop, RunLog(trainer.run, trainer.done, total, trainer.console) as log:

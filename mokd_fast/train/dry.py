@@ -1,0 +1,75 @@
+"""What a run will take, from a few of its steps: nothing is kept."""
+
+import resource
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+
+from .loop import Trainer
+from .meter import Meter
+from .recipe import Recipe
+from .state import capture
+
+_STEPS = 4  # the first one is not timed: it allocates and compiles
+
+
+def dry_run(recipe: Recipe, console: Console) -> dict[str, float]:
+    """Trains a few steps in a folder that goes away, and says what the whole run needs.
+
+    Returns seconds a step, `hours` of the run's steps at that pace, `peak_bytes` (of the process
+    on the CPU, of tensors on a GPU), `checkpoint_bytes`, and `data_wait`, the share of a step that
+    waits for pictures. The check of all pictures is left out. Raises UserError as `Trainer`.
+    """
+    unchecked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"check": False})})
+    with TemporaryDirectory(prefix="mokd-fast-") as folder:
+        trainer = Trainer(unchecked, Path(folder) / "run", console)
+        try:
+            found = _measure(trainer)
+        finally:
+            trainer.lock.release()
+    where = "GPU memory" if trainer.device.type == "cuda" else "memory"
+    trainer.say(
+        f"{trainer.total} steps of {found['seconds']:.3g} s take {found['hours']:.3g} hours, "
+        f"{found['data_wait']:.0%} of them waiting for pictures; {where} "
+        f"{found['peak_bytes'] / 2**30:.2f} GiB, a checkpoint "
+        f"{found['checkpoint_bytes'] / 2**30:.2f} GiB"
+    )
+    return found
+
+
+def _measure(trainer: Trainer) -> dict[str, float]:
+    cuda = trainer.device.type == "cuda"
+    steps = min(_STEPS, trainer.total)
+    batches = trainer.loader.batches(0, steps * trainer.recipe.train.accumulate)
+    meter = Meter(batches)
+    trainer.mokd.train()
+    begin = time.perf_counter()
+    for k in range(steps):
+        if k == 1:
+            begin = _now(cuda)
+            meter = Meter(batches)
+        meter.add(k + 1, trainer.step(k, meter))
+        trainer.done = k + 1
+    seconds = (_now(cuda) - begin) / max(steps - 1, 1)
+    peak = torch.cuda.max_memory_allocated(trainer.device) if cuda else _resident()
+    tensors = [t for t in torch.utils._pytree.tree_leaves(capture(trainer)) if torch.is_tensor(t)]
+    return {
+        "seconds": seconds,
+        "hours": seconds * trainer.total / 3600,
+        "peak_bytes": peak,
+        "checkpoint_bytes": sum(t.nbytes for t in tensors),
+        "data_wait": meter.read(trainer.recipe.train.max_skipped)["data_wait"],
+    }
+
+
+def _now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

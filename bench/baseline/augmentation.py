@@ -14,8 +14,6 @@ from torch import Tensor
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
-from mokd_fast.data import AugmentConfig
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Transform = Callable[[Any], Any]
 
@@ -41,13 +39,13 @@ class Solarization:
 class Official:
     """A picture to its views, float32 [3, h, w] each: two global ones, then local ones."""
 
-    def __init__(self, cfg: AugmentConfig) -> None:
+    def __init__(self, cfg: Any) -> None:
         self.views = [v1.Compose(self.steps(cfg, min(v, 2))) for v in range(2 + cfg.locals)]
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
         return [view(image) for view in self.views]
 
-    def steps(self, cfg: AugmentConfig, kind: int) -> list[Transform]:
+    def steps(self, cfg: Any, kind: int) -> list[Transform]:
         """kind: 0 view 1, 1 view 2, 2 local"""
         jitter = v1.ColorJitter(cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue)
         size, scale = _size(cfg, kind), _scale(cfg, kind)
@@ -67,7 +65,7 @@ class Tensors(Official):
     def __call__(self, image: Image.Image) -> list[Tensor]:
         return super().__call__(v2.functional.pil_to_tensor(image))
 
-    def steps(self, cfg: AugmentConfig, kind: int) -> list[Transform]:
+    def steps(self, cfg: Any, kind: int) -> list[Transform]:
         jitter = v2.ColorJitter(cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue)
         size, scale = _size(cfg, kind), _scale(cfg, kind)
         blur = v2.GaussianBlur(13, cfg.blur_sigma)  # 3 sigma at the widest
@@ -83,9 +81,9 @@ class Tensors(Official):
         ]
 
 
-def _size(cfg: AugmentConfig, kind: int) -> tuple[int, int]:
+def _size(cfg: Any, kind: int) -> tuple[int, int]:
     return cfg.local_hw if kind == 2 else cfg.global_hw
 
 
-def _scale(cfg: AugmentConfig, kind: int) -> tuple[float, float]:
+def _scale(cfg: Any, kind: int) -> tuple[float, float]:
     return cfg.local_scale if kind == 2 else cfg.global_scale

@@ -29,7 +29,7 @@ LOOPS = {
     "search_backward.cpp": {
         "scores": r"product(_columns)?<.*\bfalse, float>",
         "sums": r"product(_columns)?<.*\btrue, float>",
-        "backward": r"(backward_tile|unmerge|unmix|shares)<float>",
+        "backward": r"(backward_tile|unmerge|unmix|shares)<float>|each<float, .*\bbackward<float>",
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential

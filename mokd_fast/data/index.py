@@ -81,7 +81,7 @@ def check(
 def _known(kept: dict[str, np.ndarray], source: Source, stamps: np.ndarray) -> np.ndarray:
     """Sizes of the pictures that did not change since they were found good, else zeros."""
     sizes = np.zeros((len(source), 2), np.int32)
-    if not kept or str(kept["pillow"]) != _PILLOW or not len(kept["names"]):
+    if str(kept.get("pillow")) != _PILLOW or not len(kept["names"]):
         return sizes
     if str(kept["fingerprint"]) == source.fingerprint():
         at = np.arange(len(source))

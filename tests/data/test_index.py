@@ -123,6 +123,12 @@ def test_another_pillow_and_a_damaged_cache(folder, cache, monkeypatch):
     (file,) = (cache / "index").iterdir()
     file.write_bytes(file.read_bytes()[:100])
     assert found(folder)[1].checked == 23 and found(folder)[1].checked == 0
+    flipped = bytearray(file.read_bytes())
+    flipped[flipped.index(b"PK\1\2") + 10] ^= 64  # a method of compression that there is not
+    file.write_bytes(flipped)
+    assert found(folder)[1].checked == 23 and found(folder)[1].checked == 0
+    np.savez(file, of=np.arange(3))
+    assert found(folder)[1].checked == 23 and found(folder)[1].checked == 0
 
 
 def test_a_cache_that_cannot_be_written(folder, cache, caplog):

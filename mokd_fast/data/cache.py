@@ -1,10 +1,12 @@
 """Small arrays kept between runs below the cache folder; a hint, never the only copy."""
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,19 @@ def load(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile and NumPy raise anything for damaged bytes
         _log.warning("%s is made anew: %s", path, error)
         return {}
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Held by one process at a time: of several that start at once, one makes what takes long.
+
+    An flock on `path`. Where it cannot be had, each makes its own.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
+        yield
 
 
 def save(path: Path, **arrays: Any) -> None:

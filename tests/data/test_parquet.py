@@ -1,6 +1,8 @@
 import json
 import pickle
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,6 +75,21 @@ def test_the_copy_is_made_once_and_again_for_a_changed_file(tmp_path, cache, mon
     pq.write_table(hub(20, 5), path)
     assert contents(open_source(path)) == DATA[5:25] and len(calls) == 3
     assert [p.name[0] for p in cache.rglob("*.*")].count(".") == 0, "nothing temporary is left"
+
+
+def test_processes_that_start_at_once_make_one_copy(tmp_path, cache, monkeypatch):
+    path, calls, real = tmp_path / "a.parquet", [], parquet._copy
+    pq.write_table(hub(20), path)
+
+    def slow(*arguments):
+        calls.append(1)
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(parquet, "_copy", slow)
+    with ThreadPoolExecutor(3) as pool:  # an flock keeps descriptors apart, of one process too
+        sources = list(pool.map(open_source, [path] * 3))
+    assert len(calls) == 1 and all(contents(source) == DATA[:20] for source in sources)
 
 
 @pytest.mark.parametrize("write", ["stream", "file", "large"])

@@ -60,7 +60,9 @@ def augment_crops(
         params: float32 [B, 12] on the crops' device, as `augment_params` makes it. Columns: flip,
             the order of jitter (four codes: brightness 0, contrast 1, saturation 2, hue 3, none
             -1; each counts once), the factors of those four, grey, sigma in pixels (0: no blur;
-            100 at most), solarize. What is above 0 in flip, grey and solarize means yes.
+            100 at most), solarize. What is above 0 in flip, grey and solarize means yes. The values
+            are not looked at (a GPU would be waited for): NaN, and what `augment_params` would
+            refuse, ends in pixels without a meaning, another one in each backend.
         mean, std: one number a channel, for pixels from 0 to 1.
         dtype: float32, bfloat16 or float16; the arithmetic is fp32 and rounds to it once.
         backend: forces a backend, as the environment variable MOKD_FAST_BACKEND does.

@@ -140,6 +140,13 @@ def test_a_plain_binary_column_and_integer_labels(tmp_path, cache):
     assert open_source(tmp_path / "a.parquet").classes == ()
 
 
+@pytest.mark.parametrize("said", ["{broken", "[]", '{"info": null}', '{"info": {"features": [1]}}'])
+def test_a_description_that_says_nothing(said, tmp_path, cache):
+    pq.write_table(hub(3).replace_schema_metadata({"huggingface": said}), tmp_path / "a.parquet")
+    source = open_source(tmp_path)
+    assert source.classes == ("0", "1") and contents(source) == DATA[:3]
+
+
 def test_which_column(tmp_path, cache):
     table = hub(5, thumb=[b"t%d" % i for i in range(5)])
     pq.write_table(table, tmp_path / "a.parquet")

@@ -15,6 +15,7 @@ import numpy as np
 from .builtin import cache_folder
 
 _log = logging.getLogger(__name__)
+_told: set[Path] = set()  # folders that cannot be written
 
 
 def place(kind: str, *key: object) -> Path:
@@ -63,4 +64,7 @@ def save(path: Path, **arrays: Any) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        _log.warning("%s cannot be written (%s): it is made again next time", path, error.strerror)
+        if path.parent not in _told:  # once, and not for each of a thousand shards
+            _told.add(path.parent)
+            text = "%s cannot be written (%s): it is made again next time"
+            _log.warning(text, path, error.strerror)

@@ -134,8 +134,9 @@ def test_another_pillow_and_a_damaged_cache(folder, cache, monkeypatch):
 def test_a_cache_that_cannot_be_written(folder, cache, caplog):
     cache.write_text("a file where a folder is needed")
     with caplog.at_level(logging.WARNING):
-        assert found(folder)[1].checked == 23
-    assert "cannot be written" in caplog.text
+        for _ in range(2):
+            assert found(folder)[1].checked == 23
+    assert caplog.text.count("cannot be written") == 1
 
 
 def test_processes_find_the_same(folder, monkeypatch, alarm):

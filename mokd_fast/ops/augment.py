@@ -127,10 +127,16 @@ def augment_params(
         if not ((values >= low) & (values <= high)).all():
             raise ValueError(f"{name} must be from {low} to {high}, got {numbers}")
         table[:, AUGMENT_COLUMNS.index(name)] = values
-    # The middle of the hues that make the same byte: fp32 moves it to no other.
-    shift = table[:, 8] * 255
-    table[:, 8] = (shift.trunc() + 0.5 * shift.sign()) / 255
+    settle_hue_(table)
     return table.float().to(device)
+
+
+def settle_hue_(table: Tensor) -> None:
+    """Moves each hue of float64 [B, 12] to the middle of those that Pillow shifts by the same byte:
+    fp32 then moves it to no other."""
+    hue = table[:, AUGMENT_COLUMNS.index("hue")]
+    shift = hue * 255
+    hue.copy_((shift.trunc() + 0.5 * shift.sign()) / 255)
 
 
 @torch.library.custom_op("mokd_fast::augment_crops", mutates_args=())

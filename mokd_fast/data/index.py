@@ -90,7 +90,7 @@ def _known(kept: dict[str, np.ndarray], source: Source, stamps: np.ndarray) -> n
         names = _hashes(source)
         at = order[np.searchsorted(kept["names"], names, sorter=order).clip(max=len(order) - 1)]
         at[kept["names"][at] != names] = -1
-    same = (at >= 0) & (kept["stamps"][at] == stamps).all(1) & (stamps >= 0).all(1)
+    same = (at >= 0) & (kept["stamps"][at] == stamps).all(1) & (stamps[:, 0] >= 0)
     sizes[same] = kept["sizes"][at[same]]
     return sizes
 

@@ -57,7 +57,7 @@ class Source(Protocol):
     def stamps(self) -> np.ndarray:
         """int64 [N, 2]: size and time of change, by which a changed picture is known.
 
-        Below 0: it is not there. 0 0: nothing is known, and it is taken as unchanged.
+        A size below 0: it is not there. 0 0: nothing is known, and it is taken as unchanged.
         """
 
 

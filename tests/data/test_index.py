@@ -106,6 +106,11 @@ def test_only_what_is_new_or_changed_is_checked_again(folder, make_picture):
     assert found(folder)[1].checked == 0
 
 
+def test_a_file_of_before_1970(folder):
+    os.utime(folder / "05.png", (-5, -5))
+    assert found(folder)[1].checked == 23 and found(folder)[1].checked == 0
+
+
 def test_a_changed_shard_is_checked_again(tmp_path, make_picture, folder):
     good = (folder / "00.png").read_bytes()
     for k in range(2):

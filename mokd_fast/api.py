@@ -101,7 +101,7 @@ def views(
     for loader in loaders:
         if loader not in get_args(Loader):
             raise UserError(f"no loader {loader!r}; there are {', '.join(get_args(Loader))}")
-    found = load_recipe(recipe, [*overrides, f"data.root={root}"])
+    found = load_recipe(recipe, [*overrides, f"data.root={json.dumps(str(root))}"])
     picture = views_picture(
         open_source(root),
         found.augment,

@@ -259,12 +259,15 @@ def test_resume_may_change_how_it_is_evaluated_and_where_the_pictures_lie(
     assert again[0] == 0 and "is finished" in again[1]
 
 
-def test_views(run, data, tmp_path):
+def test_views(run, data, tmp_path, monkeypatch):
     out = tmp_path / "views.png"
     grey = ("data.channels=1", "data.mean=[0.5]", "data.std=[1]", "augment.locals=2")
     code, said, _ = run("views", data, *grey, "--images", "2", "--out", out)
     assert code == 0 and said.strip() == str(out)
     assert Image.open(out).width == 5 * 136 - 8  # the picture and four views
+    (odd := tmp_path / "[2024]: #1").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    assert run("views", odd.name, *grey, "--images", "1", "--out", out)[0] == 0
     refused(run("views", data, "--loader", "gpu"), "no loader 'gpu'; there are cpu, dali, pillow")
     refused(run("views", data, "--out", tmp_path / "no" / "v.png"), "cannot be written: No such")
     refused(run("views", tmp_path / "gone"), "no such folder")

@@ -44,9 +44,9 @@ def open_arrays(path: Path, name: str = "") -> SpanSource:
         store: Store = LocalFiles()
         if images.start is None:
             store = _Loaded(images.name, _load(path, images.name))
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise anything for damaged bytes
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read this array file: {reason}") from error
     count, height, width = images.shape[:3]

@@ -90,15 +90,17 @@ def _short(kind: Any) -> str:
 
 def label_column(schema: Any) -> tuple[str, list[str] | None]:
     """(name, class names) of the label column; an empty name when there is none."""
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = described.get("info", {}).get("features") or {}
+    try:
+        features = dict(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
+    except (ValueError, KeyError, TypeError):  # not described, or not as Hugging Face does
+        features = {}
     named = [k for k, v in features.items() if isinstance(v, dict) and "names" in v]
     numbers = [f.name for f in schema if load_pyarrow().types.is_integer(f.type)]
     if len(named) == 1 and named[0] in numbers:
         return named[0], features[named[0]]["names"]
     for name in _LABELS:
         if name in numbers:
-            return name, features.get(name, {}).get("names")
+            return name, features[name]["names"] if name in named else None
     return "", None
 
 

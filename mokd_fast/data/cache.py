@@ -1,11 +1,12 @@
 """Small arrays kept between runs below the cache folder; a hint, never the only copy."""
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import tempfile
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from .builtin import cache_folder
 
 _log = logging.getLogger(__name__)
+_told: set[Path] = set()  # folders that cannot be written
 
 
 def place(kind: str, *key: object) -> Path:
@@ -29,9 +31,22 @@ def load(path: Path) -> dict[str, np.ndarray]:
             return dict(file)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and NumPy raise anything for damaged bytes
         _log.warning("%s is made anew: %s", path, error)
         return {}
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Held by one process at a time: of several that start at once, one makes what takes long.
+
+    An flock on `path`. Where it cannot be had, each makes its own.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX)
+        yield
 
 
 def save(path: Path, **arrays: Any) -> None:
@@ -49,4 +64,7 @@ def save(path: Path, **arrays: Any) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        _log.warning("%s cannot be written (%s): it is made again next time", path, error.strerror)
+        if path.parent not in _told:  # once, and not for each of a thousand shards
+            _told.add(path.parent)
+            text = "%s cannot be written (%s): it is made again next time"
+            _log.warning(text, path, error.strerror)

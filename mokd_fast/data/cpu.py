@@ -1,8 +1,10 @@
 """What the cpu loader does to one picture: every crop from one decode, with PyTorch's resize.
 
-PyTorch's antialiased bicubic resize of uint8 takes a third of Pillow's time and ends at most one
-grey level beside it (two in a few pixels of enlarged pictures). What follows a crop, flip to
-solarize, is left to `ops.augment_crops`, a batch at a time, with the numbers of `augment_table`.
+PyTorch's antialiased bicubic resize of uint8 takes a third of Pillow's time. Of photographs it ends
+0.01 grey levels beside it on average, 10 at most: Pillow 13 starts with the height where that
+shrinks more, PyTorch with the width, and what overshoots is clipped between (of black and white
+noise, where all of it does, 4 on average). What follows a crop, flip to solarize, is left to
+`ops.augment_crops`, a batch at a time, with the numbers of `augment_table`.
 """
 
 from collections.abc import Sequence

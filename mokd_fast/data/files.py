@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ class FileSource:
         return len(self.names)
 
     def read(self, i: int) -> bytes:
-        with open(self.name(i), "rb", buffering=0) as file:
+        with open(self.name(i), "rb", buffering=0, opener=_regular) as file:
             return file.read()
 
     def name(self, i: int) -> str:
@@ -62,6 +63,16 @@ class FileSource:
 
     def stamps(self) -> np.ndarray:
         return np.array([stamp(self.name(i)) for i in range(len(self))], np.int64).reshape(-1, 2)
+
+
+def _regular(path: str, flags: int) -> int:
+    """An opener that refuses pipes and devices, from which a read might never come back."""
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a folder open() says so itself
+        return number
+    os.close(number)
+    raise OSError("not a regular file but a pipe or a device")
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -83,10 +94,17 @@ def folder_labels(names: list[bytes], separator: bytes = os.fsencode(os.sep)) ->
     return classes, np.array([number[head] for head in first], np.int32)
 
 
-def walk(folder: str, others: Counter[str], prefix: str = "") -> Iterator[str]:
-    """Relative paths of the pictures below a folder, sorted; hidden names are left out.
+def walk(
+    folder: str,
+    others: Counter[str],
+    endings: tuple[str, ...] = EXTENSIONS,
+    prefix: str = "",
+    crossed: tuple[str, ...] = (),
+) -> Iterator[str]:
+    """Relative paths of the files with these endings below a folder, sorted; hidden names are left
+    out, and links to a folder that the way there came through.
 
-    others: counts the endings of the files that are no pictures.
+    others: counts the endings of the other files; crossed: where the links on the way lay.
     """
     try:
         with os.scandir(folder) as scan:  # it knows a folder without a stat for each file
@@ -96,19 +114,19 @@ def walk(folder: str, others: Counter[str], prefix: str = "") -> Iterator[str]:
     for entry in entries:
         link = entry.is_symlink()
         if os.path.isdir(entry.path) if link else entry.is_dir():
-            if not (link and _loops(entry.path)):
-                yield from walk(entry.path, others, f"{prefix}{entry.name}{os.sep}")
-        elif entry.name.lower().endswith(EXTENSIONS):
+            way = (*crossed, os.path.realpath(folder)) if link else crossed
+            if not (link and _loops(entry.path, way)):
+                yield from walk(entry.path, others, endings, f"{prefix}{entry.name}{os.sep}", way)
+        elif entry.name.lower().endswith(endings):
             yield prefix + entry.name
         else:
             others[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
 
 
-def _loops(link: str) -> bool:
-    """Whether a linked folder holds the link itself."""
+def _loops(link: str, crossed: tuple[str, ...]) -> bool:
+    """Whether a linked folder holds one of these folders, the link's own or that of one before."""
     target = os.path.realpath(link)
-    parent = os.path.realpath(os.path.dirname(link))
-    return parent == target or parent.startswith(os.path.join(target, ""))
+    return any(f == target or f.startswith(os.path.join(target, "")) for f in crossed)
 
 
 def no_picture(root: str | Path, others: Counter[str]) -> UserError:

@@ -81,7 +81,7 @@ def check(
 def _known(kept: dict[str, np.ndarray], source: Source, stamps: np.ndarray) -> np.ndarray:
     """Sizes of the pictures that did not change since they were found good, else zeros."""
     sizes = np.zeros((len(source), 2), np.int32)
-    if not kept or str(kept["pillow"]) != _PILLOW or not len(kept["names"]):
+    if str(kept.get("pillow")) != _PILLOW or not len(kept["names"]):
         return sizes
     if str(kept["fingerprint"]) == source.fingerprint():
         at = np.arange(len(source))
@@ -90,7 +90,7 @@ def _known(kept: dict[str, np.ndarray], source: Source, stamps: np.ndarray) -> n
         names = _hashes(source)
         at = order[np.searchsorted(kept["names"], names, sorter=order).clip(max=len(order) - 1)]
         at[kept["names"][at] != names] = -1
-    same = (at >= 0) & (kept["stamps"][at] == stamps).all(1) & (stamps >= 0).all(1)
+    same = (at >= 0) & (kept["stamps"][at] == stamps).all(1) & (stamps[:, 0] >= 0)
     sizes[same] = kept["sizes"][at[same]]
     return sizes
 

@@ -160,9 +160,13 @@ def _good(made: Any) -> Any:
 
 def loader_why_not(loader: str) -> str | None:
     """Why a loader is not to be had here, or None."""
-    if loader == "dali" and find_spec("nvidia.dali") is None:
-        return "NVIDIA DALI is not installed: pip install 'mokd_fast[dali]' (Linux)"
-    return None
+    if loader != "dali":
+        return None
+    try:
+        found = find_spec("nvidia.dali")
+    except ModuleNotFoundError:  # nor anything else of NVIDIA's: PyTorch without CUDA
+        found = None
+    return None if found else "NVIDIA DALI is not installed: pip install 'mokd_fast[dali]' (Linux)"
 
 
 def choose_loader(wish: str) -> tuple[Loader, str]:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from ..config import Config
+from ..ops.reference import SIGMA_MAX
 
 # Philox raws are stable across NumPy versions, the streams of Generator are not (NEP 19).
 _SLOTS = 64  # uniforms reserved for each view, 33 in use; a multiple of Philox's block of 4
@@ -88,10 +89,16 @@ class AugmentConfig(Config):
     def _scale(cls, value: Any, info: ValidationInfo) -> Any:
         return _demand(0 < value[0] <= value[1] <= 1, value, info, "ascending, above 0, up to 1")
 
-    @field_validator("ratio", "blur_sigma")
+    @field_validator("ratio")
     @classmethod
     def _range(cls, value: Any, info: ValidationInfo) -> Any:
         return _demand(0 < value[0] <= value[1] < math.inf, value, info, "ascending and above 0")
+
+    @field_validator("blur_sigma")
+    @classmethod
+    def _sigma(cls, value: Any, info: ValidationInfo) -> Any:
+        what = f"ascending, above 0, up to {SIGMA_MAX:g}"  # where `augment_crops` ends
+        return _demand(0 < value[0] <= value[1] <= SIGMA_MAX, value, info, what)
 
     @field_validator("flip", "jitter", "grey", "blur", "solarize")
     @classmethod

@@ -76,12 +76,20 @@ def _copied(path: str, column: str, label: str) -> Column:
     """The copy of a Parquet file's picture column in the cache, made if it is not there."""
     place = cache.place("parquet", os.path.abspath(path), column, label)
     index, copy = place.with_suffix(".npz"), place.with_suffix(".bin")
-    kept, now = cache.load(index), stamp(path)
-    fresh = "stamp" in kept and tuple(kept["stamp"].tolist()) == now
-    if not fresh or stamp(str(copy))[0] != int(kept["bytes"]):
-        kept = _copy(path, column, label, copy)
-        cache.save(index, stamp=np.array(now), **kept)
+    if not (kept := _kept(path, index, copy)):
+        with cache.alone(place.with_suffix(".lock")):  # the processes of a run come here at once
+            if not (kept := _kept(path, index, copy)):
+                now = stamp(path)
+                kept = _copy(path, column, label, copy)
+                cache.save(index, stamp=np.array(now), **kept)
     return Column(str(copy), kept["start"], kept["size"], kept["labels"])
+
+
+def _kept(path: str, index: Path, copy: Path) -> dict[str, np.ndarray]:
+    """The index of a copy that is whole and of the file as it is; empty without one."""
+    kept = cache.load(index)
+    fresh = "stamp" in kept and tuple(kept["stamp"].tolist()) == stamp(path)
+    return kept if fresh and stamp(str(copy))[0] == int(kept["bytes"]) else {}
 
 
 def _copy(path: str, column: str, label: str, copy: Path) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ class RemoteFiles:
     def stamp(self, path: str) -> tuple[int, int]:
         try:
             return _stamp(self._system().info(path))
-        except OSError:
+        except Exception:  # each file system raises its own
             return -1, -1
 
     def open(self, url: str, mode: str) -> Any:

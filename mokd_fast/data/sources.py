@@ -57,7 +57,7 @@ class Source(Protocol):
     def stamps(self) -> np.ndarray:
         """int64 [N, 2]: size and time of change, by which a changed picture is known.
 
-        Below 0: it is not there. 0 0: nothing is known, and it is taken as unchanged.
+        A size below 0: it is not there. 0 0: nothing is known, and it is taken as unchanged.
         """
 
 
@@ -129,8 +129,8 @@ def _open_folder(root: Path, column: str) -> Source:
         return FileSource(root, names, labelled=True)
     for ending in (".tar", *_TABLES):
         if others[ending]:
-            paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() == ending)
-            paths = [p for p in paths if not os.path.basename(p).startswith(".")]
+            found = walk(str(root), Counter(), (ending,))
+            paths = sorted(os.path.join(root, name) for name in found)
             _refuse_splits(root, paths)
             return _open_files(paths, column)
     raise no_picture(root, others)

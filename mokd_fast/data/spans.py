@@ -88,7 +88,8 @@ class SpanSource:
 
     def stamps(self) -> np.ndarray:
         found = np.array([self._store.stamp(path) for path in self._files], np.int64)
-        return np.stack([self._spans.size, found.reshape(-1, 2)[self._spans.file, 1]], 1)
+        size, time = found.reshape(-1, 2)[self._spans.file].T
+        return np.stack([np.where(size < 0, -1, self._spans.size), time], 1)
 
 
 class LocalFiles:

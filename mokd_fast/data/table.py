@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
+from ..ops.augment import settle_hue_
 from .params import ViewParams
 
 _NONE = (-1, -1, -1, -1)
@@ -18,7 +20,5 @@ def augment_table(views: Sequence[ViewParams], *, flip: bool = True) -> np.ndarr
     table = np.array(rows, np.float64).reshape(-1, 12)
     if not flip:
         table[:, 0] = 0
-    # The middle of the hues that make the same byte: fp32 moves it to no other.
-    shift = table[:, 8] * 255
-    table[:, 8] = (np.trunc(shift) + 0.5 * np.sign(shift)) / 255
+    settle_hue_(torch.from_numpy(table))
     return table.astype(np.float32)

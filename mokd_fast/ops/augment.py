@@ -60,7 +60,9 @@ def augment_crops(
         params: float32 [B, 12] on the crops' device, as `augment_params` makes it. Columns: flip,
             the order of jitter (four codes: brightness 0, contrast 1, saturation 2, hue 3, none
             -1; each counts once), the factors of those four, grey, sigma in pixels (0: no blur;
-            100 at most), solarize. What is above 0 in flip, grey and solarize means yes.
+            100 at most), solarize. What is above 0 in flip, grey and solarize means yes. The values
+            are not looked at (a GPU would be waited for): NaN, and what `augment_params` would
+            refuse, ends in pixels without a meaning, another one in each backend.
         mean, std: one number a channel, for pixels from 0 to 1.
         dtype: float32, bfloat16 or float16; the arithmetic is fp32 and rounds to it once.
         backend: forces a backend, as the environment variable MOKD_FAST_BACKEND does.
@@ -125,10 +127,16 @@ def augment_params(
         if not ((values >= low) & (values <= high)).all():
             raise ValueError(f"{name} must be from {low} to {high}, got {numbers}")
         table[:, AUGMENT_COLUMNS.index(name)] = values
-    # The middle of the hues that make the same byte: fp32 moves it to no other.
-    shift = table[:, 8] * 255
-    table[:, 8] = (shift.trunc() + 0.5 * shift.sign()) / 255
+    settle_hue_(table)
     return table.float().to(device)
+
+
+def settle_hue_(table: Tensor) -> None:
+    """Moves each hue of float64 [B, 12] to the middle of those that Pillow shifts by the same byte:
+    fp32 then moves it to no other."""
+    hue = table[:, AUGMENT_COLUMNS.index("hue")]
+    shift = hue * 255
+    hue.copy_((shift.trunc() + 0.5 * shift.sign()) / 255)
 
 
 @torch.library.custom_op("mokd_fast::augment_crops", mutates_args=())

@@ -46,7 +46,8 @@ def views_picture(
             if not first:
                 boxes = [_box(p, image) for p in params]
                 pictures = [cell(original, boxes[:2]), *map(cell, crops)]
-                texts = [[source.name(i).rpartition("/")[2], loader], *map(_numbers, params)]
+                name = source.name(i).rpartition("/")[2].replace("\n", " ")
+                texts = [[name, loader], *map(_numbers, params)]
                 first = crops
             else:
                 rows.append(_row([_label(loader), *map(cell, crops)], [[]] * (1 + len(crops))))

@@ -111,13 +111,29 @@ class Trainer:
         self.loader = self._loader(frozenset())  # refuses a batch that does not fit
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
         self.total = total_steps(recipe, self.steps_per_epoch)
-        self.fingerprint = self.source.fingerprint()
+        self.fingerprint = self._one_list()
         self.lock = self._claim()
         try:
             self._prepare(run, warm_start)
         except BaseException:
             self.lock.release()
             raise
+
+    def _one_list(self) -> str:
+        """The fingerprint of the pictures, which is that of every process: else they would not all
+        be seen, and some twice."""
+        mine = self.source.fingerprint()
+        found = self.world.gather(mine)
+
+        def refuse() -> None:
+            if other := [str(rank) for rank, theirs in enumerate(found) if theirs != found[0]]:
+                raise UserError(
+                    f"data.root={self.recipe.data.root} is another list of pictures in process "
+                    f"{', '.join(other)} than in process 0: give every machine the same files"
+                )
+
+        self.world.decide(refuse)
+        return mine
 
     def _claim(self) -> RunLock:
         locks: list[RunLock] = []

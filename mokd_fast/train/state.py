@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def versions(trainer: Trainer) -> dict[str, str]:
     """What else the bits of a result depend on."""
     packages = ("mokd_fast", "torchvision", "timm", "numpy", "pillow")
     found = {"torch": str(torch.__version__)} | {name: version(name) for name in packages}
+    if trainer.loader.loader == "dali":
+        found["dali"] = str(import_module("nvidia.dali").__version__)
     found |= {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
     if trainer.device.type == "cuda":
         name = torch.cuda.get_device_name(trainer.device)

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import pickle
 
@@ -87,6 +88,17 @@ def test_what_cannot_be_read(tmp_path):
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-10])
     with pytest.raises(OSError, match="ends within this picture"):
         open_source(tmp_path / "a.npy").read(4)
+
+
+def test_a_damaged_deflated_array(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=COLOUR)
+    whole = (tmp_path / "a.npz").read_bytes()
+    for k in range(40, len(whole), 37):
+        damaged = bytearray(whole)
+        damaged[k] ^= 255
+        (tmp_path / "a.npz").write_bytes(damaged)
+        with contextlib.suppress(UserError):  # some bytes do not matter
+            open_source(tmp_path / "a.npz").read(0)
 
 
 def test_a_worker_gets_no_copy(tmp_path):

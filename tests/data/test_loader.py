@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import traceback
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mokd_fast.data.batches import Views
-from mokd_fast.data.loader import ViewLoader, normalize
+from mokd_fast.data.loader import ViewLoader, choose_loader, normalize
 from mokd_fast.data.params import AugmentConfig, draw_views, epoch_order
 from mokd_fast.data.pillow import decode, render
 from mokd_fast.data.sources import FileSource, open_source
@@ -339,3 +340,12 @@ def test_normalize_needs_a_number_for_each_channel():
     message = "mean has 3 and std 1 numbers, the views 1 channels"
     with pytest.raises(UserError, match=message):
         normalize(torch.zeros(2, 2, 1, dtype=torch.uint8), (0.5,) * 3, (0.2,))
+
+
+def test_where_nothing_of_nvidia_is_installed(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    chosen, lines = choose_loader("auto")
+    assert chosen == "cpu" and "dali: NVIDIA DALI is not installed" in lines
+    with pytest.raises(UserError, match=r"data\.loader=dali: NVIDIA DALI is not installed: pip"):
+        loader(open_source(folder), loader="dali")

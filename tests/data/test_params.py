@@ -173,6 +173,7 @@ def test_yaml_lists_and_whole_numbers_are_taken():
         ("blur", [0.1, 0.2, 1.2]),
         ("solarize", [0.0, -1.0, 0.0]),
         ("blur_sigma", [0.0, 1.0]),
+        ("blur_sigma", [0.1, 101.0]),
     ],
 )
 def test_out_of_range_names_the_key(key, value):

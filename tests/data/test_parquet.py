@@ -1,6 +1,8 @@
 import json
 import pickle
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -75,6 +77,21 @@ def test_the_copy_is_made_once_and_again_for_a_changed_file(tmp_path, cache, mon
     assert [p.name[0] for p in cache.rglob("*.*")].count(".") == 0, "nothing temporary is left"
 
 
+def test_processes_that_start_at_once_make_one_copy(tmp_path, cache, monkeypatch):
+    path, calls, real = tmp_path / "a.parquet", [], parquet._copy
+    pq.write_table(hub(20), path)
+
+    def slow(*arguments):
+        calls.append(1)
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(parquet, "_copy", slow)
+    with ThreadPoolExecutor(3) as pool:  # an flock keeps descriptors apart, of one process too
+        sources = list(pool.map(open_source, [path] * 3))
+    assert len(calls) == 1 and all(contents(source) == DATA[:20] for source in sources)
+
+
 @pytest.mark.parametrize("write", ["stream", "file", "large"])
 def test_arrow_files_are_read_where_they_lie(write, tmp_path, cache):
     for k in range(3):
@@ -121,6 +138,13 @@ def test_a_plain_binary_column_and_integer_labels(tmp_path, cache):
     table = pa.table({"jpg": DATA[:6], "label": [-1] * 6})  # as test sets without labels have it
     pq.write_table(table, tmp_path / "a.parquet")
     assert open_source(tmp_path / "a.parquet").classes == ()
+
+
+@pytest.mark.parametrize("said", ["{broken", "[]", '{"info": null}', '{"info": {"features": [1]}}'])
+def test_a_description_that_says_nothing(said, tmp_path, cache):
+    pq.write_table(hub(3).replace_schema_metadata({"huggingface": said}), tmp_path / "a.parquet")
+    source = open_source(tmp_path)
+    assert source.classes == ("0", "1") and contents(source) == DATA[:3]
 
 
 def test_which_column(tmp_path, cache):

@@ -41,6 +41,17 @@ def test_stamps_tell_a_changed_file(memory):
     assert (before != open_source("memory://m").stamps()).any()
 
 
+def test_a_shard_that_cannot_be_asked_for_later(memory, tmp_path, cache, monkeypatch):
+    memory("s.tar", write_tar(tmp_path / "a.tar", samples(0, 4)).read_bytes())
+    source = open_source("memory://m/s.tar")
+
+    def info(*_, **__):
+        raise RuntimeError("credentials have expired")  # as botocore's, no OSError
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", info)
+    assert (source.stamps() == -1).all()  # known nothing of, so checked again
+
+
 def test_list(memory):
     memory("far/1.png", b"1")
     memory("p/2.png", b"2")

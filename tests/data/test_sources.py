@@ -76,6 +76,26 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert found == ["a/2.png", "dead.png", "linked/1.png"]  # dead.png: a bad file, not a crash
 
 
+def test_folders_that_are_linked_to_each_other(tmp_path):
+    touch(tmp_path, "a/1.png", "b/2.png", "c/3.png")
+    (tmp_path / "a" / "to_b").symlink_to("../b")
+    (tmp_path / "b" / "to_c").symlink_to("../c")
+    (tmp_path / "c" / "to_a").symlink_to("../a")
+    found = [os.path.relpath(n, tmp_path / "a") for n in names(open_source(tmp_path / "a"))]
+    assert found == ["1.png", "to_b/2.png", "to_b/to_c/3.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name here")
+def test_a_pipe_is_no_picture(tmp_path, alarm):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    source = open_source(touch(tmp_path, "c.png"))
+    for i in range(2):
+        with pytest.raises(OSError, match="a pipe or a device"):
+            source.read(i)
+    assert source.read(2) == b"c.png"
+
+
 def test_the_fingerprint_is_of_the_list(tmp_path):
     one = touch(tmp_path / "one", "a/1.png", "a/2.png")
     prints = [open_source(one).fingerprint()]

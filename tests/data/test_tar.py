@@ -55,6 +55,15 @@ def test_shards(how, shards):
     assert source.classes == ("7", "8", "9") and [source.label(i) for i in range(4)] == [0, 1, 2, 0]
 
 
+def test_linked_and_hidden_folders_of_shards(tmp_path, cache):
+    root = tmp_path / "root"
+    write_tar(root / ".old" / "0.tar", samples(0, 4))
+    write_tar(tmp_path / "far" / "1.tar", samples(4, 3))
+    (root / "linked").symlink_to(tmp_path / "far", target_is_directory=True)
+    assert open_source(root).name(0) == f"{root}/linked/1.tar/0004.jpg"
+    assert len(open_source(root)) == 3
+
+
 def test_one_shard_with_odd_members(tmp_path, cache):
     """Long and odd names, several dots, folders, hidden names, no picture, nothing in it."""
     long = "d" * 150 + "/" + "n" * 120 + ".PNG"

@@ -41,6 +41,12 @@ def test_a_loader_is_no_distance_from_itself(pictures):
     assert black.sum() == 3 * 126  # of as many pictures as there are
 
 
+def test_odd_names(pictures):
+    plain = views_picture(open_source(pictures), AUGMENT, images=3)
+    (pictures / "0.png").rename(pictures / ("0 ☃\n" + "long" * 20 + ".png"))
+    assert views_picture(open_source(pictures), AUGMENT, images=3).size == plain.size
+
+
 def test_numbers_are_told(pictures):
     (first, *_) = draw_views(AUGMENT, 0, 0, 1, 70, 90)
     told = " ".join(_numbers(first))

@@ -16,7 +16,7 @@ import yaml
 
 from mokd_fast import UserError, pretrain
 from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
-from mokd_fast.train.distributed import Place, place, slurm_master
+from mokd_fast.train.distributed import Place, World, place, slurm_master
 from tests.train.recipes import VIT, pictures, silent, small
 
 PAIR = [{**VIT, "name": "test_vit"}] * 2  # without BatchNorm, which sees a process's pictures
@@ -139,6 +139,13 @@ def test_a_mistake_is_said_once(data, tmp_path):
     codes, out = wait(start(recipe_of(data, "train.batch=7"), tmp_path / "run", 2))
     assert codes == [2, 2]
     assert "train.batch=7 must be a multiple of train.accumulate=1 times 2 processes" in out[0]
+
+
+def test_another_list_of_pictures_in_one_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "gather", lambda _, value: [value, "another"])
+    with pytest.raises(UserError, match="is another list of pictures in process 1 than in process"):
+        pretrain(recipe_of(data), run=tmp_path / "run", console=silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_launchers_put_a_process():

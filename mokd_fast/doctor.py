@@ -71,5 +71,5 @@ def backends() -> dict[str, str]:
         "joint_attention": explain("joint_attention", *maps, *asked),
         "column_mean": explain("column_mean", student),
         "augment_crops": explain("augment_crops", crops, params, mean=(0.5,) * 3, std=(0.5,) * 3),
-        "data.loader=auto": choose_loader("auto")[1],
+        "data.loader=auto": choose_loader("auto", device)[1],
     }

@@ -153,7 +153,7 @@ class Trainer:
             seed=train.seed,
             workers=data.workers,
             drop_last=data.drop_last,
-            loader=choose_loader(data.loader)[0],
+            loader=choose_loader(data.loader, self.device)[0],
             device=self.device,
             known_bad=known_bad,
         )

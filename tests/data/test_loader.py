@@ -349,3 +349,10 @@ def test_where_nothing_of_nvidia_is_installed(folder, monkeypatch):
     assert chosen == "cpu" and "dali: NVIDIA DALI is not installed" in lines
     with pytest.raises(UserError, match=r"data\.loader=dali: NVIDIA DALI is not installed: pip"):
         loader(open_source(folder), loader="dali")
+
+
+def test_without_the_native_module_pillow_is_faster(monkeypatch):
+    monkeypatch.setattr("mokd_fast.ops.cpu.native", None)
+    chosen, lines = choose_loader("auto")
+    assert chosen == "pillow" and "cpu: can run too, but augment_crops is slow without" in lines
+    assert choose_loader("auto", "cuda")[0] == "cpu" == choose_loader("cpu")[0]

@@ -135,6 +135,13 @@ def test_sigterm_stops_all_of_them_at_one_step(data, tmp_path):
     assert load_checkpoint(last_checkpoint(tmp_path / "run"))["step"] < 180
 
 
+def test_another_list_of_pictures_in_one_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "gather", lambda _, value: [value, "another"])
+    with pytest.raises(UserError, match="is another list of pictures in process 1 than in process"):
+        pretrain(recipe_of(data), run=tmp_path / "run", console=silent())
+    assert not (tmp_path / "run").exists()
+
+
 def test_where_launchers_put_a_process():
     assert place({}) == Place(0, 1, 0)
     assert place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)

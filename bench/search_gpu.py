@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
@@ -120,22 +119,6 @@ def whole(
     return rows
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), key, value)
-    return out.permute(2, 0, 1, 3)
-
-
-def concatenated(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Each query before the tokens, which are repeated for it."""
-    asked = len(tensors[3])
-    q, k, v = (
-        torch.cat([x.unsqueeze(3), t.expand(asked, *t.shape)], dim=3).flatten(0, 1)
-        for t, x in zip(tensors[:3], tensors[3:], strict=True)
-    )
-    out = F.scaled_dot_product_attention(q, k, v).unflatten(0, (asked, -1))
-    return out[:, :, :, 1:], out[:, :, :, 0]
-
-
 def step(form: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     def run() -> tuple[Tensor, ...]:
         found = form(*tensors)
@@ -165,13 +148,14 @@ def operators(
     own = [*torch.randn(images, tokens, 3, HEADS, WIDTH, **random).permute(2, 0, 3, 1, 4)]
     asking = [*torch.randn(queries, images, 3, HEADS, WIDTH, **random).movedim(2, 0)]
     rows = []
-    for operator, other, plain, tensors in (
-        (feature_search, "sdpa", packed, [asking[0], *own[1:]]),
-        (joint_attention, "concatenated", concatenated, [*own, *asking]),
+    other = "sdpa"  # of packed queries, or over the repeated tokens (ops/attention.py)
+    for operator, tensors in (
+        (feature_search, [asking[0], *own[1:]]),
+        (joint_attention, [*own, *asking]),
     )[: 2 if queries <= 2 * Q else 1]:
         op, leaves = operator.__name__, [t.detach().requires_grad_() for t in tensors]
-        forms = {b: lambda *t, b=b, op=operator: op(*t, backend=b) for b in backends}
-        runs: dict[str, Run] = {n: step(f, leaves) for n, f in {**forms, other: plain}.items()}
+        forms = {b: lambda *t, b=b, op=operator: op(*t, backend=b) for b in (*backends, other)}
+        runs: dict[str, Run] = {n: step(f, leaves) for n, f in forms.items()}
         for backend in backends:
             agree(f"{op} {backend}", runs[backend](), runs[other]())
         copying, copied = copy(device, 1 << 27 if device == "cuda" else 1 << 20)

@@ -265,9 +265,6 @@ def augment_crops(
 ) -> Tensor:
     """Arguments and result as `augment.augment_crops`."""
     B, H, W, C = crops.shape
-    if (crops.stride(2) != C and W > 1) or (crops.stride(3) != 1 and C > 1):
-        crops = crops.contiguous()
-    params = params.contiguous()
     scale, shift = map(tuple, affine(mean, std))
     out = crops.new_empty((B, H, W, C), dtype=dtype)
     bytes, wide = crops.new_empty(out.shape), crops.new_empty(out.shape, dtype=torch.float32)

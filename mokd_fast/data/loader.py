@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..errors import UserError
 from ..ops import augment_crops
 from ..ops import cpu as native
+from ..ops.reference import affine
 from .batches import Bad, Batches, Views, leave_signals_to_the_run, same
 from .params import AugmentConfig
 from .sources import Source
@@ -176,7 +177,7 @@ def choose_loader(wish: str, device: torch.device | str = "cpu") -> tuple[Loader
     lines = {"cpu": "can run too", "dali": dali, "pillow": "can run too, the reference"}
     best: Loader = "cpu"
     if torch.device(device).type == "cpu" and native.native is None:
-        # 2.9 ms a 224 crop in the process that trains; Pillow takes 1.9, in the workers.
+        # PyTorch's steps take longer than Pillow's, in the process that trains (bench/augment.py).
         lines["cpu"] = "can run too, but augment_crops is slow without the native module"
         best = "pillow"
     chosen: Loader = best if wish == "auto" else wish  # type: ignore[assignment]
@@ -217,8 +218,7 @@ def finish(
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return tuple(t.float().view(-1, 1, 1).to(device) for t in (1 / (255 * s), -m / s))
+    return tuple(torch.tensor(t).view(-1, 1, 1).to(device) for t in affine(mean, std))
 
 
 def normalize(

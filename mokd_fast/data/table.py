@@ -11,14 +11,9 @@ from .params import ViewParams
 _NONE = (-1, -1, -1, -1)
 
 
-def augment_table(views: Sequence[ViewParams], *, flip: bool = True) -> np.ndarray:
-    """float32 [len(views), 12], columns as in `ops.augment_crops`; `torch.from_numpy` takes it.
-
-    Without `flip` that column is 0: for crops that were flipped when they were cut.
-    """
+def augment_table(views: Sequence[ViewParams]) -> np.ndarray:
+    """float32 [len(views), 12], columns as in `ops.augment_crops`; `torch.from_numpy` takes it."""
     rows = [(p.flip, *(p.order or _NONE), *p.factors, p.grey, p.sigma, p.solarize) for p in views]
     table = np.array(rows, np.float64).reshape(-1, 12)
-    if not flip:
-        table[:, 0] = 0
     settle_hue_(torch.from_numpy(table))
     return table.astype(np.float32)

@@ -174,6 +174,10 @@ def _run(
     dtype: torch.dtype,
 ) -> Tensor:
     mean, std = [float(m) for m in mean], [float(s) for s in std]
+    _, _, W, C = crops.shape
+    if (crops.stride(2) != C and W > 1) or (crops.stride(3) != 1 and C > 1):
+        crops = crops.contiguous()  # the kernels take any rows of dense pixels
+    params = params.contiguous()
     out: Tensor
     if plain((crops, params)):  # the way through torch.library takes longer
         out = _kernels(backend).augment_crops(crops, params, mean, std, dtype)

@@ -258,9 +258,6 @@ def augment_crops(
 ) -> Tensor:
     """Arguments and result as `augment.augment_crops`."""
     B, H, W, C = crops.shape
-    if (crops.stride(2) != C and W > 1) or (crops.stride(3) != 1 and C > 1):
-        crops = crops.contiguous()
-    params = params.contiguous()
     out = torch.empty(crops.shape, dtype=dtype)
     native.augment_crops(
         *((crops.data_ptr(), *crops.stride()[:2]), (B, H, W, C), params.data_ptr()),

@@ -178,7 +178,7 @@ class World:
         """
         if self.size == 1:
             return module
-        devices = [device.index or 0] if device.type == "cuda" else None
+        devices = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():  # of the argument's new name, which torch 2.11 lacks
             warnings.simplefilter("ignore", FutureWarning)
             return nn.parallel.DistributedDataParallel(

@@ -59,7 +59,8 @@ def _steps(trainer: Trainer) -> None:
             if save or trainer.is_logged(trainer.done):
                 row = trainer._row(meter)  # raises when too many steps are skipped, before a save
                 log.write(row)
-                if trainer.lock.lost():  # before alarms.jsonl, which is opened by its path
+                # Before alarms.jsonl, which is opened by its path; of one, so that all save.
+                if trainer.world.decide(trainer.lock.lost):
                     _save_anew(trainer)
                 log.alarm(trainer.alarms.see(row))
             if save:
@@ -92,7 +93,7 @@ def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) ->
 
 def _save_anew(trainer: Trainer) -> NoReturn:
     """The folder is gone or another one: the state goes to a new folder, and the run ends."""
-    trainer.lock.renew()  # refuses the folder of another run
+    trainer.world.decide(trainer.lock.renew)  # refuses the folder of another run
     path = trainer.save()
     raise UserError(
         f"run folder {trainer.run} was removed or renamed while it was trained in. {path} was "

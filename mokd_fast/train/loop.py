@@ -410,7 +410,8 @@ def _device(name: str) -> torch.device:
         raise UserError("train.device=cuda but this torch sees no CUDA device; set cpu or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    # By its number: DDP and DALI take another process's GPU for one without.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _check_backend(recipe: Recipe, device: torch.device) -> None:

@@ -128,6 +128,7 @@ def test_torchrun_starts_again_after_a_death(data, tmp_path):
 def test_sigterm_stops_all_of_them_at_one_step(data, tmp_path):
     processes = start(recipe_of(data, "train.duration=60ep"), tmp_path / "run", 2)
     while not len(list((tmp_path / "run").glob("checkpoints/*.pt"))):
+        assert processes[0].poll() is None
         time.sleep(0.05)
     processes[1].terminate()  # one is told
     codes, out = wait(processes)

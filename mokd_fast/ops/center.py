@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import onednn
 from .column_mean import column_mean
 from .distill import check_temperature
 from .reference import accumulation_dtype
@@ -60,7 +61,7 @@ class _Pending(NamedTuple):
 def _mean_logits(mean: Tensor, prototypes: Tensor) -> Tensor:
     """`rank_mean` [K + 1] of features @ prototypes.T from that of the features [D + 1]."""
     with torch.autocast(mean.device.type, enabled=False):
-        return torch.cat([prototypes.to(mean.dtype) @ mean[:-1], mean[-1:]])
+        return torch.cat([onednn.matvec(prototypes.to(mean.dtype), mean[:-1]), mean[-1:]])
 
 
 class Center(nn.Module):

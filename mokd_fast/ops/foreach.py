@@ -14,18 +14,21 @@ def ema_update_(
 
     Both sequences are parameters in the same order; buffers (BN statistics) are not averaged,
     the teacher's come from its own forward passes (official MOKD and DINO). `momentum` may be a 0-d
-    tensor on the device (fp64: it is near 1); then a copy of the student is made on the way, and
-    with 1 a teacher beside a finite student stays as it is.
+    tensor on the device (fp64: it is near 1); with 1 a teacher beside a finite student stays as it
+    is. One pass over both; a GPU with a tensor makes a copy of the student on the way.
     """
     if not teacher:
         return
-    if isinstance(momentum, Tensor):
-        keep, take = (factor.to(teacher[0].dtype) for factor in (momentum, 1 - momentum))
-        torch._foreach_mul_(list(teacher), keep)
-        torch._foreach_add_(list(teacher), torch._foreach_mul(list(student), take))
+    mine, theirs = list(teacher), list(student)
+    if not isinstance(momentum, Tensor):
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
         return
-    torch._foreach_mul_(list(teacher), momentum)
-    torch._foreach_add_(list(teacher), list(student), alpha=1 - momentum)
+    keep, take = (factor.to(mine[0].dtype) for factor in (momentum, 1 - momentum))
+    if mine[0].is_cpu:
+        torch._foreach_lerp_(mine, theirs, [take] * len(mine))
+    else:  # where that would be a launch a tensor
+        torch._foreach_mul_(mine, keep)
+        torch._foreach_add_(mine, torch._foreach_mul(theirs, take))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from .loop import Trainer
+from .malloc import freed_memory_kept
 from .meter import Meter
 from .recipe import Recipe
 from .state import capture
@@ -27,7 +28,8 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, float]:
     with TemporaryDirectory(prefix="mokd-fast-") as folder:
         trainer = Trainer(unchecked, Path(folder) / "run", console)
         try:
-            found = _measure(trainer)
+            with freed_memory_kept():
+                found = _measure(trainer)
         finally:
             trainer.lock.release()
     where = "GPU memory" if trainer.device.type == "cuda" else "memory"

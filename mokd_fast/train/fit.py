@@ -11,6 +11,7 @@ from . import memory
 from .alarms import replay
 from .checkpoint import kept
 from .log import RunLog
+from .malloc import freed_memory_kept
 from .meter import Meter, StepResult
 from .stop import StopSignals
 
@@ -27,7 +28,8 @@ def fit(trainer: Trainer) -> None:
             return
         if done:
             trainer.say(f"resuming {run} from step {done} of {total}")
-        _steps(trainer)
+        with freed_memory_kept():
+            _steps(trainer)
     except (KeyboardInterrupt, SystemExit):
         trainer.say(f"Stopped at step {trainer.done} of {total}. {kept(run)}")
         raise

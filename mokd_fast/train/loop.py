@@ -17,6 +17,7 @@ from ..data.loader import ViewLoader, choose_loader, finish
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
+from ..nn.fast import quicken
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
 from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
@@ -191,6 +192,7 @@ class Trainer:
                 convert_sync_batchnorm(self.mokd)
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
+        quicken(self.mokd, self.device, train.precision)
         self.statistics = Snapshot(self.mokd.statistics())
         self._schedules()
         self.way = self._prototype_loss()

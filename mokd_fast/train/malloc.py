@@ -1,0 +1,39 @@
+"""glibc's malloc, told to keep what a step frees for the next one.
+
+By default it gives every block beyond 32 MiB back to the system, which clears its pages anew at the
+next step, which costs a sixth of a bf16 step of ResNet-50 + ViT-S (step.json).
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_MOST = 2**31 - 1  # mallopt takes an int
+_DEFAULT = 128 << 10
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, freed memory stays with this process. Nothing where malloc is not glibc's or the user
+    has set it (MALLOC_..., GLIBC_TUNABLES)."""
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if chosen or "GLIBC_TUNABLES" in os.environ or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    try:
+        _keep(_MOST)
+        yield
+    finally:
+        _keep(_DEFAULT)
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _keep(threshold: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for key in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            libc.mallopt(key, threshold)

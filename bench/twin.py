@@ -75,7 +75,11 @@ def _backbone(backbone: nn.Module, config: ModelConfig) -> nn.Module:
     )
 
 
-def official_step(trainer: Trainer, **options: object) -> official.OfficialStep:
+def official_step(
+    trainer: Trainer,
+    kind: type[official.OfficialStep] = official.OfficialStep,
+    **options: object,
+) -> official.OfficialStep:
     """The OfficialStep that does what `trainer` does; `options` go to it (autocast=...)."""
     recipe, mokd = trainer.recipe, trainer.mokd
     students = official_students(mokd, recipe)
@@ -94,7 +98,7 @@ def official_step(trainer: Trainer, **options: object) -> official.OfficialStep:
         )
     epochs = max(trainer.total // trainer.steps_per_epoch, 1)
     warmup = [config.temperature_warmup for config in recipe.models]
-    return official.OfficialStep(
+    return kind(
         students,
         (settings[0], settings[1]),
         trainer.momentum,

@@ -6,6 +6,7 @@ it. Letters: B images, C channels, N = h * w tokens.
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
-from . import tiny  # noqa: F401  (registers the tiny models with timm)
+from . import packed, tiny  # noqa: F401  (tiny registers its models with timm)
 
 ALIASES = {
     "vit_tiny": "vit_tiny_patch16_224",
@@ -47,9 +48,8 @@ class Layout(NamedTuple):
 def features(model: nn.Module, x: Tensor) -> Features:
     """Pooled feature and token map of pictures x [B, channels, H, W] under `model`."""
     if type(model) is VisionTransformer:  # its subclasses embed positions in ways of their own
-        tokens, grid = _vit_tokens(model, x)
-        pooled = model.forward_head(tokens, pre_logits=True)
-        return Features(pooled, tokens[:, model.num_prefix_tokens :], grid)
+        tokens, grid = _embedded(model, x)
+        return _vit_features(model, model.blocks(tokens), grid)
     if isinstance(model, torch.fx.GraphModule):  # torchvision, see _torchvision
         y = model(x)["map"]
         pooled = y.mean(dim=(2, 3))
@@ -66,8 +66,24 @@ def features(model: nn.Module, x: Tensor) -> Features:
     return Features(pooled, y.flatten(1, 2), (y.shape[1], y.shape[2]))
 
 
-def _vit_tokens(model: VisionTransformer, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """timm's forward_features with the official position embedding. [B, prefix + N, C]"""
+def packed_features(model: VisionTransformer, groups: Sequence[Tensor]) -> list[Features]:
+    """`features` of each group of pictures, all in one pass of the blocks (see `packed`)."""
+    embedded = [_embedded(model, x) for x in groups]
+    found = packed.run(model.blocks, [tokens for tokens, _ in embedded])
+    return [
+        _vit_features(model, tokens, grid)
+        for tokens, (_, grid) in zip(found, embedded, strict=True)
+    ]
+
+
+def _vit_features(model: VisionTransformer, x: Tensor, grid: tuple[int, int]) -> Features:
+    tokens = model.norm(x)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    return Features(pooled, tokens[:, model.num_prefix_tokens :], grid)
+
+
+def _embedded(model: VisionTransformer, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """What timm's blocks get, with the official position embedding. [B, prefix + N, C]"""
     x = model.patch_embed(x)  # [B, h, w, C]: built with dynamic_img_size
     grid = (x.shape[1], x.shape[2])
     x = x.flatten(1, 2)
@@ -81,8 +97,7 @@ def _vit_tokens(model: VisionTransformer, x: Tensor) -> tuple[Tensor, tuple[int,
         x = torch.cat([*prefix, x + patches], dim=1)
         if taken:
             x = x + F.pad(model.pos_embed[:, :taken], (0, 0, 0, x.shape[1] - taken))
-    x = model.norm_pre(model.patch_drop(model.pos_drop(x)))
-    return model.norm(model.blocks(x)), grid
+    return model.norm_pre(model.patch_drop(model.pos_drop(x))), grid
 
 
 def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 the libraries' own; the mathematics too."""
 
 import torch
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from ..ops import onednn
@@ -28,3 +28,17 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
             module.__class__ = Linear
         elif precision == "bf16" and isinstance(module, Attention):
             module.fused_attn = False
+
+
+def compile_blocks(model: nn.Module) -> int:
+    """torch.compile for the transformer blocks of `model`, in place; how many there are.
+
+    One block's code serves all of its kind, so that it takes seconds, not minutes. Of ViT-S blocks
+    in bf16 on the CPU it makes 1.08x, of fp32 ones and of a whole ResNet-50 nothing (0.94 to 1.01).
+    """
+    # Students, teachers and searches, with gradient and without, in many sizes: each is compiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    return len(blocks)

@@ -5,6 +5,7 @@ Both give features; their logits are head.last_layer(features), which the losses
 Letters: B images, N tokens, C backbone width, D T-Head width, K prototypes, Q queries.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..ops import feature_search, joint_attention, onednn
+from . import packed
 from .backbones import resize_positions
 from .prototypes import Prototypes
 
@@ -40,6 +42,7 @@ class MLPHead(nn.Module):
                 steps.append(nn.BatchNorm1d(hidden))
             steps.append(nn.GELU())
             width = hidden
+        self.whole = not batch_norm  # rows do not see each other
         self.mlp = nn.Sequential(*steps, nn.Linear(width, bottleneck))
         self.mlp.apply(_init)
         self.last_layer = Prototypes(bottleneck, prototypes, train_norm=train_norm)
@@ -146,7 +149,12 @@ class THead(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Plain embedding of a token map. [B, N, C] -> [B, D]"""
-        return self._pool(self.embed(tokens, grid))
+        return self._pool(self.blocks(self.embed(tokens, grid)))
+
+    def packed(self, maps: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:
+        """`forward` of each (tokens, grid), all in one pass of the blocks (see `packed`)."""
+        found = packed.run(self.blocks, [self.embed(*each) for each in maps])
+        return [self._pool(x) for x in found]
 
     def query(self, pooled: Tensor) -> Tensor:
         """What this model asks the other teacher's map for. [B, C] -> [B, D]
@@ -305,7 +313,7 @@ class THead(nn.Module):
         return self.stem(tokens) + resize_positions(self.pos_embed, self.grid, grid)
 
     def _pool(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.norm(self.blocks(x)).mean(dim=1)
+        pooled: Tensor = self.norm(x).mean(dim=1)
         return pooled
 
 

@@ -28,8 +28,9 @@ from ..ops.dispatch import pick
 from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
 from ..ops.prototype_loss import OP
-from .backbones import Features, features
+from .backbones import Features, features, packed_features
 from .heads import Memory, MLPHead, THead
+from .packed import packs, prepare
 from .prototypes import Prototypes
 
 GLOBALS = 2
@@ -89,22 +90,41 @@ class Model(nn.Module):
         self.backbone = backbone
         self.mlp_head = mlp_head
         self.t_head = t_head
+        self.packed = False  # groups of views in one pass: see `pack`
 
-    def forward(self, views: Tensor, *, remember: bool = False) -> Embedding:
-        """Views of one size [views, B, channels, H, W]; one BatchNorm batch. `remember`: keep what
-        cross searches of these maps need of the T-Head's pass."""
-        count = views.shape[:2]
-        found = features(self.backbone, views.flatten(0, 1))
-        mlp = self.mlp_head(found.pooled).unflatten(0, count)
+    def forward(self, *groups: Tensor, remember: bool = False) -> Embedding:
+        """Groups of views, of one size each [views, B, channels, H, W].
+
+        A group is one BatchNorm batch; heads without BatchNorm take all groups in one call.
+        `features` are those of the first group. `remember`: keep what cross searches of its maps
+        need of the T-Head's pass; then there is one group.
+        """
+        found = self._features([views.flatten(0, 1) for views in groups])
+        pooled = torch.cat([each.pooled for each in found])
+        together = [pooled] if self.mlp_head.whole else [each.pooled for each in found]
+        mlp = self._apart(torch.cat([self.mlp_head(x) for x in together]), groups)
         if self.t_head is None:
-            return Embedding(mlp, None, None, found)
-        memory = None
+            return Embedding(mlp, None, None, found[0])
+        maps, memory = [(each.tokens, each.grid) for each in found], None
         if remember:
-            t, memory = self.t_head.remember(found.tokens, found.grid)
+            one, memory = self.t_head.remember(*maps[0])
+            t = [one]
+        elif self.packed:
+            t = self.t_head.packed(maps)
         else:
-            t = self.t_head(found.tokens, found.grid)
-        query = self.t_head.query(found.pooled).unflatten(0, count)
-        return Embedding(mlp, t.unflatten(0, count), query, found, memory)
+            t = [self.t_head(*each) for each in maps]
+        query = self._apart(self.t_head.query(pooled), groups)
+        return Embedding(mlp, self._apart(torch.cat(t), groups), query, found[0], memory)
+
+    def _features(self, groups: list[Tensor]) -> list[Features]:
+        if self.packed and packs(self.backbone):
+            return packed_features(self.backbone, groups)  # type: ignore[arg-type]
+        return [features(self.backbone, views) for views in groups]
+
+    @staticmethod
+    def _apart(rows: Tensor, groups: Sequence[Tensor]) -> Tensor:
+        """Rows of all crops [V*B, D] -> [V, B, D]"""
+        return rows.unflatten(0, (sum(len(views) for views in groups), -1))
 
 
 class MOKD(nn.Module):
@@ -169,7 +189,8 @@ class MOKD(nn.Module):
         """
         self.centers.wait()  # the last update holds prototypes, which may go now
         found = self._teach(global_views)
-        students = [self._study(student, global_views, local_views) for student in self.students]
+        groups = [views for views in (global_views, local_views) if views is not None]
+        students: list[Embedding] = [student(*groups) for student in self.students]
         way = self.way(students[0].mlp)
         teachers = self._rows(found, stored=way != "fused-linear")
         totals, terms, own = [], {}, {}
@@ -186,6 +207,14 @@ class MOKD(nn.Module):
         }
         pooled = [teacher.features.pooled for teacher in found]
         return StepLosses(totals, terms, means, teachers, own, pooled)
+
+    def pack(self) -> list[int]:
+        """Lets students take global and local crops in one pass where they are plain ViTs, their
+        T-Heads in any case; the numbers of the models whose backbones do."""
+        for student in self.students:
+            student.packed = True  # type: ignore[assignment]
+            prepare(student)
+        return [i for i, s in enumerate(self.students, 1) if packs(s.backbone)]  # type: ignore
 
     def way(self, features: Tensor) -> str:
         """How `prototype_loss` is computed for students' MLP-Head features [V, B, D]."""
@@ -219,20 +248,6 @@ class MOKD(nn.Module):
                     logits = F.linear(features, matrix) if stored else None
                     rows[f"{head}_{i}"] = HeadRows(features, matrix, logits)
         return rows
-
-    @staticmethod
-    def _study(student: nn.Module, global_views: Tensor, local_views: Tensor | None) -> Embedding:
-        """Globals and locals are two forward passes: two sizes and two BatchNorm batches."""
-        first: Embedding = student(global_views)
-        if local_views is None:
-            return first
-        second: Embedding = student(local_views)
-        mlp = torch.cat([first.mlp, second.mlp])  # [V, B, D]
-        t = query = None
-        if first.t is not None and second.t is not None:
-            assert first.query is not None and second.query is not None
-            t, query = torch.cat([first.t, second.t]), torch.cat([first.query, second.query])
-        return Embedding(mlp, t, query, first.features)
 
     def _losses(
         self,

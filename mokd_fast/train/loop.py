@@ -17,7 +17,7 @@ from ..data.loader import ViewLoader, choose_loader, finish
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import MOKD, Temperatures, build_mokd
-from ..nn.fast import quicken
+from ..nn.fast import compile_blocks, quicken
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
 from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
@@ -192,7 +192,7 @@ class Trainer:
                 convert_sync_batchnorm(self.mokd)
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
-        quicken(self.mokd, self.device, train.precision)
+        self._quicken()
         self.statistics = Snapshot(self.mokd.statistics())
         self._schedules()
         self.way = self._prototype_loss()
@@ -223,6 +223,14 @@ class Trainer:
         except OSError as error:
             reason = f"{path} cannot be written: {error.strerror}"
             raise UserError(f"{reason}. {kept(self.run)} Make room there first") from error
+
+    def _quicken(self) -> None:
+        train = self.recipe.train
+        quicken(self.mokd, self.device, train.precision)
+        if train.pack_crops and not self.mokd.pack():
+            self.say("train.pack_crops=true: no model is a plain ViT of timm, so T-Heads alone pack")
+        if train.compile and not compile_blocks(self.mokd):
+            self.say("train.compile=true: there is no transformer block to compile")
 
     def _schedules(self) -> None:
         recipe, total, per_epoch = self.recipe, self.total, self.steps_per_epoch

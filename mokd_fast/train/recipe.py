@@ -109,6 +109,8 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     max_skipped: PositiveInt = 10  # non-finite steps in a row that end the run
     channels_last: bool = True
+    compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
+    pack_crops: bool = False  # a ViT's global and local crops in one pass; likewise
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
     checkpoint_every: Duration = "1ep"

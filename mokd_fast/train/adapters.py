@@ -63,7 +63,7 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 class _Fused(Adapter):
-    """torch's fused ones take the flag as GradScaler's `found_inf`, and take back their counters."""
+    """torch's fused ones take the flag as GradScaler's `found_inf`, counters included."""
 
     def step(self, skip: Tensor) -> None:
         start_momentum(self.torch)

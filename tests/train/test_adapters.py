@@ -24,19 +24,25 @@ ZERO = {"weight_decay": 0.0, "final_weight_decay": 0.0}
 NVIDIA = [name for name in KINDS if name.startswith("apex-")]
 
 
-def forget(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C")]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.fixture(autouse=True)
+def fresh():
+    """No test finds the apex that another one imported."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C")]:
+            del sys.modules[name]
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(fresh, monkeypatch):
     """tests/train/nvidia as the installed apex, on the CPU."""
-    forget(monkeypatch)
+    fresh()
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "nvidia"))
     monkeypatch.setattr(apex, "DEVICE", "cpu")
-    yield
-    forget(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +342,6 @@ FAULTS = {
 def test_an_apex_that_will_not_do(fault, tmp_path, data, monkeypatch):
     """Refused before a run folder is made, with what it is and what to do."""
     files, message = FAULTS[fault]
-    forget(monkeypatch)
     monkeypatch.syspath_prepend(package(tmp_path / "site", files))
     if "amp_C.py" not in files:
         found = apex.find_spec
@@ -348,7 +353,6 @@ def test_an_apex_that_will_not_do(fault, tmp_path, data, monkeypatch):
     assert "models.0.optimizer.name=apex-sgd: " in str(error.value)
     assert "github.com/NVIDIA/apex" in str(error.value) and "name=sgd" in str(error.value)
     assert not (tmp_path / "run").exists()
-    forget(monkeypatch)
 
 
 def run_of(data, name):

@@ -28,6 +28,7 @@ def _write(noop, old, new):
     old.copy_(torch.where(noop == 0, new, old))
 
 
+@torch.no_grad()
 def multi_tensor_sgd(
     chunk_size, noop_flag, tensor_lists, wd, momentum, dampening, lr, nesterov, first_run,
     wd_after_momentum, scale,
@@ -50,6 +51,7 @@ def _moments(g, m, v, beta1, beta2, beta3, step, bias_correction):
     return m, v, m / corrections[0], v / corrections[1]
 
 
+@torch.no_grad()
 def multi_tensor_adam_capturable(
     chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction,
     weight_decay, inv_scale,
@@ -73,12 +75,14 @@ def multi_tensor_adam(*args):
 multi_tensor_adam_capturable_master = multi_tensor_adam
 
 
+@torch.no_grad()
 def multi_tensor_l2norm_mp(chunk_size, noop_flag, tensor_lists, per_tensor):
     _demands(noop_flag, tensor_lists)
     norms = torch.stack([t.norm() for t in tensor_lists[0]])
     return norms.norm().view(1), norms if per_tensor else norms[:0]
 
 
+@torch.no_grad()
 def multi_tensor_lamb_mp(
     chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, bias_correction,
     weight_decay, grad_averaging, mode, global_grad_norm, max_grad_norm, use_nvlamb, found_inf,

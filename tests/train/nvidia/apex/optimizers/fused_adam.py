@@ -36,7 +36,6 @@ class FusedAdam(torch.optim.Optimizer):
     def zero_grad(self):
         raise AssertionError("not called: it takes no set_to_none")
 
-    @torch.no_grad()
     def step(
         self,
         closure=None,

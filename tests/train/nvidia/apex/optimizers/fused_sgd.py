@@ -30,7 +30,6 @@ class FusedSGD(torch.optim.Optimizer):
     def zero_grad(self):
         raise AssertionError("its gradients are not None afterwards")
 
-    @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

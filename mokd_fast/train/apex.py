@@ -25,7 +25,7 @@ from .adapters import Adapter, Row, groups_of, start_momentum
 from .recipe import OptimizerConfig
 
 DEVICE = "cuda"  # apex has kernels for nothing else
-INSTEAD = {"apex-sgd": "sgd", "apex-adamw": "adamw", "apex-lamb": "lars"}
+INSTEAD = {"apex-sgd": "sgd", "apex-adamw": "adamw", "apex-lamb": "adamw"}
 INSTALL = (
     "Build NVIDIA's from source: git clone https://github.com/NVIDIA/apex && cd apex && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."

@@ -12,6 +12,7 @@ from rich.table import Table
 from . import __version__
 from .data import choose_loader
 from .ops import LinearTarget, Target, augment_params, cpu, cross_view_pairs, explain
+from .train import apex
 
 PACKAGES = {
     "torch": "needed",
@@ -35,6 +36,7 @@ def environment() -> Table:
             table.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             table.add_row(name, escape(f"not installed ({meaning})"))  # the extras' brackets
+    table.add_row("NVIDIA apex", escape(apex.why_not() or "its CUDA extension loads"))
     table.add_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("gpu", ", ".join(gpus) or "none that this torch can see")

@@ -232,6 +232,13 @@ def test_doctor(run, monkeypatch):
     assert "mokd_fast[extra]" in text and "why [not]" in text
     assert "distill_cross_entropy" in text and "reference: " in text
     assert "xformers" in text and "torch" in text
+    assert "NVIDIA apex" in text
+
+
+def test_doctor_says_which_apex_there_is(run, monkeypatch):
+    for reason in ("the apex in x is not [NVIDIA's]", None):
+        monkeypatch.setattr(doctor.apex, "why_not", lambda reason=reason: reason)
+        assert (reason or "its CUDA extension loads") in " ".join(run("doctor")[1].split())
 
 
 def test_doctor_says_why_there_is_no_native_module(monkeypatch):

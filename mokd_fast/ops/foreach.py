@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+_LARGE = 2**18  # elements: moving them takes longer than a launch
+
 
 @torch.no_grad()
 def ema_update_(
@@ -53,25 +55,39 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
 class Snapshot:
     """Tensors as they are at a `take`, to go back to where a device flag says so.
 
-    One copy a dtype, so that hundreds of BatchNorm statistics cost a few launches. The tensors are
-    contiguous, on one device, and changed in place alone: they are looked up once.
+    Small ones share a copy a dtype, so that hundreds of BatchNorm statistics cost a few launches;
+    a large one is worth its own, and is restored without another. The tensors are dense, on one
+    device, and changed in place alone: they are looked up once.
     """
 
     @torch.no_grad()
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._groups: dict[torch.dtype, list[Tensor]] = {}
+        self._small: dict[torch.dtype, list[Tensor]] = {}
+        self._large: list[Tensor] = []
         for tensor in tensors:
-            self._groups.setdefault(tensor.dtype, []).append(tensor.view(-1))
-        self._then: dict[torch.dtype, Tensor] = {}
+            large = tensor.numel() > _LARGE
+            group = self._large if large else self._small.setdefault(tensor.dtype, [])
+            group.append(_in_memory_order(tensor))
+        self._small_then: dict[torch.dtype, Tensor] = {}
+        self._large_then: list[Tensor] = []
 
     @torch.no_grad()
     def take(self) -> None:
-        self._then = {dtype: torch.cat(group) for dtype, group in self._groups.items()}
+        self._small_then = {dtype: torch.cat(group) for dtype, group in self._small.items()}
+        self._large_then = [flat.clone() for flat in self._large]
 
     @torch.no_grad()
     def restore_(self, flag: Tensor) -> None:
         """In place, every tensor back to its bits of then if the 0-d bool `flag` is set."""
-        for dtype, group in self._groups.items():
-            # where, not a product: what is to be thrown away may be NaN.
-            kept = torch.where(flag, self._then[dtype], torch.cat(group))
+        # where, not a product: what is to be thrown away may be NaN.
+        for now, then in zip(self._large, self._large_then, strict=True):
+            torch.where(flag, then, now, out=now)
+        for dtype, group in self._small.items():
+            kept = torch.where(flag, self._small_then[dtype], torch.cat(group))
             torch._foreach_copy_(group, kept.split([len(flat) for flat in group]))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor (channels_last too) as a flat view of its memory."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(order).view(-1)

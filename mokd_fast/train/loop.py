@@ -23,6 +23,7 @@ from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
 from ..ops.foreach import Snapshot
 from ..ops.prototype_loss import OP
+from . import apex
 from .alarms import Alarms
 from .check import check_pictures
 from .checkpoint import find_checkpoint, kept, load_checkpoint, save_checkpoint, way_out
@@ -108,6 +109,8 @@ class Trainer:
             raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
         self.device = _device(train.device)
         _check_backend(recipe, self.device)
+        for i, model in enumerate(recipe.models):
+            apex.check(f"models.{i}.optimizer.name", model.optimizer.name, self.device)
         self.source = open_source(data.root)
         self.loader = self._loader(frozenset())  # refuses a batch that does not fit
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate

@@ -1,39 +1,44 @@
 """Optimizers with their parameter groups and schedules, as the official code sets them."""
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .recipe import ModelConfig, ScheduleConfig
+from . import adapters, apex
+from .adapters import Adapter, Row
+from .recipe import ModelConfig
 from .schedule import Schedule, cosine
+
+LAST_LAYERS = ".last_layer."  # in the names of both heads' prototypes
+
+KINDS: dict[str, type[Adapter]] = {
+    "sgd": adapters.SGD,
+    "adamw": adapters.AdamW,
+    "lars": adapters.Lars,
+    "apex-sgd": apex.SGD,
+    "apex-adamw": apex.AdamW,
+    "apex-lamb": apex.Lamb,
+}
 
 
 class ScheduledOptimizer:
-    """A torch optimizer whose groups follow (lr, weight decay) schedules."""
+    """An optimizer whose groups follow (lr, weight decay) schedules; `torch` is the optimizer."""
 
     def __init__(
         self, config: ModelConfig, model: nn.Module, *, total: int, warmup: int, lr_scale: float
     ) -> None:
-        groups = parameter_groups(model, own_t_head=config.t_head_optimizer is not None)
-        main = config.optimizer
-        rows: list[tuple[ScheduleConfig, bool]] = [(main, True), (main, False)]
-        if config.t_head_optimizer is not None:
-            rows.append((config.t_head_optimizer, True))
+        kind = KINDS[config.optimizer.name]
+        rows = _rows(config, model, kind)
         self.schedules: list[tuple[Schedule, Schedule | None]] = [
             (
-                cosine(row.lr * lr_scale, row.final_lr, total, warmup),
-                cosine(row.weight_decay, row.final_weight_decay, total) if decayed else None,
+                cosine(rates.lr * lr_scale, rates.final_lr, total, warmup),
+                cosine(rates.weight_decay, rates.final_weight_decay, total) if decayed else None,
             )
-            for row, decayed in rows
+            for _, rates, decayed in rows
         ]
-        options = [{"params": group, "weight_decay": 0.0} for group in groups]
-        if main.name == "sgd":
-            self.torch: torch.optim.Optimizer = torch.optim.SGD(
-                options, lr=0.0, momentum=main.momentum, fused=True
-            )
-        else:
-            self.torch = torch.optim.AdamW(options, lr=0.0, fused=True)
+        self._adapter = kind(rows, config.optimizer)
+        self.torch = self._adapter.torch
 
     def schedule(self, step: int) -> None:
         """Sets lr and weight decay for this optimizer step."""
@@ -45,28 +50,41 @@ class ScheduledOptimizer:
     def step(self, step: int, skip: Tensor) -> None:
         """Optimizer step number `step` from 0, then no gradients. Moves nothing if `skip` is set.
 
-        `skip` (0-d bool) is read on the device: torch's fused optimizers take it as GradScaler's
-        `found_inf`, and take back AdamW's step counters.
+        `skip` (0-d bool) is read on the device.
         """
         self.schedule(step)
-        self._start_momentum()
-        self.torch.found_inf = skip.float()  # type: ignore[attr-defined]
-        self.torch.step()
-        self.torch.zero_grad(set_to_none=True)
+        self._adapter.step(skip)
+        for group in self.torch.param_groups:  # apex's zero_grad takes no set_to_none
+            for parameter in group["params"]:
+                parameter.grad = None
 
-    def _start_momentum(self) -> None:
-        """Zero momentum for tensors of SGD that have none yet.
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `torch.state_dict()`; tensors may be on any device."""
+        self._adapter.load(state)
 
-        torch's fused SGD wants momentum for all tensors or for none, but the last layers, frozen at
-        first, start later than the rest. Without dampening a start at 0 is the same arithmetic:
-        m * 0 + g = g. A first step that is skipped leaves 0, where torch would leave its garbage.
-        """
-        for group in self.torch.param_groups:
-            started = group["params"] if group.get("momentum") else []
-            for parameter in (p for p in started if p.grad is not None):
-                state = self.torch.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
+
+def _rows(config: ModelConfig, model: nn.Module, kind: type[Adapter]) -> list[Row]:
+    """The parameter groups of one kind of optimizer."""
+    main, own = config.optimizer, config.t_head_optimizer
+    groups = parameter_groups(model, own_t_head=own is not None)
+    rows = [Row(groups[0], main, True), Row(groups[1], main, False)]
+    if own is not None:
+        # The official group has biases and norms in it: tensors that a rate for the norm of each,
+        # 0 at first for a bias, would hold fast.
+        named = list(model.named_parameters())
+        plain = {p for name, p in named if kind.by_layer and _is_plain(name, p)}
+        rows.append(Row([p for p in groups[2] if p not in plain], own, True))
+        if plain:
+            rows.append(Row([p for p in groups[2] if p in plain], own, False))
+    if kind.counts_groups:
+        last = {p for name, p in model.named_parameters() if LAST_LAYERS in name}
+        parts = [
+            row._replace(parameters=[p for p in row.parameters if (p in last) == frozen])
+            for row in rows
+            for frozen in (False, True)
+        ]
+        rows = [part for part in parts if part.parameters]
+    return rows
 
 
 def parameter_groups(model: nn.Module, *, own_t_head: bool) -> list[list[nn.Parameter]]:
@@ -82,15 +100,19 @@ def parameter_groups(model: nn.Module, *, own_t_head: bool) -> list[list[nn.Para
             continue
         if own_t_head and name.startswith("t_head."):
             t_head.append(parameter)
-        elif name.endswith(".bias") or parameter.ndim == 1:
+        elif _is_plain(name, parameter):
             plain.append(parameter)
         else:
             decayed.append(parameter)
     return [decayed, plain, t_head] if own_t_head else [decayed, plain]
 
 
+def _is_plain(name: str, parameter: nn.Parameter) -> bool:
+    return name.endswith(".bias") or parameter.ndim == 1
+
+
 def freeze_last_layers(named: Iterable[tuple[str, nn.Parameter]]) -> None:
     """No gradient, so no update and no decay, for the prototypes of both heads."""
     for name, parameter in named:
-        if ".last_layer." in name:
+        if LAST_LAYERS in name:
             parameter.grad = None

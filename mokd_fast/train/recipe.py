@@ -67,8 +67,19 @@ class ScheduleConfig(Config):
 
 
 class OptimizerConfig(ScheduleConfig):
-    name: Literal["sgd", "adamw"]
-    momentum: Fraction = 0.9  # of sgd
+    # torch's fused sgd and adamw, timm's lars, and NVIDIA apex's for GPUs (apex.py).
+    name: Literal["sgd", "adamw", "lars", "apex-sgd", "apex-adamw", "apex-lamb"]
+    momentum: Fraction = 0.9  # of sgd, lars and apex-sgd
+    trust: PositiveFloat = 0.001  # of lars: a step's length in that of its tensor, at lr 1
+
+    @model_validator(mode="after")
+    def _lamb_decays(self) -> "OptimizerConfig":
+        if self.name == "apex-lamb" and self.weight_decay == self.final_weight_decay == 0:
+            raise ValueError(
+                "weight_decay: LAMB adapts the tensors that are decayed, at 0 it is AdamW: set a "
+                "weight_decay, or name=apex-adamw"
+            )
+        return self
 
 
 class TemperatureWarmup(Config):

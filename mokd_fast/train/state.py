@@ -47,7 +47,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.say(f"warning: not bit-equal to a run in one piece: {', '.join(other)}")
     load_weights(trainer.mokd, state, trainer.run)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.torch.load_state_dict(saved)
+        optimizer.load(saved)
     for scaler, saved in zip(trainer.scalers, state.get("scalers", []), strict=True):
         scaler.load_state_dict(saved)
     trainer.skipped = state.get("skipped", [])

@@ -106,11 +106,16 @@ def test_ema_with_a_momentum_on_the_device(dtype):
 def test_snapshot():
     """Back to the old bits where the flag says so, whatever is there now."""
     tensors = [torch.randn(3), torch.tensor(7), torch.randn(2, 2), torch.tensor(1.5).double()]
+    large = torch.randn(700, 400)
+    tensors += [large, large.new_ones(9, 8, 64, 64).to(memory_format=torch.channels_last)]
+    tensors += [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), large.T.clone().T]
     old = [tensor.clone() for tensor in tensors]
     snapshot = Snapshot(tensors)
     for flag in (True, False):
         snapshot.take()
         tensors[0].fill_(torch.nan), tensors[1].add_(1), tensors[2].mul_(2)
+        for tensor in tensors[4:]:
+            tensor[1, ::2] = torch.nan
         now = [tensor.clone() for tensor in tensors]
         with NoHostRead():
             snapshot.restore_(torch.tensor(flag))

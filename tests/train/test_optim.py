@@ -10,7 +10,7 @@ from mokd_fast.train.loop import Trainer, build
 from mokd_fast.train.optim import ScheduledOptimizer, freeze_last_layers, parameter_groups
 from tests.train.recipes import CNN, T_HEAD, VIT, pictures, silent, small
 
-GO, SKIP = torch.tensor(False), torch.tensor(True)
+GO = torch.tensor(False)
 
 
 def names(model, group) -> set[str]:
@@ -113,24 +113,3 @@ def test_fused_sgd_is_the_ordinary_one():
         plain.torch.step()
         for p, q in zip(student.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-16)
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["sgd", "adamw"])
-def test_a_skipped_step_moves_nothing(which):
-    recipe = small("x")
-    student = build(recipe).students[which]
-    optimizer = ScheduledOptimizer(recipe.models[which], student, total=4, warmup=0, lr_scale=1.0)
-    for step, skip in enumerate((SKIP, GO, SKIP)):  # the very first step, and a later one
-        before = copy.deepcopy((student.state_dict(), optimizer.torch.state_dict()["state"]))
-        trained = [p for p in student.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.full_like(p, torch.nan if skip else 1.0)
-        optimizer.step(step, skip)
-        assert all(p.grad is None for p in trained)
-        model, state = student.state_dict(), optimizer.torch.state_dict()["state"]
-        same = [torch.equal(model[name], value) for name, value in before[0].items()]
-        assert all(same) if skip else not all(same)
-        for i, values in state.items():  # what the first step makes is as if it were not there
-            for name, value in values.items():
-                old = before[1].get(i, {}).get(name, torch.zeros_like(value))
-                assert torch.equal(value, old) == bool(skip), (i, name)

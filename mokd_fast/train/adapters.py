@@ -1,0 +1,110 @@
+"""Optimizers that obey a flag on the device: a step with it set moves nothing, and nobody reads it.
+
+Each names its own way to that end. `KINDS` in optim.py lists them all, apex.py has NVIDIA's.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from timm.optim import Lars as TimmLars
+from torch import Tensor, nn
+
+from ..ops.foreach import Snapshot
+from .recipe import OptimizerConfig, ScheduleConfig
+
+
+class Row(NamedTuple):
+    """One parameter group: its tensors, their rates, and whether they are decayed."""
+
+    parameters: list[nn.Parameter]
+    rates: ScheduleConfig
+    decayed: bool
+
+
+class Adapter:
+    """One optimizer behind the contract that `ScheduledOptimizer` needs."""
+
+    # The size of a tensor's step follows its norm, so what is not decayed is not adapted either.
+    by_layer: ClassVar[bool] = False
+    # Steps are counted a group, so tensors that start later need a group of their own.
+    counts_groups: ClassVar[bool] = False
+
+    torch: torch.optim.Optimizer
+
+    def __init__(self, rows: list[Row], config: OptimizerConfig) -> None:
+        raise NotImplementedError
+
+    def step(self, skip: Tensor) -> None:
+        """One step of the gradients that are there; with `skip` (0-d bool) set, none."""
+        raise NotImplementedError
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.torch.load_state_dict(state)
+
+
+def groups_of(rows: list[Row]) -> list[dict[str, Any]]:
+    """Parameter groups in torch's form; the schedules set the rates."""
+    return [{"params": row.parameters, "weight_decay": 0.0} for row in rows]
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zero momentum for tensors of SGD or LARS that have none yet.
+
+    Fused SGD (torch's, apex's) wants momentum for all tensors or for none, but the last layers,
+    frozen at first, start later than the rest. Without dampening a start at 0 is the same
+    arithmetic: m * 0 + g = g. A first step that is skipped leaves 0, not a gradient that is NaN.
+    """
+    for group in optimizer.param_groups:
+        started = group["params"] if group.get("momentum") else []
+        for parameter in (p for p in started if p.grad is not None):
+            state = optimizer.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+class _Fused(Adapter):
+    """torch's fused ones take the flag as GradScaler's `found_inf`, counters included."""
+
+    def step(self, skip: Tensor) -> None:
+        start_momentum(self.torch)
+        self.torch.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.torch.step()
+
+
+class SGD(_Fused):
+    def __init__(self, rows: list[Row], config: OptimizerConfig) -> None:
+        self.torch = torch.optim.SGD(groups_of(rows), lr=0.0, momentum=config.momentum, fused=True)
+
+
+class AdamW(_Fused):
+    def __init__(self, rows: list[Row], config: OptimizerConfig) -> None:
+        self.torch = torch.optim.AdamW(groups_of(rows), lr=0.0, fused=True)
+
+
+class Lars(Adapter):
+    """timm's LARS (arXiv:1708.03888): SGD whose step of a tensor w is scaled by
+    trust * |w| / (|g| + decay * |w|).
+
+    It knows no flag, so what it moves is copied first and taken back: 0.39 s a step of 80 M
+    parameters on 2 cores where timm's alone takes 0.16 s (a fused torch SGD 0.03 s), and twice the
+    parameters' memory until its end, when the activations are gone. Decayed tensors are adapted
+    (timm's own rule stops at a decay of 0), biases and 1-D ones are neither decayed nor adapted.
+    """
+
+    by_layer = True
+
+    def __init__(self, rows: list[Row], config: OptimizerConfig) -> None:
+        groups = [
+            {**group, "always_adapt": row.decayed}
+            for group, row in zip(groups_of(rows), rows, strict=True)
+        ]
+        self.torch = TimmLars(groups, lr=0.0, momentum=config.momentum, trust_coeff=config.trust)
+
+    def step(self, skip: Tensor) -> None:
+        start_momentum(self.torch)
+        moved = [p for g in self.torch.param_groups for p in g["params"] if p.grad is not None]
+        buffers = [buffer for p in moved for buffer in self.torch.state[p].values()]
+        snapshot = Snapshot([*moved, *buffers])  # goes at the end of the step, as does its memory
+        snapshot.take()
+        self.torch.step()
+        snapshot.restore_(skip)

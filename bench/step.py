@@ -1,15 +1,17 @@
-"""The training step against the official one, from the same weights, views and schedules, and
-against ours with the reference operators: what the fused ones are worth in the whole.
+"""The training step against the official one and against the best plain PyTorch can do, from the
+same weights, crops and schedules; where its time goes, and what each of its means is worth.
 
     python bench/step.py [--quick] [--full] [--json FILE]
 
---quick times the demo's pair alone; --full adds ResNet-50 + ViT-S, which needs 12 GB.
+--quick times the demo's pair alone; --full adds ResNet-50 + ViT-S, which needs 20 GB. Each in fp32,
+and in bf16 where the processor has products of it. malloc keeps freed memory in all of them, though
+only our trainer sees to that by itself.
 """
 
 import argparse
-import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +22,146 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
+from bench.baseline.best import BestStep
+from bench.baseline.official import OfficialStep
+from bench.step_parts import breakdown, flops
+from bench.step_ways import ways
 from bench.timing import calibrate, interleave, machine, peak_bytes, write_json
 from bench.twin import official_step
-from mokd_fast.data.batches import Views
+from mokd_fast.ops import onednn
 from mokd_fast.train.loop import Trainer
+from mokd_fast.train.malloc import freed_memory_kept
 from mokd_fast.train.recipe import load_recipe
 
 SMALL = ["models.0.name=resnet18", "models.1.name=vit_tiny_patch16_224", "t_head.heads=3"]
 CASES = {  # name -> recipe, overrides, rounds
     "mokd_cnn_tiny+mokd_vit_tiny": ("fashion-mnist", [], 21),
-    "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 9),
-    "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 3),
+    "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 7),
+    "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 5),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIDE = 2048  # of the square products that measure the matrix rate
+PEAKS = ("peak_bytes", "best_peak_bytes", "baseline_peak_bytes")  # ours, best plain, official
 
-PEAKS = ("peak_bytes", "baseline_peak_bytes", "reference_peak_bytes")  # ours, official, reference
+Run = Callable[[], Any]
 
 
-def time_step(name: str, folder: Path) -> dict[str, Any]:
+class Steps:
+    """One case's step: a trainer's, the official one and the best plain one."""
+
+    def __init__(self, name: str, precision: str, folder: Path) -> None:
+        base, overrides, self.rounds = CASES[name]
+        common = [
+            f"data.root={blank_pictures(folder / 'pictures', 64)}",
+            "data.workers=0",
+            f"train.precision={precision}",
+            "models.1.drop_path=0",
+        ]
+        self.precision, self.folder = precision, folder
+        self.recipe = load_recipe(base, [*overrides, *common])
+        self.shape = f"{name}, batch {self.recipe.train.batch}, K={self.recipe.prototypes}"
+        self.trainer = self.make_trainer()
+        self.k = self.trainer.total // 2
+        # Normalised crops for everyone: what the loader takes is data.json's.
+        self.views = self.trainer.to_device(next(self.trainer.loader.batches(0)))
+        self.device = self.trainer.device
+        self.autocast = None if precision == "fp32" else DTYPES[precision]
+        self.official = official_step(self.trainer, autocast=self.autocast)
+        slow = precision == "bf16" and self.device.type == "cpu"  # of SDPA: step_ways.py
+        self.attention = "explicit" if slow else "sdpa"
+        self.best = official_step(
+            self.trainer, BestStep, autocast=self.autocast, attention=self.attention
+        )
+
+    def make_trainer(self, **train: Any) -> Trainer:
+        changed = self.recipe.train.model_copy(update=train)
+        recipe = self.recipe.model_copy(update={"train": changed})
+        folder = self.folder / ("run " + " ".join(train))
+        trainer = Trainer(recipe, folder, Console(quiet=True))
+        trainer.mokd.train()
+        return trainer
+
+    def ours(self, trainer: Trainer | None = None) -> Run:
+        used, views = trainer or self.trainer, self.views
+        if not used.recipe.train.channels_last:
+            views = tuple(x if x is None else x.contiguous() for x in views)  # type: ignore
+        used.to_device = lambda _: views  # type: ignore[method-assign, assignment]
+        return lambda: used.step(self.k, iter([None]))  # type: ignore[list-item]
+
+    def plain(self, step: OfficialStep, autocast: torch.dtype | None) -> Run:
+        crops = [crop for group in self.views if group is not None for crop in group]
+
+        def run() -> None:
+            step.autocast_dtype = autocast
+            step.step(crops, self.k, self.k // self.trainer.steps_per_epoch)
+
+        return run
+
+
+def time_step(name: str, precision: str, folder: Path) -> dict[str, Any]:
     """One row: the median of our step, of the official step, and their ratio."""
-    base, overrides, rounds = CASES[name]
-    root = blank_pictures(folder / "pictures", 64)
-    common = [f"data.root={root}", "data.workers=0", "train.precision=fp32"]
-    recipe = load_recipe(base, [*overrides, *common, "models.1.drop_path=0"])
-    # A duration in epochs for the official temperature table; the run itself is never fitted.
-    trainer = Trainer(recipe, folder / name, Console(quiet=True))
-    trainer.mokd.train()
-    official = official_step(trainer)
-    views = next(trainer.loader.batches(0))
-    globals_, locals_ = trainer.to_device(views)
-    crops = [*globals_, *([] if locals_ is None else locals_)]
-    k = trainer.total // 2
-
-    def ours(backend: str = "") -> None:
-        os.environ["MOKD_FAST_BACKEND"] = backend
-        trainer.step(k, iter([copy_of(views)]))
-
-    runs = {
-        "ours": ours,
-        "reference": lambda: ours("reference"),
-        "official": lambda: official.step(crops, k, k // trainer.steps_per_epoch),
+    steps = Steps(name, precision, folder)
+    runs: dict[str, Run] = {
+        "ours": steps.ours(),
+        "best": steps.plain(steps.best, steps.autocast),
+        "official": steps.plain(steps.official, None),
     }
-    times = interleave(runs, rounds)
-    peaks = {name: peak_bytes(run) for name, run in runs.items()}
-    os.environ.pop("MOKD_FAST_BACKEND")
+    if steps.autocast is not None:
+        runs["official_same"] = steps.plain(steps.official, steps.autocast)
+    rates = products(DTYPES[precision], steps.device)
+    with freed_memory_kept():
+        times = interleave(runs | rates, steps.rounds)
+        peaks = {key: peak_bytes(run) for key, run in runs.items()}
+        others = ways(steps)
+    gemm = {key: 2 * SIDE**3 / times[key] / 1e9 for key in rates}
+    steps.trainer.mokd.prototype_loss = "fused"  # whose products are seen: none is made twice
+    made, theirs = flops(runs["ours"]), flops(runs["official"])
+    steps.trainer.mokd.prototype_loss = None
+    seen = {"ours": steps.trainer, "best": steps.best, "official": steps.official}
+    same = "official_same" if steps.autocast is not None else "official"
     return {
         "op": "training step",
         "backend": "automatic",
-        "dtype": "fp32",
-        "device": trainer.device.type,
-        "shape": f"{name}, batch {recipe.train.batch}, K={recipe.prototypes}",
+        "dtype": precision,
+        "device": steps.device.type,
+        "shape": steps.shape,
         "median_s": times["ours"],
-        "reference_s": times["reference"],
-        "baseline": "official step in plain PyTorch (bench/baseline)",
+        "baseline": "official step in fp32 (bench/baseline)",
         "baseline_s": times["official"],
         "ratio": times["official"] / times["ours"],
+        "same_precision_s": times[same],
+        "best_plain": f"attention={steps.attention}, blocks and losses compiled",
+        "best_plain_s": times["best"],
+        "best_plain_ratio": times["best"] / times["ours"],
         "peak_bytes": peaks["ours"],
-        "reference_peak_bytes": peaks["reference"],
+        "best_peak_bytes": peaks["best"],
         "baseline_peak_bytes": peaks["official"],
-        "rounds": rounds,
+        "same_precision_peak_bytes": peaks[same],
+        "flops": made,
+        "baseline_flops": theirs,
+        "gemm_GFLOP_per_s": gemm,
+        "gemm_share": {key: made / times["ours"] / 1e9 / rate for key, rate in gemm.items()},
+        "ways": others,
+        "parts": {key: breakdown(runs[key], step) for key, step in seen.items()},
+        "rounds": steps.rounds,
         "discarded_rounds": times.discarded,
     }
 
 
-def copy_of(views: Views) -> Views:
-    return Views(views.globals, views.locals, views.index, [])
+def products(dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
+    """Square products: what torch.mm gives here, and oneDNN, which it leaves out in fp32."""
+    a = torch.randn(SIDE, SIDE, dtype=dtype, device=device)
+    runs: dict[str, Run] = {"torch.mm": lambda: a @ a}
+    if dtype == torch.float32 and onednn.usable(device.type, dtype):
+        runs["oneDNN"] = lambda: onednn.linear(a, a)
+    return runs
+
+
+def precisions() -> list[str]:
+    """fp32, and bf16 where its products are faster."""
+    if torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16"):
+        return ["fp32", "bf16"]
+    return ["fp32"]
 
 
 def blank_pictures(folder: Path, count: int) -> Path:
@@ -94,6 +172,17 @@ def blank_pictures(folder: Path, count: int) -> Path:
         pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
+
+
+def say(row: dict[str, Any]) -> None:
+    shares = ", ".join(f"{share:.0%} of {key}" for key, share in row["gemm_share"].items())
+    print(f"{row['shape']}, {row['dtype']}: {row['median_s']:.3f} s; official {row['ratio']:.2f}x, "
+          f"best plain {row['best_plain_ratio']:.2f}x; {shares}; peaks "
+          + " / ".join(f"{row[key] / 2**30:.2f}" for key in PEAKS) + " GiB")  # fmt: skip
+    for key, seconds in row["ways"].items():
+        print(f"  {key}: {seconds['ratio']:.2f}x")
+    for key, parts in row["parts"].items():
+        print(f"  {key}: " + ", ".join(f"{name} {s:.3f}" for name, s in parts.items()), flush=True)
 
 
 def main() -> None:
@@ -107,14 +196,13 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
     print(result["machine"], result["calibration"], sep="\n")
     for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            row = time_step(name, Path(folder))
-        result["rows"].append(row)
-        print(f"{row['shape']}: ours {row['median_s']:.3f} s, official {row['baseline_s']:.3f} s, "
-              f"{row['ratio']:.2f}x; with reference operators {row['reference_s']:.3f} s; peak "
-              + " / ".join(f"{row[k] / 2**30:.2f}" for k in PEAKS) + " GiB")  # fmt: skip
-        if options.json:
-            write_json(options.json, result)
+        for precision in precisions():
+            with tempfile.TemporaryDirectory() as folder:
+                row = time_step(name, precision, Path(folder))
+            result["rows"].append(row)
+            say(row)
+            if options.json:
+                write_json(options.json, result)
 
 
 if __name__ == "__main__":

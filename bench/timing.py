@@ -32,7 +32,12 @@ class Medians(dict[str, float]):
         self.cpu: dict[str, list[float]] = {name: [] for name in names}
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Medians:
+def interleave(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    calls: int = 1,
+    before: Mapping[str, Callable[[], Any]] | None = None,
+) -> Medians:
     """Median seconds of each callable over `rounds` rounds, after one that is not counted.
 
     A turn is the mean of `calls` calls in a row: one alone starts with what the others left in the
@@ -40,19 +45,24 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 
 
     A round in which other processes took more than BUSY of the machine is repeated, up to twice as
     many rounds in all; with more than that the machine is too busy to wait for.
+
+    `before`: of a run, what prepares its turn and is not timed.
     """
     result, counted, turn = Medians(runs), 0, 0
     while counted < rounds:
-        before, times, cpu = _others(), {}, {}
+        others, times, cpu = 0.0, {}, {}
         for name, run in list(runs.items())[:: 1 if turn % 2 else -1]:  # each after each
+            if before and name in before:
+                before[name]()
             _synchronize()
-            used, begin = _ours(), time.perf_counter()
+            seen, used, begin = _others(), _ours(), time.perf_counter()
             for _ in range(calls):
                 run()
             _synchronize()
             times[name] = (time.perf_counter() - begin) / calls
             cpu[name] = (_ours() - used) / calls
-        share = (_others() - before) / (calls * sum(times.values()) * (os.cpu_count() or 1))
+            others += _others() - seen
+        share = others / (calls * sum(times.values()) * (os.cpu_count() or 1))
         turn += 1
         if turn == 1:
             continue

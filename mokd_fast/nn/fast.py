@@ -27,7 +27,7 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
         if precision == "fp32" and type(module) is nn.Linear:
             module.__class__ = Linear
         elif precision == "bf16" and isinstance(module, Attention):
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[misc]
 
 
 def compile_blocks(model: nn.Module) -> int:

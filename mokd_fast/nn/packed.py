@@ -76,11 +76,12 @@ def packs(model: nn.Module) -> bool:
     within it."""
     if type(model) is not VisionTransformer:
         return False
-    kinds = [type(block.attn) for block in model.blocks]
-    plain = all(kind in (Attention, PackedAttention) for kind in kinds)
-    return plain and all(
-        getattr(block.attn, "gate", None) is None and not block.attn.attn_drop.p
-        for block in model.blocks
+    attentions: list[Any] = [block.attn for block in model.blocks]
+    return all(
+        type(attn) in (Attention, PackedAttention)
+        and getattr(attn, "gate", None) is None
+        and not attn.attn_drop.p
+        for attn in attentions
     )
 
 

@@ -20,7 +20,7 @@ def usable(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _there()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _there() -> bool:
     onednn = torch.backends.mkldnn
     return onednn.is_available() and bool(onednn.enabled)

@@ -231,7 +231,7 @@ class Trainer:
         train = self.recipe.train
         quicken(self.mokd, self.device, train.precision)
         if train.pack_crops and not self.mokd.pack():
-            self.say("train.pack_crops=true: no model is a plain ViT of timm, so T-Heads alone pack")
+            self.say("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
         if train.compile and not compile_blocks(self.mokd):
             self.say("train.compile=true: there is no transformer block to compile")
 

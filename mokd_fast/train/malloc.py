@@ -24,15 +24,24 @@ def freed_memory_kept() -> Iterator[None]:
         yield
         return
     try:
-        _keep(_MOST)
+        keep()
         yield
     finally:
-        _keep(_DEFAULT)
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back()
 
 
-def _keep(threshold: int) -> None:
+def keep() -> None:
+    _set(_MOST)
+
+
+def give_back() -> None:
+    """malloc as it begins, near enough: what is free goes back now, and from now on."""
+    _set(_DEFAULT)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set(threshold: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         for key in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):

@@ -1,0 +1,113 @@
+"""What each means of the training step is worth: the step with it against the step without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models.vision_transformer import Attention, Block
+from torch import nn
+
+from bench.timing import Medians, interleave
+from mokd_fast.nn import MOKD
+from mokd_fast.nn.fast import Linear, compile_blocks, quicken
+from mokd_fast.train import malloc
+
+if TYPE_CHECKING:
+    from bench.step import Steps
+
+Run = Callable[[], Any]
+ROUNDS = 3
+
+
+def ways(steps: Steps) -> dict[str, dict[str, float]]:
+    """A means -> seconds of the step with and without it, and their ratio (> 1: it is worth it).
+
+    Each is switched between turns, everything else is as the trainer has it. "without" ends every
+    comparison but that of malloc, so what is off by default is off in the next.
+    """
+    mokd, run = steps.trainer.mokd, steps.ours()
+    found = {
+        "logits not stored": _row(_turns(run, *_stored(mokd))),
+        "products and attention as they are fastest": _row(_turns(run, *_libraries(steps))),
+        "transformer blocks compiled": _compiled(run, mokd),
+        "crops of a ViT packed": _row(_turns(run, *_packed(mokd))),
+    }
+    plain = steps.ours(steps.make_trainer(channels_last=False))
+    found["channels_last"] = _row(interleave({"with": run, "without": plain}, ROUNDS))
+    found["freed memory kept"] = _row(_turns(run, *_malloc(run)))
+    return found
+
+
+def _turns(run: Run, on: Run, off: Run) -> Medians:
+    """`run` after `on` and after `off`, in turns; what they take does not count."""
+    before = {"with": on, "without": off}
+    return interleave({"with": run, "without": lambda: run()}, ROUNDS, before=before)
+
+
+def _row(times: Medians) -> dict[str, float]:
+    with_s, without_s = times["with"], times["without"]
+    return {"with_s": with_s, "without_s": without_s, "ratio": without_s / with_s}
+
+
+def _stored(mokd: MOKD) -> tuple[Run, Run]:
+    def choose(way: str | None) -> Run:
+        return lambda: setattr(mokd, "prototype_loss", way)
+
+    return choose("fused-linear"), choose("fused")
+
+
+def _libraries(steps: Steps) -> tuple[Run, Run]:
+    mokd = steps.trainer.mokd
+
+    def off() -> None:
+        for module in mokd.modules():
+            if type(module) is Linear:
+                module.__class__ = nn.Linear
+            elif isinstance(module, Attention):
+                module.fused_attn = True  # type: ignore[misc]
+
+    return lambda: quicken(mokd, steps.device, steps.precision), off
+
+
+def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
+    blocks = [module for module in mokd.modules() if isinstance(module, Block)]
+    compile_blocks(mokd)
+    calls = [block._compiled_call_impl for block in blocks]
+
+    def choose(impls: list[Any]) -> None:
+        for block, impl in zip(blocks, impls, strict=True):
+            block._compiled_call_impl = impl
+
+    on, off = partial(choose, calls), partial(choose, [None] * len(blocks))
+    seconds = time.perf_counter()
+    on()
+    run()
+    seconds = time.perf_counter() - seconds
+    graphs = _graphs()
+    times = _turns(run, on, off)
+    off()
+    return _row(times) | {"first_s": seconds, "recompiled": _graphs() - graphs}
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _packed(mokd: MOKD) -> tuple[Run, Run]:
+    def off() -> None:
+        for student in mokd.students:
+            student.packed = False  # type: ignore[assignment]
+
+    return mokd.pack, off
+
+
+def _malloc(run: Run) -> tuple[Run, Run]:
+    def on() -> None:
+        malloc.keep()
+        run()  # or this turn would pay for what the one before gave back
+
+    return on, malloc.give_back

@@ -1,5 +1,6 @@
 """Online kNN: the scores of `mokd-fast knn`, and a training that does not notice."""
 
+import itertools
 import os
 import random
 import shutil
@@ -9,13 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mokd_fast
 from mokd_fast.train import online
 from mokd_fast.train.loop import Trainer, pretrain
-from tests.train.recipes import CNN, VIT, pictures, silent, small
+from tests.train.recipes import CNN, VIT, model, pictures, silent, small
 from tests.train.test_distributed import PAIR, SIZES, start, wait
 from tests.train.test_loop import final_state, metrics
 from tests.train.test_skipped import HostReads
@@ -52,6 +52,13 @@ def scores(run):
     }
 
 
+def same_weights(run, other):
+    one, two = final_state(run)["model"], final_state(other)["model"]
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
 @pytest.fixture(scope="module")
 def whole(data, labelled, tmp_path_factory):
     """A run with evaluations; its console, and the states of others' generators around it."""
@@ -68,9 +75,7 @@ def test_the_weights_are_those_of_a_run_without(whole, data, labelled, tmp_path)
     """And the state of the generator, the optimizers, the losses of every row there is in both."""
     plain = pretrain(recipe_of(data, labelled, every=""), run=tmp_path / "plain", console=silent())
     one, two = final_state(plain), final_state(whole[0])
-    assert one["model"].keys() == two["model"].keys()
-    for name, value in one["model"].items():
-        assert torch.equal(value, two["model"][name]), name
+    same_weights(plain, whole[0])
     assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
     for a, b in zip(one["optimizers"], two["optimizers"], strict=True):
         for i, row in a["state"].items():
@@ -113,7 +118,7 @@ def test_the_evaluated_networks_move(data, labelled, tmp_path, monkeypatch):
     assert not torch.equal(banks[0], banks[1]) and not torch.equal(banks[1], banks[2])
 
 
-def test_modes_statistics_and_the_clock_stay(data, labelled, tmp_path, monkeypatch):
+def test_modes_statistics_and_random_numbers_stay(data, labelled, tmp_path):
     trainer = Trainer(recipe_of(data, labelled), tmp_path / "run", silent())
     trainer.mokd.train()
     frozen = trainer.mokd.teachers[0].backbone
@@ -131,42 +136,32 @@ def test_modes_statistics_and_the_clock_stay(data, labelled, tmp_path, monkeypat
 
 
 def test_a_slow_evaluation_is_no_part_of_the_rate(data, labelled, tmp_path, monkeypatch):
-    found = {}
-    for pause in (0.0, 2.0):
-        recipe = recipe_of(data, labelled, "train.log_every=1", every="1ep")
-        trainer = Trainer(recipe, tmp_path / str(pause), silent())
-
-        def slow(*_, pause=pause):
-            time.sleep(pause)
-            return {"knn_1_k1": 50.0}
-
-        monkeypatch.setattr(trainer.knn, "scores", slow)
-        trainer.fit()
-        found[pause] = [row["images_per_s"] for row in metrics(tmp_path / str(pause))]
-    # Row 4 holds step 4 alone: 4 pictures in the time of a step and 2 s would be below 2 a second.
-    assert found[2.0][3] > 2
+    recipe = recipe_of(data, labelled, "train.log_every=1", "train.duration=2ep")
+    trainer = Trainer(recipe, tmp_path / "run", silent())
+    monkeypatch.setattr(trainer.knn, "scores", lambda *_: time.sleep(1) or {"knn_1_k1": 50.0})
+    trainer.fit()
+    row = metrics(tmp_path / "run")[4]  # of step 5 alone: 4 pictures, after the second's sleep
+    assert row["step"] == 5 and row["images_per_s"] > 4
 
 
 def test_no_host_read_on_other_steps(data, labelled, tmp_path):
-    """fit's own bookkeeping, with steps that are made of nothing: only rows are read."""
-    recipe = recipe_of(
-        data, labelled, "train.log_every=100", "train.checkpoint_every=100it", every="6it"
-    )
-    trainer = Trainer(recipe, tmp_path / "run", silent())
-    reads, step = {}, trainer.step
-
-    def counted(k, batches):
-        reads[k] = len(host.found)
-        with torch._C.DisableTorchFunction():
-            return step(k, batches)
-
-    with HostReads() as host:
-        host._python.__exit__(None, None, None)  # the loader makes arrays of pictures
-        trainer.step = counted
-        trainer.fit()
-        host._python.__enter__()
-    assert reads[5] == 0, "before the first evaluation"
-    assert reads[6] > 0 and reads[11] == reads[6]
+    """Between two evaluations there are those of a run without any."""
+    found = []
+    for every in ("", "6it"):
+        rows = ("train.log_every=100", "train.checkpoint_every=100it")
+        recipe = recipe_of(data, labelled, *rows, every=every)
+        trainer = Trainer(recipe, tmp_path / f"run{every}", silent())
+        at, step = [], trainer.step
+        with HostReads() as host:
+            trainer.step = lambda k, batches, at=at, step=step, host=host: (
+                at.append(len(host.found)) or step(k, batches)
+            )
+            trainer.fit()
+        found.append([b - a for a, b in itertools.pairwise(at)])  # of each step and what follows
+    without, with_it = found
+    assert len(without) == 11 and with_it[5] > without[5]
+    del without[5], with_it[5]
+    assert without == with_it
 
 
 @pytest.mark.parametrize("stop", [5, 8])
@@ -219,8 +214,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(whole, data, labelled, tmp_path,
     assert final_state(tmp_path / "run")["step"] == 8 and list(scores(tmp_path / "run")) == [4]
     run = pretrain(recipe_of(data, labelled), run=tmp_path / "run", console=silent())
     assert scores(run) == scores(whole[0])
-    for name, value in final_state(run)["model"].items():
-        assert torch.equal(value, final_state(whole[0])["model"][name]), name
+    same_weights(run, whole[0])
 
 
 def test_an_evaluation_that_fails_does_not_end_the_run(whole, data, labelled, tmp_path):
@@ -236,8 +230,7 @@ def test_an_evaluation_that_fails_does_not_end_the_run(whole, data, labelled, tm
     assert (
         scores(tmp_path / "run") == {} and [r["step"] for r in metrics(tmp_path / "run")][-1] == 12
     )
-    for name, value in final_state(tmp_path / "run")["model"].items():
-        assert torch.equal(value, final_state(whole[0])["model"][name]), name
+    same_weights(tmp_path / "run", whole[0])
 
 
 def test_mistakes_are_known_before_the_first_step(data, labelled, tmp_path):
@@ -264,28 +257,20 @@ def test_mistakes_are_known_before_the_first_step(data, labelled, tmp_path):
         recipe_of(data, labelled, every="often")
 
 
-def test_a_torchvision_network_and_bf16(tmp_path, labelled):
+def test_a_torchvision_network_and_bf16(data, labelled, tmp_path):
     """Their graph is copied as well; features are fp32, as the command computes them."""
-    from tests.train.recipes import model
-
-    folder = tmp_path / "data"
-    for i in range(6):
-        (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-        picture = np.full((32, 32, 3), 40 * i, np.uint8)
-        Image.fromarray(picture).save(folder / f"class{i % 2}" / f"{i}.png")
     recipe = recipe_of(
-        folder, (folder, folder), "train.precision=bf16", "data.channels=3",
-        "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "train.duration=2it",
-        "train.warmup=0it", "train.freeze_last_layers=0it", every="1it",
+        data, labelled, "train.precision=bf16", "data.channels=3", "data.mean=[0.5,0.5,0.5]",
+        "data.std=[0.2,0.2,0.2]", "train.duration=1ep", every="2it",
         models=[model("shufflenet_v2_x0_5", temperature_warmup=dict.fromkeys(
             ("self", "cross", "search"), "0it"))],
         augment={"global_size": 64, "local_size": 32, "locals": 1}, t_head=None,
     )  # fmt: skip
     run = pretrain(recipe, run=tmp_path / "run", console=silent())
     found = scores(run)
-    assert list(found) == [1, 2] and found[2]["knn_1_k1"] == 100
+    assert list(found) == [2, 3]
     row = next(iter(mokd_fast.knn(run).values()))
-    assert found[2] == {f"knn_1_k{k}": v for k, v in row["knn"].items()}
+    assert found[3] == {f"knn_1_k{k}": v for k, v in row["knn"].items()}
 
 
 def test_two_processes(labelled, tmp_path):

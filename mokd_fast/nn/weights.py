@@ -35,7 +35,8 @@ def load_backbone(backbone: nn.Module, name: str, path: Path, channels: int) -> 
         state = _filtered(backbone, state, size, path)
     _fit_first_conv(backbone, state, channels)
     mine = backbone.state_dict()
-    dropped = [k for k in state if k not in mine and k.startswith(_classifiers(backbone))]
+    heads = _classifiers(backbone)
+    dropped = sorted(k for k in state if k not in mine and k.startswith(heads))
     state = {key: value for key, value in state.items() if key not in dropped}
     if faults := _faults(state, mine):
         raise UserError(

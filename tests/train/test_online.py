@@ -16,7 +16,6 @@ import mokd_fast
 from mokd_fast.train import online
 from mokd_fast.train.loop import Trainer, pretrain
 from tests.train.recipes import CNN, VIT, model, pictures, silent, small
-from tests.train.test_distributed import PAIR, SIZES, start, wait
 from tests.train.test_loop import final_state, metrics
 from tests.train.test_skipped import HostReads
 
@@ -271,16 +270,3 @@ def test_a_torchvision_network_and_bf16(data, labelled, tmp_path):
     assert list(found) == [2, 3]
     row = next(iter(mokd_fast.knn(run).values()))
     assert found[3] == {f"knn_1_k{k}": v for k, v in row["knn"].items()}
-
-
-def test_two_processes(labelled, tmp_path):
-    """The first evaluates while the other waits; one voice, and the scores of the command."""
-    data = pictures(tmp_path / "data", 26)
-    recipe = recipe_of(data, labelled, "train.batch=8", models=PAIR, augment=SIZES)
-    codes, out = wait(start(recipe, tmp_path / "run", 2))
-    assert codes == [0, 0], out
-    assert out[0].count("knn_2_k5") == 3 and out[1] == ""
-    found = scores(tmp_path / "run")
-    assert list(found) == [4, 8, 12]
-    for i, row in enumerate(list(mokd_fast.knn(tmp_path / "run").values())[:2], start=1):
-        assert {k: found[12][f"knn_{i}_k{k}"] for k in row["knn"]} == row["knn"]

@@ -1,0 +1,60 @@
+"""A run of two processes beside one: online kNN, a backbone from a file, unreadable pictures."""
+
+import pytest
+import torch
+
+import mokd_fast
+from mokd_fast.train.loop import pretrain
+from tests.train.recipes import pictures, silent, small
+from tests.train.test_distributed import PAIR, SIZES, start, wait
+from tests.train.test_loop import final_state, metrics
+
+BAD = ("000.png", "005.png", "011.png", "020.png")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(one process, two processes, what each of the two said) of one recipe, 12 steps."""
+    folder = tmp_path_factory.mktemp("two")
+    data, labelled = pictures(folder / "data", 26), pictures(folder / "labelled", 21)
+    for path in data.rglob("*.png"):
+        if path.name in BAD:
+            path.write_bytes(b"no picture")
+    roots = (f"evaluate.train={labelled}", f"evaluate.test={labelled}", "evaluate.k=[3,5]")
+    sizes = {"models": PAIR, "augment": SIZES}
+    first = small(data, "train.batch=4", "train.duration=6ep", "data.max_bad=1", **sizes)
+    file = mokd_fast.export(pretrain(first, run=folder / "first", console=silent()))
+    recipe = small(
+        data, "train.batch=8", "train.log_every=1", "train.checkpoint_every=6it",
+        "evaluate.every=5it", "data.check=false", f"models.0.weights={file}", "train.seed=5",
+        *roots, **sizes,
+    )  # fmt: skip
+    one = pretrain(recipe, run=folder / "one", console=silent())
+    codes, said = wait(start(recipe, folder / "two", 2))
+    assert codes == [0, 0], said
+    return one, folder / "two", said
+
+
+def test_the_first_evaluates_and_the_other_waits(runs):
+    """One voice, and the scores of the command on the last checkpoint."""
+    _, run, said = runs
+    assert said[0].count("knn_2_k5") == 3 and "knn" not in said[1]
+    found = {row["step"]: row for row in metrics(run) if "knn_1_k3" in row}
+    assert list(found) == [5, 10, 12]
+    for i, row in enumerate(list(mokd_fast.knn(run).values())[:2], start=1):
+        assert {k: found[12][f"knn_{i}_k{k}"] for k in row["knn"]} == row["knn"]
+
+
+def test_both_start_from_the_file(runs):
+    one, two = (final_state(run)["model"] for run in runs[:2])
+    assert runs[2][0].count("models.0.weights: ") == 1 and "models.0" not in runs[2][1]
+    for name, value in one.items():
+        if not name.endswith("qkv.bias"):  # a key's has no gradient; AdamW makes steps of its noise
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_unreadable_pictures_of_both_are_counted(runs):
+    """Row by row as in one process, which reads the same pictures; each once."""
+    one, two = ([row["bad_files"] for row in metrics(run)] for run in runs[:2])
+    assert one == two and one[0] < one[-1] == len(BAD)
+    assert len(final_state(runs[1])["bad_files"]) == len(BAD)

@@ -84,8 +84,9 @@ class Trainer:
 
     Raises UserError for a missing or empty data folder, a batch larger than the data set, more
     unreadable pictures than data.max_bad, a warm-up longer than the run, a run folder that cannot
-    be written, is in use or holds another recipe's checkpoint, an unknown or unfit model, and a
-    warm start that does not fit.
+    be written, is in use or holds another recipe's checkpoint, an unknown or unfit model, a warm
+    start or file of weights that does not fit, evaluation sources that no step could evaluate, and
+    a missing wandb.
     """
 
     def __init__(

@@ -31,10 +31,11 @@ def load_backbone(backbone: nn.Module, name: str, path: Path, channels: int) -> 
     """
     state, size = _read(path)
     before = {key: tuple(value.shape) for key, value in state.items() if _is_tensor(value)}
-    if size is None or size != _size_of(backbone):  # else it is an export of this very network
+    mine = backbone.state_dict()
+    same = all(before.get(key) == value.shape for key, value in mine.items())
+    if not (same and size is not None and size == _size_of(backbone)):  # no export of this network
         state = _filtered(backbone, state, size, path)
     _fit_first_conv(backbone, state, channels)
-    mine = backbone.state_dict()
     heads = _classifiers(backbone)
     dropped = sorted(k for k in state if k not in mine and k.startswith(heads))
     state = {key: value for key, value in state.items() if key not in dropped}
@@ -51,7 +52,7 @@ def load_backbone(backbone: nn.Module, name: str, path: Path, channels: int) -> 
     ]
     parts = [f"{len(state)} tensors of {path}"]
     parts += [f"left out: {_few(dropped)}"] if dropped else []
-    parts += [f"resized: {_few(changed)}"] if changed else []
+    parts += [f"adapted: {_few(changed)}"] if changed else []
     return "; ".join(parts)
 
 

@@ -46,7 +46,7 @@ def test_pooled_features_are_timms(tmp_path, name, head, ending):
     size = theirs.pretrained_cfg["input_size"][-2:]
     backbone = build_backbone(name, size=size)
     said = load_backbone(backbone, name, path, 3)
-    assert f"of {path}; left out: {head}" in said and "resized" not in said
+    assert f"of {path}; left out: {head}" in said and "adapted" not in said
     x = torch.randn(2, 3, *size)
     expected = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
     torch.testing.assert_close(features(backbone.eval(), x).pooled, expected)
@@ -58,7 +58,7 @@ def test_positions_of_another_grid_are_resized_by_timm(tmp_path):
     theirs = whole("vit_tiny_patch16_224", path, img_size=64, **VIT)
     backbone = build_backbone("vit_tiny", size=(32, 48), kwargs=VIT)
     said = load_backbone(backbone, "vit_tiny", path, 3)
-    assert "resized: pos_embed [1, 65, 24] -> [1, 25, 24]" in said
+    assert "adapted: pos_embed [1, 65, 24] -> [1, 25, 24]" in said
     expected = resample_abs_pos_embed(theirs.pos_embed, (4, 6), (8, 8), num_prefix_tokens=1)
     torch.testing.assert_close(backbone.pos_embed, expected)
     assert torch.equal(backbone.pos_embed[:, :1], theirs.pos_embed[:, :1])
@@ -69,9 +69,16 @@ def test_windows_of_another_size(tmp_path):
     name = "swin_tiny_patch4_window7_224"
     small = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 2, 2)}
     whole(name, path, img_size=128, window_size=4, **small)
-    backbone = build_backbone(name, size=(64, 64), kwargs={"window_size": 2, **small})
+    wide, narrow = ({"window_size": n, **small} for n in (4, 2))
+    backbone = build_backbone(name, size=(64, 64), kwargs=narrow)
     said = load_backbone(backbone, name, path, 3)
     assert "relative_position_bias_table [49, 1] -> [9, 1]" in said and "and 1 more" in said
+    given = build_backbone(name, size=(64, 64), kwargs=wide)  # an export of the same size
+    config = NetworkConfig(name=name, kwargs=wide)
+    export_backbone(given, config, path, channels=3, size=(64, 64))
+    assert "relative_position_bias_table [49, 1] -> [9, 1]" in load_backbone(
+        backbone, name, path, 3
+    )
 
 
 @pytest.mark.parametrize(("theirs", "mine"), [(3, 1), (1, 3)])
@@ -133,7 +140,7 @@ def test_what_we_export_comes_back_bit_for_bit(tmp_path, name, size, kwargs):
     export_backbone(given, NetworkConfig(name=name, kwargs=kwargs), path, channels=3, size=size)
     backbone = build_backbone(name, size=size, kwargs=kwargs)
     said = load_backbone(backbone, name, path, 3)
-    assert "left out" not in said and "resized" not in said
+    assert "left out" not in said and "adapted" not in said
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, given.state_dict()[key]), key
 

@@ -1,5 +1,7 @@
 """A run of two processes beside one: online kNN, a backbone from a file, unreadable pictures."""
 
+import time
+
 import pytest
 import torch
 
@@ -58,3 +60,32 @@ def test_unreadable_pictures_of_both_are_counted(runs):
     one, two = ([row["bad_files"] for row in metrics(run)] for run in runs[:2])
     assert one == two and one[0] < one[-1] == len(BAD)
     assert len(final_state(runs[1])["bad_files"]) == len(BAD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_during_an_evaluation(told, tmp_path):
+    """One of them is told while the first evaluates for long: both end with one checkpoint, and the
+    run that goes on makes up for the scores."""
+    data, bank = pictures(tmp_path / "data", 26), pictures(tmp_path / "bank", 20000)
+    recipe = small(
+        data, "train.batch=8", "train.checkpoint_every=3it", f"evaluate.train={bank}",
+        f"evaluate.test={data}", "evaluate.every=4it", models=PAIR, augment=SIZES,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    processes = start(recipe, run, 2)
+    while (
+        not (run / "metrics.jsonl").exists()
+        or '"step": 3,' not in (run / "metrics.jsonl").read_text()
+    ):
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    time.sleep(3)  # into the evaluation after step 4
+    processes[told].terminate()
+    codes, said = wait(processes)
+    assert codes == [143, 143], said
+    assert final_state(run)["step"] in ((4,) if told == 0 else (4, 5, 6))
+    codes, said = wait(start(recipe, run, 2))
+    assert codes == [0, 0], said
+    found = [row["step"] for row in metrics(run) if "knn_1_k10" in row]
+    assert found == [4, 8, 12]

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import mokd_fast
+from mokd_fast.interop.export import export_backbone
+from mokd_fast.nn.backbones import build_backbone
+from mokd_fast.nn.build import NetworkConfig
 from mokd_fast.train.loop import pretrain
 from tests.train.recipes import pictures, silent, small
 from tests.train.test_distributed import PAIR, SIZES, start, wait
@@ -24,8 +27,10 @@ def runs(tmp_path_factory):
             path.write_bytes(b"no picture")
     roots = (f"evaluate.train={labelled}", f"evaluate.test={labelled}", "evaluate.k=[3,5]")
     sizes = {"models": PAIR, "augment": SIZES}
-    first = small(data, "train.batch=4", "train.duration=6ep", "data.max_bad=1", **sizes)
-    file = mokd_fast.export(pretrain(first, run=folder / "first", console=silent()))
+    torch.manual_seed(7)
+    backbone = build_backbone("test_vit", channels=1, size=(32, 32))
+    network = NetworkConfig(name="test_vit")
+    file = export_backbone(backbone, network, folder / "a.safetensors", channels=1, size=(32, 32))
     recipe = small(
         data, "train.batch=8", "train.log_every=1", "train.checkpoint_every=6it",
         "evaluate.every=5it", "data.check=false", f"models.0.weights={file}", "train.seed=5",

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data.loader import Loader
-from .data.sources import Source, open_source
+from .data.sources import open_source
 from .errors import UserError
-from .evaluate import evaluate
+from .evaluate import Pooled, evaluate
 from .interop.export import export_backbone
-from .nn import MOKD, features
+from .nn import MOKD
 from .train.checkpoint import find_checkpoint
 from .train.loop import build
+from .train.online import evaluation_sources, picture_options
 from .train.recipe import Recipe, load_recipe
 from .train.resume import load_weights
 
@@ -145,32 +146,26 @@ def _evaluate(
                 f"{override}: the networks are those of the run; only evaluate.* can be changed"
             )
     recipe = load_recipe(recipe.model_dump(mode="json"), list(overrides))
-    train, test = _evaluation_sources(recipe)
+    train, test = evaluation_sources(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(recipe.train.seed)
     random = build(recipe)  # the very weights this run started from
     models: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, networks in ((which, getattr(mokd, f"{which}s")), ("random", random.students)):
         for i, (config, network) in enumerate(zip(recipe.models, networks, strict=True), start=1):
-            models[f"{i} {config.name} {name}"] = _Pooled(network.backbone).to(device)
-    height, width = recipe.augment.global_hw
+            models[f"{i} {config.name} {name}"] = Pooled(network.backbone).to(device)
     settings = recipe.evaluate
     result = evaluate(
         models,
         train,
         test,
-        size=(height, width),
-        resize=settings.resize or round(min(height, width) * 256 / 224),
-        channels=recipe.data.channels,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
         ks=settings.k,
         train_limit=settings.train_limit,
         test_limit=settings.test_limit,
         linear=linear,
-        workers=_workers(recipe),
         device=device,
         progress=progress,
+        **picture_options(recipe),
     )
     if Path(run).is_dir():
         name = "linear.json" if linear else "knn.json"
@@ -179,32 +174,3 @@ def _evaluate(
         except OSError as error:  # the result of a long evaluation is worth more than its file
             _log.warning("%s cannot be written: %s", Path(run) / name, error.strerror)
     return result
-
-
-class _Pooled(nn.Module):
-    """A backbone as pictures -> pooled feature, in evaluation mode."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return features(self.backbone, x).pooled
-
-
-def _evaluation_sources(recipe: Recipe) -> tuple[Source, Source]:
-    found = []
-    for key in ("train", "test"):
-        root = getattr(recipe.evaluate, key)
-        if root is None:
-            raise UserError(
-                f"evaluate.{key} is not set: give a folder with one folder a class, as "
-                f"evaluate.{key}=/path/to/{key}"
-            )
-        found.append(open_source(root))
-    return found[0], found[1]
-
-
-def _workers(recipe: Recipe) -> int:
-    """Loader processes: none where decoding costs less than handing a picture over."""
-    return recipe.data.workers if max(recipe.augment.global_hw) > 64 else 0

@@ -22,6 +22,7 @@ PACKAGES = {
     "xformers": "optional: pip install mokd_fast[xformers]",
     "nvidia-dali-cuda130": "optional: a loader, pip install mokd_fast[dali]",
     "matplotlib": "optional: the report, pip install mokd_fast[report]",
+    "wandb": "optional: train.wandb, pip install mokd_fast[wandb]",
     "scikit-learn": "optional: the digits data set, pip install mokd_fast[data]",
 }
 

@@ -1,14 +1,15 @@
 """What networks are worth, beside controls: kNN, few-shot, linear probe; the pointing score."""
 
-from .features import Pictures, extract, pixels
+from .features import Pictures, Pooled, extract, pixels
 from .knn import few_shot_indices, knn
 from .linear import LinearResult, linear_probe
 from .pointing import pointing
-from .suite import evaluate, format_table
+from .suite import evaluate, format_table, same_classes
 
 __all__ = [
     "LinearResult",
     "Pictures",
+    "Pooled",
     "evaluate",
     "extract",
     "few_shot_indices",
@@ -17,4 +18,5 @@ __all__ = [
     "linear_probe",
     "pixels",
     "pointing",
+    "same_classes",
 ]

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.batches import leave_signals_to_the_run
 from ..data.loader import normalize
 from ..data.sources import Source
 from ..errors import UserError
+from ..nn import features as backbone_features
 from .pictures import Item, Pictures
 
 Model = Callable[[Tensor], Tensor]  # pictures fp32 [B, C, H, W] -> features [B, D]
@@ -69,7 +71,10 @@ def extract(
     )
     # A generator of its own: the loader would draw its base seed from the global one.
     generator = torch.Generator()
-    loader = DataLoader(data, batch, num_workers=workers, collate_fn=_collate, generator=generator)
+    loader = DataLoader(
+        data, batch, num_workers=workers, collate_fn=_collate, generator=generator,
+        worker_init_fn=leave_signals_to_the_run,
+    )  # fmt: skip
     features: dict[str, Tensor] = {}
     labels: list[int] = []
     bad: list[str] = []
@@ -88,6 +93,17 @@ def extract(
                 progress(len(labels) + len(bad), len(data))
     _report(bad, len(data))
     return {name: y[: len(labels)] for name, y in features.items()}, torch.tensor(labels)
+
+
+class Pooled(nn.Module):
+    """A backbone as pictures [B, C, H, W] -> pooled feature [B, D]."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return backbone_features(self.backbone, x).pooled
 
 
 def _collate(items: list[Item]) -> tuple[Tensor | None, list[int], list[str]]:

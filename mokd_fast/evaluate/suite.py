@@ -65,8 +65,7 @@ def evaluate(
     """
     if _CONTROL in models:
         raise ValueError(f"{_CONTROL!r} is the control's name; call the model something else")
-    if tuple(train_source.classes) != tuple(test_source.classes):
-        raise UserError(_differing(train_source.classes, test_source.classes))
+    same_classes(train_source, test_source)
     everything: dict[str, Model] = {**models, _CONTROL: pixels}
 
     def features(what: str, source: Source, **options: Any) -> dict[str, Labelled]:
@@ -135,13 +134,17 @@ def _few(
     return scores | ({"linear_few": fmean(probes)} if linear else {})
 
 
-def _differing(train: Sequence[str], test: Sequence[str]) -> str:
+def same_classes(train_source: Source, test_source: Source) -> None:
+    """Raises UserError when two labelled sources do not have the same classes."""
+    train, test = train_source.classes, test_source.classes
+    if tuple(train) == tuple(test):
+        return
     only = [
         f"only in {name}: {', '.join(sorted(extra)[:5])}"
         for name, extra in (("train", set(train) - set(test)), ("test", set(test) - set(train)))
         if extra
     ]
-    return (
+    raise UserError(
         f"train has {len(train)} classes and test {len(test)}, and they differ "
         f"({'; '.join(only)}). Both folders need the same class folders"
     )

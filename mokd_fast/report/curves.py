@@ -57,6 +57,10 @@ FAMILIES = (
         "still lose: the loss minus the teacher's entropy. 0 for long: nothing is learned.",
         "nats",
     ),
+    Family(
+        "kNN of the teachers", r"knn_\w+", "Weighted kNN while they train (evaluate.every): pooled "
+        "features of each model's teacher, evaluate.test against evaluate.train.", "%",
+    ),
     Family("Norm of the centre", r"center_norm_\w+", "Growth without end is a warning.", ""),
     Family(
         "Prototypes used", r"prototypes_used_\w+", "Share of the prototypes that win at least one "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
@@ -45,11 +46,18 @@ def fit(trainer: Trainer) -> None:
 def _steps(trainer: Trainer) -> None:
     total = trainer.total
     parts = trainer.recipe.train.accumulate
+    trainer.wandb.begin(trainer)
     batches = _Counted(trainer.loader.batches(trainer.done * parts, total * parts))
     meter = Meter(batches, trainer.skipped)
     trainer.mokd.train()
-    with StopSignals() as stop, RunLog(trainer.run, trainer.done, total, trainer.console) as log:
+    log = RunLog(trainer.run, trainer.done, total, trainer.console, trainer.wandb)
+    with StopSignals() as stop, log:
         replay(trainer.alarms, trainer.run / "metrics.jsonl")
+        if trainer.knn.owed(trainer.done, trainer.run, trainer.world):
+            found = _evaluate(trainer, meter, stop)
+            if found is None:
+                stop.leave()
+            log.write({"step": trainer.done} | found)
         while trainer.done < total:
             result = _try_step(trainer, meter, batches, log)
             trainer.done += 1
@@ -60,6 +68,11 @@ def _steps(trainer: Trainer) -> None:
             save = stopping or trainer.done == total or trainer.done % trainer.every == 0
             if save or trainer.is_logged(trainer.done):
                 row = trainer._row(meter)  # raises when too many steps are skipped, before a save
+                if trainer.knn.due(trainer.done) and (not stopping or trainer.done == total):
+                    found = _evaluate(trainer, meter, stop)
+                    if found is None:  # a run that goes on begins with it
+                        stopping = save = True
+                    row |= found or {}
                 log.write(row)
                 # Before alarms.jsonl, which is opened by its path; of one, so that all save.
                 if trainer.world.decide(trainer.lock.lost):
@@ -70,6 +83,15 @@ def _steps(trainer: Trainer) -> None:
                 trainer.save()
             if stopping and trainer.done < total:
                 stop.leave()
+
+
+def _evaluate(trainer: Trainer, meter: Meter, stop: StopSignals) -> dict[str, float] | None:
+    """The online kNN; None where the run is asked to stop meanwhile, but for the last step's: a run
+    that has its checkpoint is finished, and nobody would make up for it."""
+    begin, last = time.perf_counter(), trainer.done == trainer.total
+    found = trainer.knn.scores(trainer, lambda: stop.number is not None and not last)
+    meter.leave_out(time.perf_counter() - begin)
+    return found
 
 
 def _try_step(trainer: Trainer, meter: Meter, batches: _Counted, log: RunLog) -> StepResult:

@@ -27,6 +27,7 @@ from ..errors import UserError
 from . import alarms
 from .checkpoint import kept
 from .folder import write_whole
+from .wandb_log import WandB
 
 LINE_EVERY = 10.0  # seconds between two lines where the output is not a terminal
 
@@ -78,10 +79,13 @@ class RunLog:
         run: the run folder. metrics.jsonl and alarms.jsonl there lose the rows after step `start`,
             which a resumed run writes again, and a row that a crash cut in two.
         start, total: first step of this process and steps of the whole run.
+        wandb: is told every row, and that the run ends.
     """
 
-    def __init__(self, run: Path, start: int, total: int, console: Console) -> None:
-        self.console, self.run = console, run
+    def __init__(
+        self, run: Path, start: int, total: int, console: Console, wandb: WandB | None = None
+    ) -> None:
+        self.console, self.run, self._wandb = console, run, wandb
         self.last = start  # the step of the last row
         with self._writing():
             for path in (run / "alarms.jsonl", run / "metrics.jsonl"):
@@ -114,6 +118,8 @@ class RunLog:
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):  # of a row that could not be written
                 file.close()
+        if self._wandb:
+            self._wandb.finish(failed=error[0] is not None)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -138,7 +144,11 @@ class RunLog:
         with self._writing():
             self._file.write(json.dumps(row) + "\n")
             self._board.add(row)
+        if self._wandb:
+            self._wandb.add(row)
         self.last = row["step"]
+        if "images_per_s" not in row:  # of an evaluation alone
+            return
         losses = " ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         note = f"{losses}  {row['images_per_s']:.0f} images/s  data wait {row['data_wait']:.0%}"
         self._bar.update(self._task, note=note)

@@ -31,12 +31,15 @@ from .diagnose import diagnose
 from .distributed import World
 from .fit import fit
 from .folder import RunLock, write_whole
-from .meter import Meter, StepResult, accumulate
+from .meter import BadFiles, Meter, StepResult, accumulate
+from .online import OnlineKNN
 from .optim import ScheduledOptimizer, freeze_last_layers
 from .recipe import Recipe, load_recipe, total_steps
 from .resume import load_weights, resumable
 from .schedule import cosine, in_steps, teacher_temperature
+from .start import load_files, weight_files
 from .state import capture, not_finite, restore
+from .wandb_log import WandB
 
 
 def pretrain(
@@ -83,8 +86,9 @@ class Trainer:
 
     Raises UserError for a missing or empty data folder, a batch larger than the data set, more
     unreadable pictures than data.max_bad, a warm-up longer than the run, a run folder that cannot
-    be written, is in use or holds another recipe's checkpoint, an unknown or unfit model, and a
-    warm start that does not fit.
+    be written, is in use or holds another recipe's checkpoint, an unknown or unfit model, a warm
+    start or file of weights that does not fit, evaluation sources that no step could evaluate, and
+    a missing wandb.
     """
 
     def __init__(
@@ -115,6 +119,8 @@ class Trainer:
         self.loader = self._loader(frozenset())  # refuses a batch that does not fit
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulate
         self.total = total_steps(recipe, self.steps_per_epoch)
+        self.wandb = WandB(train.wandb, self.world)
+        self.knn = OnlineKNN(recipe, self.world, self.steps_per_epoch, self.total)
         self.fingerprint = self._one_list()
         self.lock = self._claim()
         try:
@@ -182,11 +188,13 @@ class Trainer:
         recipe, train = self.recipe, self.recipe.train
         state = self._state(run)
         given = find_checkpoint(warm_start) if warm_start and state is None else None
+        files = {} if state else self.world.decide(lambda: weight_files(recipe))
         self.known_bad, reasons = self.world.decide(
             lambda: check_pictures(recipe.data, self.source, self.run, self.console, state)
         )
         self.loader = self._loader(self.known_bad)
         self.loader.bad_files.update(reasons)
+        self.bad_files = BadFiles(self.loader.bad_files, self.world)
         torch.manual_seed(train.seed)
         self.mokd = build(recipe).to(self.device)
         if self.world.size > 1:
@@ -217,7 +225,12 @@ class Trainer:
                 f"warm start from {path} (step {taken['step']}): students, teachers and centres "
                 "are taken; optimizers and schedules begin anew"
             )
+            for i in files:
+                self.say(f"models.{i}.weights is left alone: --warm-start goes before it")
             self.save()  # else a run cut off before its first checkpoint would start without it
+        elif files:
+            load_files(self, files)
+            self.save()  # as well: the files may be gone or others by then
         self.network = self.world.share(self.mokd, self.device)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         path = self.run / "recipe.yaml"
@@ -283,7 +296,8 @@ class Trainer:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths as they are
 
     def is_logged(self, done: int) -> bool:
-        return 0 in (done % self.recipe.train.log_every, done % self.every, self.total - done)
+        at = (done % self.recipe.train.log_every, done % self.every, self.total - done)
+        return 0 in at or self.knn.due(done)
 
     def step(self, k: int, batches: Iterator[Views]) -> StepResult:
         """Optimizer step k: forward, backward, clip, freeze, update, EMA, centres.
@@ -370,7 +384,7 @@ class Trainer:
             raise UserError(f"{error}. {way_out(self.run)}") from error
         row = {"step": self.done, "epoch": self.done / self.steps_per_epoch, **found}
         row["images_per_s"] = row.pop("steps_per_s") * self.recipe.train.batch
-        row["bad_files"] = len(self.loader.bad_files)
+        row["bad_files"] = self.bad_files.count()
         row["ema_momentum"] = float(self.momentum[k])
         for i, optimizer in enumerate(self.optimizers, start=1):
             row[f"lr_{i}"] = float(optimizer.schedules[0][0][k])

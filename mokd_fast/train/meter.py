@@ -1,5 +1,6 @@
-"""What happened between two log rows, kept on the device until it is read."""
+"""What happened between two log rows; of the steps it is kept on the device until it is read."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Views
+from .distributed import World
 
 
 class StepResult(NamedTuple):
@@ -44,6 +46,10 @@ class Meter:
         views = next(self._batches)
         self._wait += time.perf_counter() - begin
         return views
+
+    def leave_out(self, seconds: float) -> None:
+        """Time in which nothing was trained: no part of images/s or of the wait."""
+        self._begin += seconds
 
     def add(self, step: int, result: StepResult) -> None:
         """The result of optimizer step number `step`, counted from 1."""
@@ -93,6 +99,23 @@ class Meter:
         row |= {"steps_per_s": self._steps / seconds, "data_wait": self._wait / seconds}
         self._reset()
         return row
+
+
+class BadFiles:
+    """The unreadable pictures (name -> reason) that a process has met: in the first process those
+    of all of them, each once, as they share the pictures of every epoch anew."""
+
+    def __init__(self, met: dict[str, str], world: World) -> None:
+        self._met, self._world, self._told = met, world, len(met)
+
+    def count(self) -> int:
+        """Their number. Asks the other processes, over the hosts alone; all must call it."""
+        new = dict(itertools.islice(self._met.items(), self._told, None))
+        for theirs in self._world.gather(new):
+            for name, reason in theirs.items():
+                self._met.setdefault(name, reason)
+        self._told = len(self._met)
+        return self._told
 
 
 def _what_failed(names: list[str], first: list[float], in_a_row: int) -> str:

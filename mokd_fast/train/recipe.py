@@ -89,6 +89,7 @@ class TemperatureWarmup(Config):
 
 
 class ModelConfig(NetworkConfig):
+    weights: str | None = None  # a file a new run's backbone starts from, with its library's names
     cross_weight: NonNegativeFloat = 1.0  # lambda of this model's cross and search losses
     optimizer: OptimizerConfig
     t_head_optimizer: ScheduleConfig | None = None  # None: the T-Head is trained like the rest
@@ -127,6 +128,7 @@ class TrainConfig(Config):
     checkpoint_every: Duration = "1ep"
     keep_checkpoints: PositiveInt = 2  # the newest ones; the older are there if one is damaged
     seed: int = Field(0, ge=0, lt=2**64)
+    wandb: str | None = None  # a project of Weights & Biases that is told what TensorBoard is
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
@@ -140,6 +142,7 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     train: str | None = None  # labelled: one folder a class
     test: str | None = None
+    every: Duration | None = None  # kNN of the teachers while they train; null: never
     resize: PositiveInt | None = None  # shorter side; null: global size * 256 / 224
     k: Ints = (10, 20)
     train_limit: PositiveInt | None = None  # null: all of them
@@ -265,6 +268,11 @@ def _with_pair(tree: dict[str, Any], pair: str) -> dict[str, Any]:
         raise UserError(f"pair={pair}: the recipe has no list of models for it to name")
     data = tree.get("data")
     channels = data.get("channels", 3) if isinstance(data, dict) else 3
+    if named := [i for i, row in enumerate(rows) if row.get("weights")]:
+        raise UserError(
+            f"pair={pair}: models.{named[0]}.weights is of the network named before; write pair= "
+            f"in front of it, or models.{named[0]}.weights= first, which takes it away"
+        )
     models = [
         {**(rows[0] if is_map_network(name, channels) else rows[-1]), "name": name, "kwargs": {}}
         for name in names

@@ -16,7 +16,12 @@ def finished(tmp_path_factory) -> Path:
     """A run with scores, and with the diagnostics and alarms that a run may log."""
     folder = tmp_path_factory.mktemp("report")
     data = pictures(folder / "data", 24, (28, 40))
-    roots = [f"evaluate.train={data}", f"evaluate.test={data}", "evaluate.resize=28"]
+    roots = [
+        f"evaluate.train={data}",
+        f"evaluate.test={data}",
+        "evaluate.resize=28",
+        "evaluate.every=1ep",
+    ]
     run = pretrain(small(data, *roots, "train.duration=3ep"), run=folder / "run", console=silent())
     mokd_fast.linear(run)
     path = run / "metrics.jsonl"

@@ -26,8 +26,7 @@ ROUNDS = 3
 def ways(steps: Steps) -> dict[str, dict[str, float]]:
     """A means -> seconds of the step with and without it, and their ratio (> 1: it is worth it).
 
-    Each is switched between turns, everything else is as the trainer has it. "without" ends every
-    comparison but that of malloc, so what is off by default is off in the next.
+    Each is switched between turns, everything else is as the trainer has it.
     """
     mokd, run = steps.trainer.mokd, steps.ours()
     found = {
@@ -42,10 +41,13 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
     return found
 
 
-def _turns(run: Run, on: Run, off: Run) -> Medians:
-    """`run` after `on` and after `off`, in turns; what they take does not count."""
+def _turns(run: Run, on: Run, off: Run, usual: Run) -> Medians:
+    """`run` after `on` and after `off`, in turns; what they take does not count. `usual` of the two
+    is how the trainer has it."""
     before = {"with": on, "without": off}
-    return interleave({"with": run, "without": lambda: run()}, ROUNDS, before=before)
+    times = interleave({"with": run, "without": run}, ROUNDS, before=before)
+    usual()
+    return times
 
 
 def _row(times: Medians) -> dict[str, float]:
@@ -53,15 +55,18 @@ def _row(times: Medians) -> dict[str, float]:
     return {"with_s": with_s, "without_s": without_s, "ratio": without_s / with_s}
 
 
-def _stored(mokd: MOKD) -> tuple[Run, Run]:
+def _stored(mokd: MOKD) -> tuple[Run, Run, Run]:
     def choose(way: str | None) -> Run:
         return lambda: setattr(mokd, "prototype_loss", way)
 
-    return choose("fused-linear"), choose("fused")
+    return choose("fused-linear"), choose("fused"), choose(None)
 
 
-def _libraries(steps: Steps) -> tuple[Run, Run]:
+def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
     mokd = steps.trainer.mokd
+
+    def on() -> None:
+        quicken(mokd, steps.device, steps.precision)
 
     def off() -> None:
         for module in mokd.modules():
@@ -70,7 +75,7 @@ def _libraries(steps: Steps) -> tuple[Run, Run]:
             elif isinstance(module, Attention):
                 module.fused_attn = True  # type: ignore[misc]
 
-    return lambda: quicken(mokd, steps.device, steps.precision), off
+    return on, off, on
 
 
 def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
@@ -88,8 +93,7 @@ def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
     run()
     seconds = time.perf_counter() - seconds
     graphs = _graphs()
-    times = _turns(run, on, off)
-    off()
+    times = _turns(run, on, off, off)
     return _row(times) | {"first_s": seconds, "recompiled": _graphs() - graphs}
 
 
@@ -97,17 +101,17 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _packed(mokd: MOKD) -> tuple[Run, Run]:
+def _packed(mokd: MOKD) -> tuple[Run, Run, Run]:
     def off() -> None:
         for student in mokd.students:
             student.packed = False  # type: ignore[assignment]
 
-    return mokd.pack, off
+    return mokd.pack, off, off
 
 
-def _malloc(run: Run) -> tuple[Run, Run]:
+def _malloc(run: Run) -> tuple[Run, Run, Run]:
     def on() -> None:
         malloc.keep()
         run()  # or this turn would pay for what the one before gave back
 
-    return on, malloc.give_back
+    return on, malloc.give_back, malloc.keep

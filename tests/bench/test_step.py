@@ -1,7 +1,6 @@
 """The step benchmark on a tiny case, and the timer under it."""
 
 import json
-import os
 import socket
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import step, timing
+from bench import step, step_parts, step_ways, timing
 
 
 def test_interleave_takes_turns_and_leaves_the_first_round_out(monkeypatch):
@@ -54,12 +53,22 @@ def test_json_file_is_written_with_its_folder(tmp_path: Path):
     assert json.loads(path.read_text()) == {"rows": []}
 
 
-def test_row_compares_both_steps(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
     monkeypatch.setitem(step.CASES, "tiny", ("fashion-mnist", ["train.batch=4"], 1))
-    row = step.time_step("tiny", tmp_path)
+    monkeypatch.setattr(step_ways, "ROUNDS", 1)
+    compile_ = torch.compile  # Inductor takes a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, backend="aot_eager", **k))
+    row = step.time_step("tiny", precision, tmp_path)
+    assert (row["op"], row["dtype"], row["backend"]) == ("training step", precision, "automatic")
     assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
-    assert row["median_s"] > 0
-    assert (row["op"], row["dtype"], row["backend"]) == ("training step", "fp32", "automatic")
-    assert row["reference_s"] > 0 and min(row[key] for key in step.PEAKS) > 2**20
-    assert "MOKD_FAST_BACKEND" not in os.environ
-    assert "batch 4" in row["shape"]
+    assert row["best_plain_ratio"] == pytest.approx(row["best_plain_s"] / row["median_s"])
+    assert min(row[key] for key in step.PEAKS) > 2**20 and "batch 4" in row["shape"]
+    assert row["baseline_flops"] > 1e8 and 0.7 < row["flops"] / row["baseline_flops"] < 1.1
+    for name, parts in row["parts"].items():
+        assert {"students", "teachers", "backward of networks", step_parts.HEADS} <= parts.keys()
+        assert min(parts.values()) > -1e-4, name  # what is nested was taken from what it lies in
+        assert sum(parts[key] for key in step_parts.NETWORKS) > 0.3 * sum(parts.values())
+    assert len(row["ways"]) == 6 and all(way["ratio"] > 0 for way in row["ways"].values())
+    assert row["ways"]["transformer blocks compiled"]["recompiled"] == 0
+    step.say(row)

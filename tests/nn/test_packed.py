@@ -1,0 +1,129 @@
+"""Crops of two sizes in one pass: what each gets is what it gets alone."""
+
+import copy
+
+import pytest
+import torch
+from timm.models.vision_transformer import Attention
+
+from mokd_fast.nn import Temperatures
+from mokd_fast.nn.packed import PackedAttention, PackedDropPath, packs, prepare, run
+from mokd_fast.train.loop import build
+from tests.nn.test_parity import PAIRS
+from tests.train.recipes import small
+
+TAUS = [Temperatures(0.05, 0.04, 0.04)] * 2
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_losses_and_gradients(pair):
+    models, more = PAIRS[pair]
+    torch.manual_seed(0)
+    recipe = small("unused", models=models, **more)
+    apart = build(recipe).double().train()
+    together = copy.deepcopy(apart)
+    vits = [i for i, m in enumerate(recipe.models, 1) if "vit" in m.name]
+    assert together.pack() == vits
+    augment = recipe.augment
+    views = torch.randn(2, 3, 1, *augment.global_hw, dtype=torch.float64)
+    small_views = torch.randn(augment.locals, 3, 1, *augment.local_hw, dtype=torch.float64)
+    for mokd in (apart, together):
+        out = mokd(views, small_views if augment.locals else None, TAUS)
+        torch.stack(out.totals).sum().backward()
+        mokd.losses = [*out.totals, *out.terms.values()]
+    torch.testing.assert_close(together.losses, apart.losses, rtol=1e-12, atol=0)
+    mine, theirs = dict(together.named_parameters()), dict(apart.named_parameters())
+    for name, parameter in theirs.items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(mine[name].grad, parameter.grad, rtol=1e-9, atol=1e-12)
+    for name, buffer in apart.named_buffers():
+        torch.testing.assert_close(together.get_buffer(name), buffer, rtol=1e-12, atol=0)
+    assert list(together.state_dict()) == list(apart.state_dict())
+
+
+def test_one_pass(monkeypatch):
+    """Each block sees the tokens of all crops once, and attention each crop alone."""
+    mokd = build(small("x")).train()
+    mokd.pack()
+    seen = []
+    for block in mokd.students[1].backbone.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    mokd(torch.randn(2, 4, 1, 28, 28), torch.randn(2, 4, 1, 14, 14), TAUS)
+    width = mokd.students[1].backbone.embed_dim
+    tokens = 8 * (1 + 16) + 8 * (1 + 4)
+    assert seen == [(1, tokens, width)] * len(mokd.students[1].backbone.blocks)
+
+
+def test_drop_path_drops_whole_crops():
+    torch.manual_seed(0)
+    path = PackedDropPath(0.5).train()
+    path.groups = [(300, 3), (200, 2)]
+    out = path(torch.ones(1, 300 * 3 + 200 * 2, 4))[0]
+    kept = [
+        part.unflatten(0, shape)
+        for part, shape in zip(out.split([900, 400]), path.groups, strict=True)
+    ]
+    for crops in kept:
+        rows = crops.flatten(1)
+        assert (rows == rows[:, :1]).all()  # all tokens of a crop have one fate
+        assert set(rows.unique().tolist()) == {0.0, 2.0}
+        assert 0.4 < (rows[:, 0] > 0).float().mean() < 0.6
+    path.groups = None
+    assert path.eval()(out) is out
+    x = torch.randn(1, 5, 4)
+    path.groups = [(1, 5)]
+    assert path(x) is x  # in evaluation
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_with_normalised_heads_and_by_xformers(monkeypatch, fused):
+    """xformers has no attention for the CPU: its contract is held by a stand-in that knows its
+    block-diagonal mask, which is the package's own."""
+    ops = pytest.importorskip("xformers.ops")
+    torch.manual_seed(0)
+    plain = Attention(32, 4, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).double()
+    plain.fused_attn = fused
+    packed = copy.deepcopy(plain)
+    prepare(packed)
+    assert type(packed) is PackedAttention
+    groups = [torch.randn(3, 7, 32).double(), torch.randn(5, 2, 32).double()]
+    want = [plain(x) for x in groups]
+    torch.testing.assert_close(run_attention(packed, groups), want)
+    assert torch.equal(packed(groups[0]), want[0])  # without groups it is timm's own
+
+    def attention(q, k, v, attn_bias):
+        S = q.shape[1]
+        mask = attn_bias.materialize((1, 1, S, S), dtype=q.dtype)
+        rows = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=mask)
+        return out.transpose(1, 2)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", attention)
+    qkv = packed.qkv(torch.cat([x.flatten(0, 1) for x in groups])).unflatten(1, (3, 4, -1))
+    packed.groups = [(3, 7), (5, 2)]
+    by_group = torch.cat([
+        packed._group(part, *shape)
+        for part, shape in zip(qkv.split([21, 10]), packed.groups, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(packed._xformers(qkv), by_group)
+
+
+def run_attention(attention, groups):
+    class Only(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = attention
+
+        def forward(self, x):
+            return self.attn(x)
+
+    return run(Only(), groups)
+
+
+def test_what_does_not_pack():
+    cnn = build(small("x")).students[0].backbone
+    assert not packs(cnn)
+    vit = build(small("x")).students[1].backbone
+    assert packs(vit)
+    vit.blocks[0].attn.attn_drop.p = 0.1
+    assert not packs(vit)

@@ -1,0 +1,51 @@
+"""glibc's malloc keeps what a step frees, and only while the run lasts."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+
+FAULTS = """
+import resource, torch
+from mokd_fast.train.malloc import freed_memory_kept
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MiB: 16384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+torch.set_num_threads(1)
+found = [faults(), faults()]
+with freed_memory_kept():
+    found += [faults(), min(faults() for _ in range(4))]  # the heap grows first
+    before = resident()
+found += [before - resident(), faults()]
+print(*found)
+"""
+
+
+def run(**env: str) -> list[int]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FAULTS]
+    found = subprocess.run(command, env=clean | env, capture_output=True, text=True, check=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+@glibc
+def test_page_faults():
+    *default, first, kept, freed, after = run()
+    assert min(*default, first, after) > 16000  # every page is cleared anew
+    assert kept < 100
+    assert freed > 15000  # pages that go back when the run is over
+
+
+@glibc
+def test_what_the_user_chose_stays():
+    assert run(MALLOC_TOP_PAD_="0")[3] > 16000

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from timm.layers import DropPath
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -82,7 +83,9 @@ def _vit_tokens(model: VisionTransformer, x: Tensor) -> tuple[Tensor, tuple[int,
         if taken:
             x = x + F.pad(model.pos_embed[:, :taken], (0, 0, 0, x.shape[1] - taken))
     x = model.norm_pre(model.patch_drop(model.pos_drop(x)))
-    return model.norm(model.blocks(x)), grid
+    again = model.grad_checkpointing
+    x = checkpoint_seq(model.blocks, x) if again else model.blocks(x)
+    return model.norm(x), grid
 
 
 def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -138,6 +139,7 @@ class THead(nn.Module):
             )
         )
         self.norm = norm(dim)
+        self.grad_checkpointing = False  # timm's word, see nn/checkpointing.py
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks.apply(_init)
         # The stem and the prototypes keep PyTorch's own init, as the official ones do.
@@ -305,7 +307,8 @@ class THead(nn.Module):
         return self.stem(tokens) + resize_positions(self.pos_embed, self.grid, grid)
 
     def _pool(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.norm(self.blocks(x)).mean(dim=1)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        pooled: Tensor = self.norm(x).mean(dim=1)
         return pooled
 
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ..ops import (
@@ -29,6 +30,7 @@ from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
 from ..ops.prototype_loss import OP
 from .backbones import Features, features
+from .checkpointing import is_statistic
 from .heads import Memory, MLPHead, THead
 from .prototypes import Prototypes
 
@@ -89,12 +91,18 @@ class Model(nn.Module):
         self.backbone = backbone
         self.mlp_head = mlp_head
         self.t_head = t_head
+        self.whole_again = False  # nn/checkpointing.py: the backbone is made again in backward
 
     def forward(self, views: Tensor, *, remember: bool = False) -> Embedding:
         """Views of one size [views, B, channels, H, W]; one BatchNorm batch. `remember`: keep what
         cross searches of these maps need of the T-Head's pass."""
         count = views.shape[:2]
-        found = features(self.backbone, views.flatten(0, 1))
+        x = views.flatten(0, 1)
+        found: Features = (
+            checkpoint(features, self.backbone, x)
+            if self.whole_again
+            else features(self.backbone, x)
+        )
         mlp = self.mlp_head(found.pooled).unflatten(0, count)
         if self.t_head is None:
             return Embedding(mlp, None, None, found)
@@ -317,10 +325,7 @@ class MOKD(nn.Module):
     def statistics(self) -> list[Tensor]:
         """Running statistics (BatchNorm), of students and teachers: what a forward pass moves."""
         return [
-            value
-            for name, value in self.named_buffers()
-            if (last := name.rpartition(".")[2]).startswith("running_")
-            or last == "num_batches_tracked"
+            value for name, value in self.named_buffers() if is_statistic(name.rpartition(".")[2])
         ]
 
     def update_teachers(self, momentum: float | Tensor) -> None:

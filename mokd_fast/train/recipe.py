@@ -109,6 +109,7 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     max_skipped: PositiveInt = 10  # non-finite steps in a row that end the run
     channels_last: bool = True
+    checkpoint_activations: bool = False  # true: less memory, more time, the same bits
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
     checkpoint_every: Duration = "1ep"

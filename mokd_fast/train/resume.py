@@ -17,7 +17,7 @@ FREE_KEYS = (
     *("data.root", "data.workers", "data.loader", "data.check", "data.max_bad"),
     *("evaluate.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.max_skipped", "loss.prototypes"),
+    *("train.max_skipped", "loss.prototypes", "train.checkpoint_activations"),
 )
 _SHOWN = 3  # how many names an error message lists
 

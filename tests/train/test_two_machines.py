@@ -4,6 +4,7 @@ What README tells under "Several GPUs or machines" is what `torchrun` below star
 with `ip` of iproute2.
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import torch
 
 from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
 from tests.train.recipes import VIT, pictures, small
-from tests.train.test_distributed import child, start, wait
+from tests.train.test_distributed import changed_by, child, start, wait
 
 pytestmark = pytest.mark.slow
 PAIR = [{**VIT, "name": "test_vit"}] * 2
@@ -82,18 +83,30 @@ def torchrun(machine, first, processes, recipe, run, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("processes", "victim"), [(1, 1), (1, 0), (2, 1)])
-def test_a_rank_dies_and_the_training_goes_on(machines, tmp_path, processes, victim):
-    """Bit-equal with two ranks, whichever machine loses one; with four, to 1e-6."""
-    data = pictures(tmp_path / "data", 42)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run folder that so many processes leave behind that nobody disturbs, and its recipe."""
+    folder = tmp_path_factory.mktemp("whole")
     recipe = small(
-        data, "train.batch=8", "train.log_every=1", "train.duration=20ep",  # of 5 steps
+        pictures(folder / "data", 42), "train.batch=8", "train.log_every=1", "train.duration=12ep",
         "train.checkpoint_every=7it", models=PAIR, augment=SIZES,
     )  # fmt: skip
-    codes, out = wait(start(recipe, tmp_path / "whole", 2 * processes))
-    assert codes == [0] * 2 * processes, out
-    run = tmp_path / "parts"
-    both = [torchrun(m, machines[0], processes, tmp_path / "whole.yaml", run) for m in machines]
+
+    @functools.cache
+    def run(size):
+        codes, out = wait(start(recipe, folder / f"run{size}", size))
+        assert codes == [0] * size, out
+        return folder / f"run{size}"
+
+    return run
+
+
+@pytest.mark.parametrize(("processes", "victim"), [(1, 1), (1, 0), (2, 1)])
+def test_a_rank_dies_and_the_training_goes_on(undisturbed, machines, tmp_path, processes, victim):
+    """Bit-equal with two ranks, whichever machine loses one; with four, to 1e-4."""
+    whole, run = undisturbed(2 * processes), tmp_path / "parts"
+    recipe = whole.with_suffix(".yaml")
+    both = [torchrun(machine, machines[0], processes, recipe, run) for machine in machines]
     try:
         while not list(run.glob("checkpoints/*.pt")):
             assert [p.poll() for p in both] == [None, None], both[0].communicate()[0]
@@ -102,12 +115,15 @@ def test_a_rank_dies_and_the_training_goes_on(machines, tmp_path, processes, vic
         said = [p.communicate(timeout=240)[0] for p in both]
     finally:
         for process in both:
-            process.kill()
+            process.terminate()  # its children too
     assert [p.returncode for p in both] == [0, 0], "\n".join(said)
     step = int(said[0].split(f"resuming {run} from step ")[1].split()[0])
-    assert step % 5 and step % 7 == 0, "amid an epoch, from a checkpoint"
-    whole, parts = (load_checkpoint(last_checkpoint(tmp_path / n)) for n in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 100 and whole["world"] == 2 * processes
-    tolerance = {"rtol": 0, "atol": 0 if processes == 1 else 1e-6}
-    for name, value in whole["model"].items():
-        torch.testing.assert_close(parts["model"][name], value, **tolerance, msg=name)
+    assert step % 5 and step % 7 == 0, "amid an epoch of 5 steps, from a checkpoint"
+    one, two = (load_checkpoint(last_checkpoint(found)) for found in (whole, run))
+    assert one["step"] == two["step"] == 60 and one["world"] == two["world"] == 2 * processes
+    if processes == 1:  # BatchNorm's and centres too
+        assert all(torch.equal(two["model"][name], v) for name, v in one["model"].items())
+    difference, name = changed_by(whole, run)
+    print(f"{processes} processes on each: weights differ by {difference:.2g} ({name})")
+    # DDP's buckets are others in the first step of a start, and a sum of four has another order.
+    assert difference <= (0 if processes == 1 else 1e-4), name

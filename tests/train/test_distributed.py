@@ -123,14 +123,19 @@ def changed_by(one, two):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("models", "size"), [("vit+vit", 4), ("cnn+vit", 2), ("cnn+vit", 4)])
-def test_processes_are_one_that_takes_their_parts_in_turn(data, tmp_path, models, size):
+@pytest.mark.parametrize(
+    ("models", "size", "again"),
+    [("vit+vit", 4, False), ("cnn+vit", 2, False), ("cnn+vit", 2, True), ("cnn+vit", 4, False)],
+)
+def test_processes_are_one_that_takes_their_parts_in_turn(data, tmp_path, models, size, again):
     """One process with train.accumulate=`size` takes the same pictures in the same parts, each of
     them a BatchNorm batch: its curve is theirs. With two to the bit (a sum of two has one order),
     with four to the rounding of another order. Running statistics are of each one's own parts.
+    again: the processes checkpoint activations.
     """
     models = PAIR if models == "vit+vit" else MODELS
-    recipe = recipe_of(data, "train.duration=2ep", models=models)
+    more = ("train.checkpoint_activations=true",) if again else ()
+    recipe = recipe_of(data, "train.duration=2ep", *more, models=models)
     found = fork(recipe, tmp_path / "many", size, "--run", tmp_path / "many")
     assert [code for code, *_ in found] == [0] * size, found
     alone = recipe_of(data, "train.duration=2ep", f"train.accumulate={size}", models=models)

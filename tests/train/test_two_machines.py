@@ -103,7 +103,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(("processes", "victim"), [(1, 1), (1, 0), (2, 1)])
 def test_a_rank_dies_and_the_training_goes_on(undisturbed, machines, tmp_path, processes, victim):
-    """Bit-equal with two ranks, whichever machine loses one; with four, to 1e-4."""
+    """Bit-equal with two ranks, whichever machine loses one; with four, to 1e-5."""
     whole, run = undisturbed(2 * processes), tmp_path / "parts"
     recipe = whole.with_suffix(".yaml")
     both = [torchrun(machine, machines[0], processes, recipe, run) for machine in machines]
@@ -126,4 +126,4 @@ def test_a_rank_dies_and_the_training_goes_on(undisturbed, machines, tmp_path, p
     difference, name = changed_by(whole, run)
     print(f"{processes} processes on each: weights differ by {difference:.2g} ({name})")
     # DDP's buckets are others in the first step of a start, and a sum of four has another order.
-    assert difference <= (0 if processes == 1 else 1e-4), name
+    assert difference <= (0 if processes == 1 else 1e-5), name

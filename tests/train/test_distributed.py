@@ -153,8 +153,10 @@ def test_a_dry_run_leaves_its_process_group(data, tmp_path):
         main = cli.main
 
         def then_look():
-            main()
-            assert not torch.distributed.is_initialized(), "still there"
+            try:
+                main()
+            finally:  # it ends by SystemExit
+                assert not torch.distributed.is_initialized(), "still there"
 
         cli.main = then_look  # of this fork alone
 

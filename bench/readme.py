@@ -376,6 +376,20 @@ def scaling_table() -> str:
     return "\n".join(lines)
 
 
+def activations_sentence() -> str:
+    result = json.loads((RESULTS / "activations.json").read_text())
+    rows = [
+        f"{row['baseline_peak_bytes'] / 2**30:.2f} to {row['peak_bytes'] / 2**30:.2f} GiB in "
+        f"{row['dtype']}, for {row['median_s'] / row['baseline_s']:.2f} times the time"
+        for row in result["rows"]
+    ]
+    shape = result["rows"][0]["shape"]
+    return (
+        f"The peak of a step beyond what lasts ({shape}) goes from {'; from '.join(rows)} "
+        f"(`python bench/activations.py`). {machine(result)}"
+    )
+
+
 def measured(result: dict[str, Any]) -> str:
     facts = result["calibration"]
     return (
@@ -412,6 +426,7 @@ PARTS = {
     "augment-table": augment_table,
     "data-table": data_table,
     "step-table": step_table,
+    "activations": activations_sentence,
 }
 
 

@@ -2,6 +2,7 @@
 
 from .backbones import Features, build_backbone, features
 from .build import build_mokd
+from .checkpointing import checkpoint_activations
 from .heads import MLPHead, THead
 from .mokd import MOKD, Model, Temperatures
 from .prototypes import PrototypeLoss, Prototypes
@@ -17,5 +18,6 @@ __all__ = [
     "Temperatures",
     "build_backbone",
     "build_mokd",
+    "checkpoint_activations",
     "features",
 ]

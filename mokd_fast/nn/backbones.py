@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from timm.layers import DropPath
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -49,7 +50,9 @@ def features(model: nn.Module, x: Tensor) -> Features:
     """Pooled feature and token map of pictures x [B, channels, H, W] under `model`."""
     if type(model) is VisionTransformer:  # its subclasses embed positions in ways of their own
         tokens, grid = _embedded(model, x)
-        return _vit_features(model, model.blocks(tokens), grid)
+        again = model.grad_checkpointing
+        tokens = checkpoint_seq(model.blocks, tokens) if again else model.blocks(tokens)
+        return _vit_features(model, tokens, grid)
     if isinstance(model, torch.fx.GraphModule):  # torchvision, see _torchvision
         y = model(x)["map"]
         pooled = y.mean(dim=(2, 3))

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -141,6 +142,7 @@ class THead(nn.Module):
             )
         )
         self.norm = norm(dim)
+        self.grad_checkpointing = False  # timm's word, see nn/checkpointing.py
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks.apply(_init)
         # The stem and the prototypes keep PyTorch's own init, as the official ones do.
@@ -149,7 +151,10 @@ class THead(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Plain embedding of a token map. [B, N, C] -> [B, D]"""
-        return self._pool(self.blocks(self.embed(tokens, grid)))
+        x = self.embed(tokens, grid)
+        return self._pool(
+            checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        )
 
     def packed(self, maps: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:
         """`forward` of each (tokens, grid), all in one pass of the blocks (see `packed`)."""

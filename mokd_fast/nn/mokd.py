@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ..ops import (
@@ -29,6 +30,7 @@ from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
 from ..ops.prototype_loss import OP
 from .backbones import Features, features, packed_features
+from .checkpointing import is_statistic
 from .heads import Memory, MLPHead, THead
 from .packed import packs, prepare
 from .prototypes import Prototypes
@@ -91,6 +93,7 @@ class Model(nn.Module):
         self.mlp_head = mlp_head
         self.t_head = t_head
         self.packed = False  # groups of views in one pass: see `pack`
+        self.whole_again = False  # nn/checkpointing.py: the backbone is made again in backward
 
     def forward(self, *groups: Tensor, remember: bool = False) -> Embedding:
         """Groups of views, of one size each [views, B, channels, H, W].
@@ -119,6 +122,8 @@ class Model(nn.Module):
     def _features(self, groups: list[Tensor]) -> list[Features]:
         if self.packed and packs(self.backbone):
             return packed_features(self.backbone, groups)  # type: ignore[arg-type]
+        if self.whole_again:
+            return [checkpoint(features, self.backbone, views) for views in groups]
         return [features(self.backbone, views) for views in groups]
 
     @staticmethod
@@ -332,10 +337,7 @@ class MOKD(nn.Module):
     def statistics(self) -> list[Tensor]:
         """Running statistics (BatchNorm), of students and teachers: what a forward pass moves."""
         return [
-            value
-            for name, value in self.named_buffers()
-            if (last := name.rpartition(".")[2]).startswith("running_")
-            or last == "num_batches_tracked"
+            value for name, value in self.named_buffers() if is_statistic(name.rpartition(".")[2])
         ]
 
     def update_teachers(self, momentum: float | Tensor) -> None:

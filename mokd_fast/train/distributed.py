@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
+from .rendezvous import of_this_start
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # while rank 0 looks through the pictures
@@ -92,9 +93,8 @@ class World:
                 )
             torch.cuda.set_device(self.local)
         store, rank, size = next(rendezvous("env://", self.rank, self.size))
-        # torchrun's store outlives a restart, and with it addresses of processes that are dead.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        if dist.is_torchelastic_launched():
+            store = of_this_start(store, rank, size, dist.default_pg_timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         self._own = True

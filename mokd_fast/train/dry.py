@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 
+from .distributed import World
 from .loop import Trainer
 from .malloc import freed_memory_kept
 from .meter import Meter
@@ -22,16 +23,24 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, float]:
 
     Returns seconds a step, `hours` of the run's steps at that pace, `peak_bytes` (of the process
     on the CPU, of tensors on a GPU), `checkpoint_bytes`, and `data_wait`, the share of a step that
-    waits for pictures. The check of all pictures is left out. Raises UserError as `Trainer`.
+    waits for pictures. Of several processes, which have to be started alike, each returns its own
+    and the first one's console speaks. The check of all pictures is left out. Raises UserError as
+    `Trainer`.
     """
     unchecked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"check": False})})
-    with TemporaryDirectory(prefix="mokd-fast-") as folder:
-        trainer = Trainer(unchecked, Path(folder) / "run", console)
-        try:
-            with freed_memory_kept():
-                found = _measure(trainer)
-        finally:
-            trainer.lock.release()
+    world = World(recipe.train.device)
+    if not world.first:
+        console = Console(quiet=True)
+    try:
+        with TemporaryDirectory(prefix="mokd-fast-") as folder:
+            trainer = Trainer(unchecked, Path(folder) / "run", console, world=world)
+            try:
+                with freed_memory_kept():
+                    found = _measure(trainer)
+            finally:
+                trainer.lock.release()
+    finally:
+        world.leave()
     where = "GPU memory" if trainer.device.type == "cuda" else "memory"
     trainer.say(
         f"{trainer.total} steps of {found['seconds']:.3g} s take {found['hours']:.3g} hours, "

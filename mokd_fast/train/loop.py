@@ -16,7 +16,7 @@ from ..data.batches import Views
 from ..data.loader import ViewLoader, choose_loader, finish
 from ..data.sources import open_source
 from ..errors import UserError
-from ..nn import MOKD, Temperatures, build_mokd
+from ..nn import MOKD, Temperatures, build_mokd, checkpoint_activations
 from ..nn.fast import compile_blocks, quicken
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
 from ..ops.center import LinearLogits
@@ -201,6 +201,9 @@ class Trainer:
             torch.manual_seed(train.seed + self.world.rank)  # drop-path of its own
             if self.device.type == "cuda":  # as official; there is none for the CPU
                 convert_sync_batchnorm(self.mokd)
+        if train.checkpoint_activations:
+            for student in self.mokd.students:
+                checkpoint_activations(student)  # type: ignore[arg-type]
         if train.channels_last:
             self.mokd.to(memory_format=torch.channels_last)
         self._quicken()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data.batches import Views
+from ..nn import checkpoint_activations
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -40,6 +41,16 @@ def advice(trainer: Trainer) -> str:
                 "loss.prototypes=fused-linear and the run goes on"
             )
         trainer.mokd.prototype_loss = trainer.way
+    if not train.checkpoint_activations:
+        for student in trainer.mokd.students:
+            checkpoint_activations(student)  # type: ignore[arg-type]
+        if _fits(trainer):
+            return (
+                "It fits where backward makes activations again, as just tried here: set "
+                "train.checkpoint_activations=true and the run goes on"
+            )
+        for student in trainer.mokd.students:
+            checkpoint_activations(student, False)  # type: ignore[arg-type]
     for parts in range(train.accumulate + 1, train.batch + 1):
         if train.batch % parts:
             continue

@@ -123,6 +123,7 @@ class TrainConfig(Config):
     channels_last: bool = True
     compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
     pack_crops: bool = False  # a ViT's global and local crops in one pass; likewise
+    checkpoint_activations: bool = False  # true: less memory, more time, the same bits
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
     checkpoint_every: Duration = "1ep"
@@ -135,6 +136,10 @@ class TrainConfig(Config):
         if self.batch % self.accumulate:
             raise ValueError(
                 f"batch={self.batch} must be a multiple of accumulate={self.accumulate}"
+            )
+        if self.pack_crops and self.checkpoint_activations:
+            raise ValueError(
+                "pack_crops and checkpoint_activations exclude each other: set one of them to false"
             )
         return self
 

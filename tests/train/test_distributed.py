@@ -1,6 +1,7 @@
 """Several processes: the curve of one with the same batch, one run folder, exact resume."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -14,12 +15,15 @@ import pytest
 import torch
 import yaml
 
-from mokd_fast import UserError, pretrain
+from mokd_fast import UserError, cli, pretrain
 from mokd_fast.train.checkpoint import last_checkpoint, load_checkpoint
 from mokd_fast.train.distributed import Place, World, place, slurm_master
-from tests.train.recipes import VIT, pictures, silent, small
+from tests.train.process import Child
+from tests.train.recipes import CNN, SGD, VIT, pictures, silent, small
 
 PAIR = [{**VIT, "name": "test_vit"}] * 2  # without BatchNorm, which sees a process's pictures
+# At the small recipe's rate of 0.05 a BatchNorm network makes 1e-4 of a rounding in six steps.
+MODELS = {**CNN, "optimizer": {**SGD, "lr": 0.005}}, PAIR[0]
 SIZES = {"global_size": 32, "local_size": 16, "locals": 2}
 
 
@@ -48,6 +52,25 @@ def start(recipe, folder, size, **environment):
     ]
 
 
+def fork(recipe, folder, size, *words, before=lambda: None):
+    """The same in forks of the tests, which have imported torch already."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    port = free_port()
+
+    def ranked(rank):
+        os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        before()
+
+    children = [
+        Child(folder.with_name(f"{folder.name} {rank}"), "pretrain", path, *words,
+              before=functools.partial(ranked, rank))
+        for rank in range(size)
+    ]  # fmt: skip
+    return [child.wait(200) for child in children]
+
+
 def wait(processes):
     out = [p.communicate(timeout=200)[0] for p in processes]
     return [p.returncode for p in processes], out
@@ -59,9 +82,9 @@ def losses(run):
             for row in rows]  # fmt: skip
 
 
-def recipe_of(data, *more):
+def recipe_of(data, *more, models=PAIR):
     changes = ("train.batch=8", "train.log_every=1", "train.checkpoint_every=2it", *more)
-    return small(data, *changes, models=PAIR, augment=SIZES)
+    return small(data, *changes, models=models, augment=SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +110,60 @@ def test_two_processes_are_one_with_the_same_batch(data, tmp_path):
             torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     codes, out = wait(start(recipe_of(data), tmp_path / "one", 2))  # of one process
     assert codes == [2, 2] and "is of another recipe" in out[0] and out[1] == ""
+
+
+def changed_by(one, two):
+    """The largest difference between the networks' parameters of two runs, and its name."""
+    one, two = (load_checkpoint(last_checkpoint(run))["model"] for run in (one, two))
+    return max(
+        (float((one[name] - two[name]).abs().max()), name)
+        for name in one
+        if "running_" not in name and "num_batches" not in name
+        and not name.endswith("qkv.bias")  # a key's has no gradient; AdamW makes steps of its noise
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("models", "size", "again"),
+    [("vit+vit", 4, False), ("cnn+vit", 2, False), ("cnn+vit", 2, True), ("cnn+vit", 4, False)],
+)
+def test_processes_are_one_that_takes_their_parts_in_turn(data, tmp_path, models, size, again):
+    """One process with train.accumulate=`size` takes the same pictures in the same parts, each of
+    them a BatchNorm batch: its curve is theirs. With two to the bit (a sum of two has one order),
+    with four to the rounding of another order. Running statistics are of each one's own parts.
+    again: the processes checkpoint activations.
+    """
+    models = PAIR if models == "vit+vit" else MODELS
+    more = ("train.checkpoint_activations=true",) if again else ()
+    recipe = recipe_of(data, "train.duration=2ep", *more, models=models)
+    found = fork(recipe, tmp_path / "many", size, "--run", tmp_path / "many")
+    assert [code for code, *_ in found] == [0] * size, found
+    alone = recipe_of(data, "train.duration=2ep", f"train.accumulate={size}", models=models)
+    run = pretrain(alone, run=tmp_path / "one", console=silent())
+    one, many = losses(run), losses(tmp_path / "many")
+    assert len(one) == len(many) == 6
+    for mine, theirs in zip(many, one, strict=True):
+        assert mine == pytest.approx(theirs, rel=0 if size == 2 else 3e-6, abs=0)
+    difference, name = changed_by(run, tmp_path / "many")
+    assert difference <= (0 if size == 2 else 3e-5), name
+
+
+def test_a_dry_run_leaves_its_process_group(data, tmp_path):
+    def watched():
+        main = cli.main
+
+        def then_look():
+            try:
+                main()
+            finally:  # it ends by SystemExit
+                assert not torch.distributed.is_initialized(), "still there"
+
+        cli.main = then_look  # of this fork alone
+
+    recipe = recipe_of(data, "train.duration=4ep")
+    first, other = fork(recipe, tmp_path / "dry", 2, "--dry-run", before=watched)
+    assert (first[0], other[0]) == (0, 0), (first, other)
+    assert "12 steps of" in " ".join(first[1].split()) and other[1] == ""
 
 
 def child(parent, variable):

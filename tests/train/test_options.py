@@ -20,6 +20,14 @@ OPTIONS = {
     "compiled blocks": (("train.compile=true",), (CNN, VIT), True),
     "packed crops": (("train.pack_crops=true",), (CNN, VIT), True),
     "packed crops with drop-path": (("train.pack_crops=true",), (CNN, DROP), False),
+    "checkpointed activations": (("train.checkpoint_activations=true",), (CNN, DROP), True),
+    "checkpointed and compiled": (
+        ("train.checkpoint_activations=true", "train.compile=true"),
+        (CNN, VIT),
+        True,
+    ),
+    "online kNN": (("evaluate.every=2it",), (CNN, DROP), True),
+    "LARS": (("models.0.optimizer.name=lars",), (CNN, DROP), True),
     "logits stored": (("loss.prototypes=fused",), (CNN, DROP), True),
     "logits not stored": (("loss.prototypes=fused-linear",), (CNN, DROP), True),
     "logits in plain PyTorch": (("loss.prototypes=reference",), (CNN, DROP), True),
@@ -40,7 +48,10 @@ OPTIONS = {
     "accumulation 3": (("train.batch=6", "train.accumulate=3"), (CNN, DROP), True),
     "batch 1": (("train.batch=1",), (PLAIN, {**PLAIN, "drop_path": 0.3}), True),
 }
-HOW = ("train.channels_last", "train.compile", "train.pack_crops", "loss.prototypes")
+HOW = (
+    *("train.channels_last", "train.compile", "train.pack_crops", "loss.prototypes"),
+    *("train.checkpoint_activations", "evaluate."),
+)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -68,6 +79,8 @@ def test_alone(option, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(self, k, batches)
 
+    if option == "online kNN":
+        overrides += (f"evaluate.train={data}", f"evaluate.test={data}", "evaluate.k=[3]")
     whole = pretrain(recipe(*overrides), run=tmp_path / "whole", console=silent())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", stopped)

@@ -41,6 +41,14 @@ def test_the_same_pictures_each_time(folder, photos, tmp_path):
     assert again[0].stat().st_mtime_ns == stamp
 
 
+def test_without_photographs_scikit_learns_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "BACKGROUNDS", tmp_path / "none")
+    assert pictures.make(2, None, tmp_path).name == "2-of-2-in-images"
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match="--photos, or on Debian: apt install"):
+        pictures.make(3, None, tmp_path)
+
+
 def test_photographs_that_will_not_do(tmp_path):
     with pytest.raises(SystemExit, match="--photos, or on Debian: apt install"):
         pictures.make(8, tmp_path, tmp_path)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,13 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu,
+        "driver": _driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "memory_bytes": _memory(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("torchvision", "timm", "numpy", "triton")},
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
@@ -195,9 +201,40 @@ def _cpu_model() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
 
 
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # no such name here
+        return 0
+
+
+def _driver() -> str:
+    lines = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.split("\n")[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return found.stdout.strip() or "unknown"
+    """Of the checkout; of a copy of it what COMMIT says (bench/gpu.sh); else the version."""
+    if said := os.environ.get("COMMIT"):
+        return said
+    here = Path(__file__).resolve()
+    if _said("git", "-C", str(here.parent), "ls-files", here.name):  # not just beneath a checkout
+        return _said("git", "-C", str(here.parent), "describe", "--always", "--dirty")
+    from mokd_fast import __version__
+
+    return f"of mokd_fast {__version__}"
+
+
+def _said(*command: str) -> str:
+    """What a command printed; nothing where it failed or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -130,7 +130,7 @@ def bench(
         list[str] | None,
         typer.Argument(help="distill, linear_distill, search, augment, data, step (default: all)"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="few shapes and rounds: minutes")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="few shapes and rounds")] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="folder (default: bench/results of the checkout, else bench-results)"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import timing
-from mokd_fast import benchmarks
+from mokd_fast import UserError, benchmarks
 from mokd_fast.benchmarks.table import ratios
 
 GOOD = """
@@ -30,7 +30,7 @@ def scripts(tmp_path, monkeypatch):
     for name in (*benchmarks.NAMES, "distill_gpu"):
         (folder / f"{name}.py").write_text(BAD if name == "search" else GOOD)
     monkeypatch.setattr(benchmarks, "folder", lambda: folder)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmarks, "_machine_of_a_benchmark", lambda: CPU)
     return folder
 
 
@@ -67,6 +67,7 @@ def test_on_a_gpu_the_operators_have_their_own(run, scripts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, folder in (("NVIDIA H200", "h200"), ("NVIDIA RTX 6000 Ada", "rtx-6000-ada")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
+        monkeypatch.setattr(benchmarks, "_machine_of_a_benchmark", benchmarks.machine_name)
         assert run("bench", "distill", "data")[0] == 0
         results = {
             name: scripts / "results" / folder / f"{name}.json" for name in ("distill", "data")
@@ -87,6 +88,14 @@ def test_mistakes(run, scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "HERE", tmp_path / "a" / "b")
     code, _, error = run("bench")
     assert code == 2 and "the benchmarks are missing" in error and "pip install" in error
+
+
+def test_the_machine_is_asked_in_another_process(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert benchmarks._machine_of_a_benchmark() == CPU
+    monkeypatch.setattr(benchmarks.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="torch, which the benchmarks need, does not work"):
+        benchmarks._machine_of_a_benchmark()
 
 
 def test_ctrl_c_ends_it(run, scripts, monkeypatch):

@@ -96,7 +96,7 @@ def roofline(figure: Any, data: dict[str, Any]) -> None:
     axes.text(low * 1.3, fast * low * 0.75, f"copy rate: {fast:.0f} GB/s", fontsize=7, color=GREY)
     for i, (label, x, y, share) in enumerate(data["points"]):
         axes.plot(x, y, "o", color=BLUE, ms=5)
-        place = 5, -9 if i % 2 else -16
+        place = 5, -9 if i % 2 else -18
         text = f"{label}, {share:.0%}"
         axes.annotate(text, (x, y), place, textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(slow * low / 2, top * 2))

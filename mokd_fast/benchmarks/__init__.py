@@ -35,16 +35,16 @@ def run(
     had written as NAME.partial.json, and the others run all the same.
     """
     names = _known(names)
-    scripts = folder()
+    scripts, machine = folder(), _machine_of_a_benchmark()
     out = out or (scripts / "results" if _in_checkout(scripts) else Path("bench-results"))
-    out /= machine_name() + "-quick" * quick
+    out /= machine + "-quick" * quick
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}. Name another --out.") from None
     written, failed = [], []
     for name in names:
-        path = _run_one(_script(scripts, name), out / f"{name}.json", quick, console)
+        path = _run_one(_script(scripts, name, machine), out / f"{name}.json", quick, console)
         written += [path] if path else []
         failed += [] if path else [name]
     _say(console, ratios(written))
@@ -75,6 +75,15 @@ def machine_name() -> str:
     return name.strip("-").removeprefix("nvidia-")
 
 
+def _machine_of_a_benchmark() -> str:
+    """Asked in a process that ends: torch would stay in this one, and a context on the GPU."""
+    code = f"from {__name__} import machine_name; print(machine_name())"
+    asked = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    if asked.returncode:
+        raise UserError("torch, which the benchmarks need, does not work: its message stands above")
+    return asked.stdout.split()[-1]
+
+
 def _known(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in NAMES:
@@ -88,12 +97,10 @@ def _in_checkout(scripts: Path) -> bool:
     return HERE not in scripts.parents
 
 
-def _script(scripts: Path, name: str) -> Path:
+def _script(scripts: Path, name: str, machine: str) -> Path:
     """On a GPU the operators have benchmarks of their own."""
-    import torch
-
     gpu = scripts / f"{name}_gpu.py"
-    return gpu if torch.cuda.is_available() and gpu.exists() else scripts / f"{name}.py"
+    return gpu if not machine.startswith("cpu-") and gpu.exists() else scripts / f"{name}.py"
 
 
 def _run_one(script: Path, path: Path, quick: bool, console: "Console") -> Path | None:

@@ -6,12 +6,14 @@ RUN = $(VENV)/bin/python -m
 SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint venv
+.PHONY: help demo test test-slow bench bench-compare lint venv
 
 help:
 	@echo 'make demo       install, pre-train a small pair on real pictures, evaluate it (minutes)'
 	@echo 'make test       install with development tools, then lint and all tests'
 	@echo 'make test-slow  the tests that need minutes or gigabytes (10 GB of memory)'
+	@echo 'make bench      every benchmark into bench/results; ARGS="distill --quick" for less'
+	@echo 'make bench-compare  short cases of each operator against their last run here'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make venv       the environment with development tools, in $(VENV)'
 
@@ -20,10 +22,19 @@ demo: $(VENV)/.installed-demo
 
 # One test a core, which is faster than one test on all.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(RUN) pytest -p no:benchmark -n auto --maxprocesses 4
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) pytest -m slow
+
+bench: $(VENV)/.installed-dev
+	$(VENV)/bin/mokd-fast bench $(ARGS)
+
+# malloc keeps freed memory, as in the benchmarks themselves (bench/timing.py).
+bench-compare: $(VENV)/.installed-dev
+	MALLOC_MMAP_THRESHOLD_=1099511627776 MALLOC_TRIM_THRESHOLD_=1099511627776 \
+		$(RUN) pytest -m speed --benchmark-only --benchmark-autosave --benchmark-compare \
+		--benchmark-columns=min,median,rounds --benchmark-group-by=fullname $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .

@@ -168,9 +168,16 @@ if __name__ == "__main__":
     native = build_mode() != "off" and sys.platform == "linux"
     if build_mode() in ("cpu", "cuda") and not native:
         raise SystemExit(f"MOKD_FAST_BUILD={build_mode()}: the native kernels build on Linux only.")
+    # Folders of the top level that are installed inside the package. The benchmarks import each
+    # other as `bench`, from the folder above theirs: that holds nothing else that can be imported.
+    inside = {
+        "mokd_fast.kernels": "kernels",
+        "mokd_fast.benchmarks.scripts.bench": "bench",
+        "mokd_fast.benchmarks.scripts.bench.baseline": "bench/baseline",
+    }
     setup(
-        packages=[*find_packages(include=["mokd_fast", "mokd_fast.*"]), "mokd_fast.kernels"],
-        package_dir={"mokd_fast.kernels": "kernels"},
+        packages=[*find_packages(include=["mokd_fast", "mokd_fast.*"]), *inside],
+        package_dir=inside,
         package_data={"mokd_fast": ["py.typed", "recipes/*.yaml", "report/*.html"]},
         include_package_data=False,
         ext_modules=[Extension("mokd_fast._C", sources=[])] if native else [],

@@ -1,6 +1,6 @@
 """augment_crops on a GPU: its check, and its share of the copy rate.
 
-    python bench/augment_gpu.py [--device cuda] [--json FILE]
+    python bench/augment_gpu.py [--device cuda] [--quick] [--json FILE]
 
 DINO's views of 64 pictures. `floor_fraction` counts the bytes of the crops and of the result alone,
 `moved_fraction` all that the kernels move by their model (kernels/augment.py): contrast reads a
@@ -91,13 +91,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="four pictures")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
     rate = result["calibration"]["copy_GB_per_s"] * 1e9
+    pictures = 4 if options.quick else options.pictures
     for kind in SIDES:
         for dtype in (torch.bfloat16, torch.float32):
-            row = measure(kind, options.pictures, dtype, options.device, rate)
+            row = measure(kind, pictures, dtype, options.device, rate)
             result["rows"].append(row)
             print(f"{row['shape']} {row['dtype']}: {row['median_s'] * 1e6:.0f} us, "
                   f"{row['floor_fraction']:.0%} of the copy rate for crops and result, "

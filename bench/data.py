@@ -9,7 +9,8 @@ tensors in the same way, the three loaders, and Pillow's crops with `augment_cro
 turn starts the workers, makes its batches and ends them. What the workers leave to do is done on
 one torch thread: the cores are theirs, and a second OpenMP thread spins where it waits, which the
 rows "2 torch threads" show. The pictures are windows of photographs: those of --photos, or of
-Debian's wallpapers (apt install ukui-wallpapers lomiri-wallpapers-20.04 lomiri-wallpapers-16.04).
+Debian's wallpapers (apt install ukui-wallpapers lomiri-wallpapers-20.04 lomiri-wallpapers-16.04),
+or scikit-learn's two where those are not installed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """distill_cross_entropy, forward + backward, on a GPU: every backend and type.
 
-    python bench/distill_gpu.py [--images 64,16,4] [--json FILE]
+    python bench/distill_gpu.py [--images 64,16,4] [--quick] [--json FILE]
 
 Each row sets a backend of ours against one other form, in the same rounds, at V = 10, T = 2 and
 K = 65536. Seconds are those of a call, median over rounds, by CUDA events:
@@ -186,8 +186,11 @@ def main() -> None:
     )
     parser.add_argument("--columns", default=65536, type=int)
     parser.add_argument("--rounds", default=21, type=int)
+    parser.add_argument("--quick", action="store_true", help="fewest images, few rounds")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.images, options.rounds = options.images[-1:], 5
     able, failed = runnable(options.backends, options.device)
     result: dict[str, Any] = {"machine": machine(), "rows": [], "failed": failed}
     for images in options.images:

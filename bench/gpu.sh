@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a machine with an NVIDIA GPU can say about this tree, in one call of 9 minutes.
 #
-#     bench/gpu.sh [OUT]        OUT: where results go; bench/results/gpu-NAME without it
+#     bench/gpu.sh [OUT]        OUT: where results go; without it bench/results/GPU, as by
+#                             `mokd-fast bench` (bench/results/h200)
 #
 # A copy of the tree is built for this GPU alone and put to the test; nothing is installed and no
 # package index is asked. Every part has a time limit, and one that fails or is stopped does not
@@ -21,7 +22,8 @@ total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
 LIMITS=(machine=30 build=110 check=100 tests=120 memcheck=80 racecheck=50 distill=90 linear=45
-    search=60 augment=20 sweep=60 step=60 initcheck=45)
+    search=60 augment=20 sweep=60 step=60 data=60
+    initcheck=45)
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -129,6 +131,7 @@ search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
 augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
 step() { "$python" bench/step.py --full --json "$OUT/step.json"; }
+data() { "$python" bench/data.py --quick --json "$OUT/data.json"; } # the host's part of the machine
 
 if [[ ${1-} == --part ]]; then
     "$2"
@@ -137,9 +140,8 @@ fi
 
 # -- the whole
 
-device_name() {
-    "$python" -c 'import re, torch
-print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))'
+machine_name() {
+    (cd "$root" && "$python" -c 'from mokd_fast.benchmarks import machine_name as n; print(n())')
 }
 
 "$python" -c 'import torch' || { echo "gpu.sh: $python has no torch; set PYTHON" >&2; exit 2; }
@@ -147,7 +149,7 @@ has_gpu && gpu=true || gpu=false
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
 if [[ -z ${1:-${OUT:-}} ]]; then
-    $gpu && OUT=$root/bench/results/gpu-$(device_name) || OUT=$work/out # no figures to keep
+    $gpu && OUT=$root/bench/results/$(machine_name) || OUT=$work/out # no figures to keep
 fi
 OUT=${1:-$OUT}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2

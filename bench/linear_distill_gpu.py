@@ -1,6 +1,6 @@
 """linear_distill_cross_entropy on a GPU: prototypes and loss, forward + backward, time and memory.
 
-    python bench/linear_distill_gpu.py [--images 64,16] [--json FILE]
+    python bench/linear_distill_gpu.py [--images 64,16] [--quick] [--json FILE]
 
 From features [V, B, D] and prototypes [K, D] to the loss and the gradients dX and dW, at V = 10,
 T = 2, K = 65536 and D = 256. Each row sets a backend of ours against linear layers with the
@@ -117,8 +117,11 @@ def main() -> None:
     parser.add_argument("--images", default=[64, 16], type=lambda x: [int(n) for n in x.split(",")])
     parser.add_argument("--columns", default=65536, type=int)
     parser.add_argument("--rounds", default=11, type=int)
+    parser.add_argument("--quick", action="store_true", help="fewest images, few rounds")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.images, options.rounds = options.images[-1:], 5
     result: dict[str, Any] = {"machine": machine(), "rows": [], "failed": []}
     for images in options.images:
         for kind in KINDS:

@@ -20,13 +20,18 @@ def make(count: int, photos: Path | None = None, cache: Path | None = None) -> P
     """The folder of `count` JPEGs, made if it is not there: the same files each time.
 
     Each is a window of a photograph, of 500 x 375 pixels up to all of it, scaled down to that.
-    photos: a folder of JPEG photographs, default those of Debian's wallpapers; cache: where the
-    folder is made, default the package's cache folder.
+    photos: a folder of JPEG photographs, default those of Debian's wallpapers, or scikit-learn's
+    two where those are not installed; cache: where the folder is made, default the package's cache
+    folder.
     """
-    photos = photos or BACKGROUNDS
-    files = sorted(file for file in photos.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
-    if not files:
-        sys.exit(f"{photos}: no .jpg there. Name a folder with --photos, or on Debian: {DEBIAN}")
+    places = [photos] if photos else [BACKGROUNDS, *_of_scikit_learn()]
+    for photos in places:
+        files = sorted(f for f in photos.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg"))
+        if files:
+            break
+    else:
+        said = ", ".join(map(str, places))
+        sys.exit(f"{said}: no .jpg there. Name a folder with --photos, or on Debian: {DEBIAN}")
     name = f"{count}-of-{len(files)}-in-{photos.resolve().name}"
     folder = (cache or cache_folder() / "bench-data") / name
     if not folder.exists():
@@ -38,6 +43,14 @@ def make(count: int, photos: Path | None = None, cache: Path | None = None) -> P
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _of_scikit_learn() -> list[Path]:
+    try:
+        from sklearn import datasets
+    except ImportError:
+        return []
+    return [Path(datasets.__file__).parent / "images"]
 
 
 def write(files: list[Path], count: int, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The feature search on a GPU: a T-Head's whole search, and the operators forward + backward.
 
-    python bench/search_gpu.py [--images 64,16] [--json FILE]
+    python bench/search_gpu.py [--images 64,16] [--quick] [--json FILE]
 
 The searches are those of bench/search.py (three blocks, C = 384, 6 heads, Q = 8, a ViT's map and a
 CNN's with its stem), without gradient under fp16 autocast: joint by each backend and cross, against
@@ -196,8 +196,11 @@ def main() -> None:
     parser.add_argument("--backends", default="triton,cuda", type=lambda x: x.split(","))
     parser.add_argument("--images", default=[64, 16], type=lambda x: [int(n) for n in x.split(",")])
     parser.add_argument("--rounds", default=11, type=int)
+    parser.add_argument("--quick", action="store_true", help="fewest images, few rounds")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.images, options.rounds = options.images[-1:], 5
     at = options.backends, options.device, options.rounds
     result: dict[str, Any] = {"machine": machine(), "rows": [], "failed": []}
     wanted: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []

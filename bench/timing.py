@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +144,22 @@ def keep_memory() -> None:
 
 
 def calibrate() -> dict[str, float]:
-    """What this machine gives right now: copy rate, fp32 matrix rate, load average."""
+    """What this machine gives right now: copy rate, fp32 matrix rate (on a CPU that of oneDNN too,
+    which may be the faster library), load average."""
+    from mokd_fast.ops import onednn
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(1 << 25, device=device)  # 128 MiB, beyond any cache
     y = torch.empty_like(x)
     a = torch.randn(2048, 2048, device=device)
-    times = interleave({"copy": lambda: y.copy_(x), "gemm": lambda: a @ a}, rounds=5)
+    runs: dict[str, Callable[[], Any]] = {"copy": lambda: y.copy_(x), "gemm_fp32": lambda: a @ a}
+    if onednn.usable(device, a.dtype):
+        runs["gemm_fp32_onednn"] = lambda: onednn.linear(a, a)
+    times = interleave(runs, rounds=5)
+    products = [name for name in runs if name != "copy"]
     return {
         "copy_GB_per_s": 2 * x.numel() * 4 / times["copy"] / 1e9,
-        "gemm_fp32_GFLOP_per_s": 2 * 2048**3 / times["gemm"] / 1e9,
+        **{f"{name}_GFLOP_per_s": 2 * 2048**3 / times[name] / 1e9 for name in products},
         "load_average": os.getloadavg()[0],
     }
 
@@ -164,8 +172,13 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu,
+        "driver": _driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "memory_bytes": _memory(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("torchvision", "timm", "numpy", "triton")},
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
@@ -205,9 +218,40 @@ def _cpu_model() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
 
 
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # no such name here
+        return 0
+
+
+def _driver() -> str:
+    lines = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.split("\n")[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return found.stdout.strip() or "unknown"
+    """Of the checkout; of a copy of it what COMMIT says (bench/gpu.sh); else the version."""
+    if said := os.environ.get("COMMIT"):
+        return said
+    here = Path(__file__).resolve()
+    if _said("git", "-C", str(here.parent), "ls-files", here.name):  # not just beneath a checkout
+        return _said("git", "-C", str(here.parent), "describe", "--always", "--dirty")
+    from mokd_fast import __version__
+
+    return f"of mokd_fast {__version__}"
+
+
+def _said(*command: str) -> str:
+    """What a command printed; nothing where it failed or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,4 +1,4 @@
-"""mokd-fast: pretrain, knn, linear, export, views, report, doctor, demo."""
+"""mokd-fast: pretrain, knn, linear, export, views, report, bench, doctor, demo."""
 
 import os
 import sys
@@ -122,6 +122,35 @@ def report(
     with console.status("making the report"):
         page = api.report(*runs, out=out)
     _say(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="distill, linear_distill, search, augment, data, step (default: all)"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="few shapes and rounds")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder (default: bench/results of the checkout, else bench-results)"),
+    ] = None,
+) -> None:
+    """Measure the operators and the step against the forms in use elsewhere.
+
+    Each is timed beside the others in one process, turn by turn, and writes OUT/MACHINE/NAME.json.
+    CUDA_VISIBLE_DEVICES= measures the CPU of a machine with a GPU.
+
+    mokd-fast bench distill step --quick
+    """
+    from . import benchmarks
+
+    try:
+        failed = benchmarks.run(names or [], console, quick=quick, out=out)
+    except KeyboardInterrupt:  # the benchmark that ran has ended by the same signal
+        raise SystemExit(130) from None
+    if failed:
+        raise SystemExit(1)
 
 
 @app.command()

@@ -28,6 +28,7 @@ SOURCES = [
     *("Makefile", "constraints.txt"),
 ]
 NATIVE = f"mokd_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+BENCH = ("bench", "bench/baseline")  # what of bench/ is installed
 WITHOUT = "mokd_fast is built without native kernels: no C++ compiler was found"
 WITHOUT_CUDA = "mokd_fast is built without CUDA kernels: the CUDA build failed"
 
@@ -82,9 +83,11 @@ def pure_contents():
     recipes = {f"mokd_fast/recipes/{p.name}" for p in (ROOT / "mokd_fast/recipes").glob("*.yaml")}
     page = {f"mokd_fast/report/{p.name}" for p in (ROOT / "mokd_fast/report").glob("*.html")}
     kernels = {f"mokd_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    bench = {p.relative_to(ROOT).as_posix() for d in BENCH for p in (ROOT / d).glob("*.py")}
+    bench = {f"mokd_fast/benchmarks/scripts/{name}" for name in bench}
     info = ("METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "licenses/LICENSE")
     info = {f"mokd_fast-0.1.0.dist-info/{name}" for name in info}
-    return python | recipes | page | kernels | info | {"mokd_fast/py.typed"}
+    return python | recipes | page | kernels | bench | info | {"mokd_fast/py.typed"}
 
 
 def copy_tree(folder):
@@ -202,6 +205,11 @@ def test_install(request, tree, here, fresh_python, editable):
     home = tree if editable else fresh_python.parents[1]
     assert output.count(str(home)) == 2, output
     assert "pretrain" in succeed(fresh_python.with_name("mokd-fast"), "--help")
+
+    code = "import mokd_fast.benchmarks as b; print(b.folder())"
+    scripts = Path(succeed(fresh_python, "-c", code).strip())
+    assert scripts.is_relative_to(home) and (scripts == tree / "bench") == editable
+    assert "--quick" in succeed(fresh_python, scripts / "distill.py", "--help")
 
 
 def test_no_compiler_is_a_pure_python_wheel_and_one_sentence(tree, tmp_path, tools):

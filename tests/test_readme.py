@@ -7,6 +7,7 @@ import pytest
 
 from bench import readme
 from bench.readme import ROOT, render
+from bench.report import plots, results
 from tests.train.recipes import pictures
 
 README = (ROOT / "README.md").read_text()
@@ -14,24 +15,31 @@ README = (ROOT / "README.md").read_text()
 
 def test_generated_parts_are_fresh():
     assert render(README) == README, "run python bench/readme.py"
+    assert not plots.stale(), "run python bench/readme.py"
 
 
 def test_missing_results_are_said(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     assert render(README).count("Not measured yet.") == len(readme.PARTS)
     assert "step-table: not measured yet, no step.json" in capsys.readouterr().out
 
 
-def test_check_fails_on_a_stale_readme(tmp_path: Path, monkeypatch):
+def test_check_fails_on_a_stale_readme_or_plot(tmp_path: Path, monkeypatch):
     (tmp_path / "README.md").write_text("<!-- generated: step-table -->\nold\n<!-- end -->\n")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
-    with pytest.raises(SystemExit, match="stale"):
+    with pytest.raises(SystemExit, match=r"stale: README.md; run python bench/readme.py"):
+        readme.main()
+    (tmp_path / "README.md").write_text("")
+    monkeypatch.setattr(plots, "stale", lambda: {"speed": {}})
+    with pytest.raises(SystemExit, match=r"stale: plots/speed.svg; run"):
         readme.main()
 
 
 def test_links_exist():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    pictures = re.findall(r'<img[^>]* src="([^"]+)"', README)
+    assert len(pictures) == 3
+    for link in [*re.findall(r"\]\((?!http)([^)]+)\)", README), *pictures]:
         assert (ROOT / link).exists(), link
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bench import ablation, readme
+from bench import ablation
+from bench.report import results, training
 from tests.train.recipes import pictures
 
 
@@ -37,8 +38,8 @@ def test_runs_and_their_table(result, monkeypatch):
                 row["pointing"][way]["directions"]["1->2"]["blocks"][0] for way in ablation.WAYS
             ]
             assert ways[0]["own"]["mean"] == pytest.approx(ways[1]["own"]["mean"], rel=1e-5)
-    monkeypatch.setattr(readme, "RESULTS", result.parent)
-    lines = readme.ablation_table().splitlines()
+    monkeypatch.setattr(results, "RESULTS", result.parent)
+    lines = training.ablation_table().splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert [line.split(" |")[0] for line in lines[2:5]] == ["| joint", "| none", "| not trained"]
 
@@ -55,8 +56,8 @@ def test_what_is_beyond_the_seeds():
         "clean": {"joint": [70.0, 71.0], "cross": [72.0, 73.0]},
         "shifted": {"joint": [40.0, 44.0], "cross": [41.0, 44.0]},
     }
-    large, alike = readme.beyond_the_seeds(columns).split(" Of one sign ")
+    large, alike = training.beyond_the_seeds(columns).split(" Of one sign ")
     assert "seeds: joint against cross -2.0 (clean) of 2 differences" in large
     assert "seed: joint against cross -2.0 (clean); by chance it would be 1." in alike
     del columns["clean"]
-    assert readme.beyond_the_seeds(columns).count("none") == 2
+    assert training.beyond_the_seeds(columns).count("none") == 2

@@ -9,8 +9,9 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from bench import augment, data, data_parts, pictures, readme, timing
+from bench import augment, data, data_parts, pictures, timing
 from bench.baseline.augmentation import MEAN, STD, Official, Tensors
+from bench.report.data import _levels
 from mokd_fast.data import AugmentConfig, decode, draw_views, normalize, open_source, render
 
 PLAIN = {"jitter": 0.0, "flip": 0.0, "grey": 0.0, "blur": (0.0,) * 3, "solarize": (0.0,) * 3}
@@ -39,6 +40,14 @@ def test_the_same_pictures_each_time(folder, photos, tmp_path):
     stamp = again[0].stat().st_mtime_ns
     pictures.make(8, photos, tmp_path)
     assert again[0].stat().st_mtime_ns == stamp
+
+
+def test_without_photographs_scikit_learns_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "BACKGROUNDS", tmp_path / "none")
+    assert pictures.make(2, None, tmp_path).name == "2-of-2-in-images"
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match="--photos, or on Debian: apt install"):
+        pictures.make(3, None, tmp_path)
 
 
 def test_photographs_that_will_not_do(tmp_path):
@@ -131,8 +140,8 @@ def test_parity_is_that_of_the_promise(folder):
 def test_the_readme_tells_the_levels():
     row = {"cpu": {"mean": 0.5, "p99": 1.0, "worst_crop": 0.75, "max": 3.0}}
     exact = {"cpu": dict.fromkeys(row["cpu"], 0.0)}
-    assert readme._levels([row, exact], "cpu") == "0.250, 1, 0.75"
-    assert readme._levels([exact], "cpu") == "0" and readme._levels([row], "dali") == ""
+    assert _levels([row, exact], "cpu") == "0.250, 1, 0.75"
+    assert _levels([exact], "cpu") == "0" and _levels([row], "dali") == ""
     off = augment.differences(torch.zeros(2, 1, 2, 3), torch.tensor([0.0, 3.0]).view(2, 1, 1, 1))
     assert off == {"mean": 1.5, "p99": 3.0, "worst_crop": 3.0, "max": 3.0}
     assert np.isfinite(list(off.values())).all()

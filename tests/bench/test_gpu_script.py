@@ -16,7 +16,7 @@ from mokd_fast.ops import cpu, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "linear"]
-PARTS += ["search", "augment", "sweep", "step", "initcheck"]
+PARTS += ["search", "augment", "sweep", "step", "data", "initcheck"]
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench.step import CASES, blank_pictures, copy_of
+from bench.step import CASES, blank_pictures
 from bench.timing import calibrate, interleave, keep_memory, machine, peak_bytes, write_json
 from mokd_fast.nn import checkpoint_activations
 from mokd_fast.train.loop import Trainer
@@ -39,7 +39,7 @@ def measure(name: str, precision: str, batch: int, folder: Path, rounds: int) ->
     def step(again: bool) -> None:
         for student in trainer.mokd.students:
             checkpoint_activations(student, again)  # type: ignore[arg-type]
-        trainer.step(k, iter([copy_of(views)]))
+        trainer.step(k, iter([views]))
 
     runs = {"again": lambda: step(True), "kept": lambda: step(False)}
     times = interleave(runs, rounds)

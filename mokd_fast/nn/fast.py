@@ -2,6 +2,7 @@
 the libraries' own; the mathematics too."""
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
@@ -15,11 +16,25 @@ class Linear(nn.Linear):
         return onednn.trained_linear(x, self.weight, self.bias)
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, right for a map that is smaller than the stride: oneDNN leaves the taps of a bf16
+    weight gradient that lie beside such a map as the memory was (torch 2.14). Padded by hand, it
+    has no taps beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) >= max(self.stride):
+            return super().forward(x)
+        rows, columns = (int(n) for n in self.padding)  # numbers: see `_strides`
+        x = F.pad(x, (columns, columns, rows, rows))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
 def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
-    fp32: linear layers by oneDNN. bf16: attention of timm's blocks by three batched products, for
-    PyTorch's fused one takes 2.5 to 6 times as long there in training (step_parts.json).
+    fp32: linear layers by oneDNN. bf16: attention of timm's blocks by batched products, for
+    PyTorch's fused one takes 2.5 to 6 times as long there, both ways (step.json has what both are
+    worth); convolutions with a stride as `Conv2d` here.
     """
     if device.type != "cpu":
         return
@@ -28,6 +43,13 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
             module.__class__ = Linear
         elif precision == "bf16" and isinstance(module, Attention):
             module.fused_attn = False  # type: ignore[misc]
+        elif precision == "bf16" and type(module) is nn.Conv2d and _strides(module):
+            module.__class__ = Conv2d
+
+
+def _strides(conv: nn.Conv2d) -> bool:
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return plain and max(conv.stride) > 1
 
 
 def compile_blocks(model: nn.Module) -> int:

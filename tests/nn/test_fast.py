@@ -126,6 +126,30 @@ def test_attention_in_bf16_is_as_exact_as_the_fused_one():
     assert errors["products"][1] and errors["products"][0] <= 1.5 * errors["fused"][0] + 1e-3
 
 
+@pytest.mark.parametrize(("size", "stride", "kernel"), [(1, 2, 3), (2, 4, 5), (1, 3, 3), (4, 2, 3)])
+def test_bf16_gradients_of_maps_smaller_than_the_stride(size, stride, kernel):
+    """oneDNN alone leaves what was in memory before where a tap meets no pixel."""
+    torch.manual_seed(0)
+    exact = nn.Conv2d(64, 64, kernel, stride, kernel // 2).double()
+    conv = copy.deepcopy(exact).float()
+    quicken(conv, CPU, "bf16")
+    assert list(conv.state_dict()) == list(exact.state_dict())
+    x = torch.randn(8, 64, size, size)
+    for _ in range(5):
+        conv.zero_grad(), exact.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        junk = [torch.full((n,), 3e18) for n in (1 << 16, 36864, 18432, 102400)]
+        del junk
+        y.float().sum().backward()
+        want = exact(x.double())
+        want.sum().backward()
+        torch.testing.assert_close(y.double(), want, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(
+            conv.weight.grad.double(), exact.weight.grad, rtol=0.05, atol=0.3
+        )
+
+
 @needs_onednn
 def test_matvec():
     matrix, vector = torch.randn(70000, 128), torch.randn(128)

@@ -85,13 +85,19 @@ class BestStep(OfficialStep):
             for module in model.modules():
                 if type(module) is WeightNormLinear:
                     module.__class__ = Prototypes
-                elif type(module) is Attention and attention == "sdpa":
-                    module.__class__ = FusedAttention
                 elif type(module) is Block and compiled:
                     module.compile(fullgraph=True, dynamic=False)
+        self.attend(attention)
         self.optimizers = [
             _fused(model, setting) for model, setting in zip(students, settings, strict=True)
         ]
+
+    def attend(self, attention: str) -> None:
+        kind = FusedAttention if attention == "sdpa" else Attention
+        for model in (*self.students, *self.teachers):
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.__class__ = kind
 
     def losses(self, images: Sequence[Tensor], epoch: int) -> dict[str, Tensor]:
         images = [x.contiguous(memory_format=torch.channels_last) for x in images]

@@ -8,7 +8,7 @@ Letters: V student views (2 global, L local), T = 2 teacher views, B images, K p
 D width of a head's features, C backbone width, N tokens, Q queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -183,7 +183,11 @@ class MOKD(nn.Module):
         self.centers = Center(dict.fromkeys(heads, prototypes), center_momentum)
 
     def forward(
-        self, global_views: Tensor, local_views: Tensor | None, temperatures: Sequence[Temperatures]
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        temperatures: Sequence[Temperatures],
+        backward: Callable[[int, Tensor], None] | None = None,
     ) -> StepLosses:
         """All losses of one batch.
 
@@ -191,22 +195,32 @@ class MOKD(nn.Module):
             global_views: [2, B, channels, H, W], normalised; local_views: [L, B, channels, h, w]
                 or None.
             temperatures: teacher temperatures for each model's losses.
+            backward: called with a model's number, from 0, and its loss before the next model's
+                forward pass, so that of one model alone activations are alive at a time (graphs of
+                students are disjoint). `totals` have no gradient then.
         """
         self.centers.wait()  # the last update holds prototypes, which may go now
         found = self._teach(global_views)
         groups = [views for views in (global_views, local_views) if views is not None]
-        students: list[Embedding] = [student(*groups) for student in self.students]
-        way = self.way(students[0].mlp)
-        teachers = self._rows(found, stored=way != "fused-linear")
-        totals, terms, own = [], {}, {}
-        for i in range(len(students)):
+        teachers: dict[str, HeadRows] = {}
+        totals, terms, own, way = [], {}, {}, ""
+        for i, student in enumerate(self.students):
+            embedding: Embedding = student(*groups)
+            if not teachers:
+                way = self.way(embedding.mlp)
+                teachers = self._rows(found, stored=way != "fused-linear")
             maps = found[1 - i] if len(found) == 2 else None
-            total, named = self._losses(i, students[i], teachers, maps, temperatures[i], way)
-            totals.append(total)
+            total, named = self._losses(i, embedding, teachers, maps, temperatures[i], way)
             terms.update(named)
             for head in ("mlp", "t"):
-                if (rows := getattr(students[i], head)) is not None:
+                if (rows := getattr(embedding, head)) is not None:
                     own[f"{head}_{i + 1}"] = rows[:GLOBALS].detach()
+            del embedding, rows  # or what is below would free nothing
+            if backward is not None:
+                with torch.autocast(total.device.type, enabled=False):
+                    backward(i, total)
+                total = total.detach()
+            totals.append(total)
         means = {
             h: LinearLogits(column_mean(r.features), r.prototypes) for h, r in teachers.items()
         }

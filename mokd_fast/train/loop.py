@@ -317,17 +317,20 @@ class Trainer:
         means: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         prototypes: dict[str, Tensor] = {}
+        # One model after the other, for the memory; DDP wants one backward after its forward.
+        alone = self.network is self.mokd
+        backward = (lambda i, total: self._part(i, total).backward()) if alone else None
         self.statistics.take()
         for part in range(parts):
             prototypes.clear()  # the next micro-batch makes the same again
             global_views, local_views = self.to_device(next(batches))
             with self.world.apart(self.network, part < parts - 1), self._autocast():
-                out = self.network(global_views, local_views, taus)
+                out = self.network(global_views, local_views, taus, backward)
             if self.is_logged(k + 1):
                 accumulate(diagnostics, diagnose(out, self.mokd, taus), parts)
-            # The students' graphs are disjoint, so one backward of the sum is exact for both.
-            totals = [self._scaled(i, total) for i, total in enumerate(out.totals)]
-            (torch.stack(totals).sum() / parts).backward()
+            if backward is None:
+                totals = [self._part(i, total) for i, total in enumerate(out.totals)]
+                torch.stack(totals).sum().backward()
             for i, total in enumerate(out.totals, start=1):
                 out.terms[f"loss_{i}"] = total.detach()
             accumulate(losses, out.terms, parts)
@@ -351,6 +354,10 @@ class Trainer:
         precision = self.recipe.train.precision
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+
+    def _part(self, i: int, total: Tensor) -> Tensor:
+        """Of model i's loss in the optimizer step, this micro-batch's part."""
+        return self._scaled(i, total) / self.recipe.train.accumulate
 
     def _scaled(self, i: int, x: Tensor) -> Tensor:
         return self.scalers[i].scale(x) if self.scalers else x

@@ -63,6 +63,7 @@ def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
     assert (row["op"], row["dtype"], row["backend"]) == ("training step", precision, "automatic")
     assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])
     assert row["best_plain_ratio"] == pytest.approx(row["best_plain_s"] / row["median_s"])
+    assert row["best_plain_s"] <= row["best_plain_sdpa_s"]
     assert min(row[key] for key in step.PEAKS) > 2**20 and "batch 4" in row["shape"]
     assert row["baseline_flops"] > 1e8 and 0.7 < row["flops"] / row["baseline_flops"] < 1.1
     for name, parts in row["parts"].items():

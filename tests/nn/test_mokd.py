@@ -1,5 +1,8 @@
 """What is easy to get wrong in the method, one test a line of the design."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from timm.layers import DropPath
@@ -332,3 +335,27 @@ def test_width_of_the_t_head_and_its_stems():
     assert widths(pair) == [(192, True), (192, False)]
     with pytest.raises(UserError, match=r"t_head.heads=5 does not divide"):
         build_pair("resnet18", "vit_tiny_patch16_224", heads=5)
+
+
+def test_one_model_after_the_other():
+    """With a backward of their own the gradients are the same bits, and nothing of the first
+    model's graph is alive in the second one's forward pass."""
+    together = build(small("x", models=(CNN, {**VIT, "drop_path": 0.3}))).train()
+    apart = copy.deepcopy(together)
+    given, seen, alive = views(), [], []
+
+    def remember(module, args, out):
+        seen.append(weakref.ref(out.grad_fn))
+
+    apart.students[0].mlp_head.mlp[0].register_forward_hook(remember)
+    apart.students[1].register_forward_pre_hook(
+        lambda module, args: alive.extend(r() for r in seen if r() is not None)
+    )
+    torch.manual_seed(1)
+    torch.stack(together(*given, TAUS).totals).sum().backward()
+    torch.manual_seed(1)
+    out = apart(*given, TAUS, lambda i, total: total.backward())
+    assert seen and not alive and not any(total.requires_grad for total in out.totals)
+    for mine, theirs in zip(apart.parameters(), together.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, theirs.grad)

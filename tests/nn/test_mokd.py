@@ -1,11 +1,11 @@
 """What is easy to get wrong in the method, one test a line of the design."""
 
 import copy
-import weakref
 
 import pytest
 import torch
 from timm.layers import DropPath
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -345,14 +345,18 @@ def test_one_model_after_the_other():
     given, seen, alive = views(), [], []
 
     def remember(module, args, out):
-        seen.append(weakref.ref(out.grad_fn))
+        seen.append(StorageWeakRef(out.untyped_storage()))  # which the next layer's graph keeps
 
     apart.students[0].mlp_head.mlp[0].register_forward_hook(remember)
     apart.students[1].register_forward_pre_hook(
-        lambda module, args: alive.extend(r() for r in seen if r() is not None)
+        lambda module, args: alive.extend(r for r in seen if not r.expired())
     )
     torch.manual_seed(1)
     torch.stack(together(*given, TAUS).totals).sum().backward()
+    torch.manual_seed(1)
+    apart(*given, TAUS)
+    assert seen and len(alive) == len(seen)  # so that it would be noticed
+    seen.clear(), alive.clear()
     torch.manual_seed(1)
     out = apart(*given, TAUS, lambda i, total: total.backward())
     assert seen and not alive and not any(total.requires_grad for total in out.totals)

@@ -57,7 +57,8 @@ def _steps(trainer: Trainer) -> None:
             found = _evaluate(trainer, meter, stop)
             if found is None:
                 stop.leave()
-            log.write({"step": trainer.done} | found)
+            if found:  # else the next start tries again
+                log.write({"step": trainer.done} | found)
         while trainer.done < total:
             result = _try_step(trainer, meter, batches, log)
             trainer.done += 1

@@ -264,6 +264,11 @@ def test_an_evaluation_that_fails_does_not_end_the_run(whole, data, labelled, tm
     trainer = Trainer(recipe_of(data, mine), tmp_path / "run", console)
     shutil.rmtree(mine[1])
     trainer.fit()
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.MonkeyPatch.context() as patch:  # of a finished run, which tries again, as well
+        patch.setattr(online, "extract", lambda *_, **__: 1 / 0)
+        pretrain(recipe_of(data, labelled), run=tmp_path / "run", console=silent())
+    assert (tmp_path / "run/metrics.jsonl").read_text() == rows
     assert "step 4: no kNN, the training goes on without (none of the 11 pictures can be read" in (
         said := console.file.getvalue()
     ), said

@@ -12,7 +12,7 @@ help:
 	@echo 'make demo       install, pre-train a small pair on real pictures, evaluate it (minutes)'
 	@echo 'make test       install with development tools, then lint and all tests'
 	@echo 'make test-slow  the tests that need minutes or gigabytes (10 GB of memory)'
-	@echo 'make bench      every benchmark into bench/results; ARGS="distill --quick" for less'
+	@echo 'make bench      every benchmark into bench/results; ARGS="distill --quick" for less, --full for all'
 	@echo 'make bench-compare  short cases of each operator against their last run here'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make venv       the environment with development tools, in $(VENV)'

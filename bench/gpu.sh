@@ -109,7 +109,8 @@ check() {
 tests() {
     local workers=()
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    "$python" -m pytest -q -p no:cacheprovider --durations=8 "${workers[@]}" tests/ops tests/kernels
+    "$python" -m pytest -q -p no:cacheprovider --durations=8 "${workers[@]}" tests/ops tests/kernels \
+        tests/train/test_skipped.py::test_the_host_reads_once_a_row
 }
 
 sanitize() { # tool backends checks [options of the sanitizer]

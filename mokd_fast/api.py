@@ -149,7 +149,7 @@ def _evaluate(
     train, test = evaluation_sources(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(recipe.train.seed)
-    random = build(recipe)  # the very weights this run started from
+    random = build(recipe)  # what the run started from, but for files (models.N.weights)
     models: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, networks in ((which, getattr(mokd, f"{which}s")), ("random", random.students)):
         for i, (config, network) in enumerate(zip(recipe.models, networks, strict=True), start=1):

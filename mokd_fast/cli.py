@@ -131,6 +131,9 @@ def bench(
         typer.Argument(help="distill, linear_distill, search, augment, data, step (default: all)"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few shapes and rounds")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="step: ResNet-50 + ViT-S too, which needs 20 GB")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="folder (default: bench/results of the checkout, else bench-results)"),
@@ -146,7 +149,7 @@ def bench(
     from . import benchmarks
 
     try:
-        failed = benchmarks.run(names or [], console, quick=quick, out=out)
+        failed = benchmarks.run(names or [], console, quick=quick, full=full, out=out)
     except KeyboardInterrupt:  # the benchmark that ran has ended by the same signal
         raise SystemExit(130) from None
     if failed:

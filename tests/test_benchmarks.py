@@ -63,6 +63,19 @@ def test_the_named_ones_run_once_and_quick_figures_lie_apart(run, scripts, tmp_p
         assert json.loads(path.read_text())["words"] == ["--quick"]
 
 
+def test_the_step_alone_is_told_to_be_full(run, scripts, tmp_path):
+    """As the published figures are: they would be lost where the pair is left out."""
+    assert run("bench", "step", "data", "--full")[0] == 0
+    words = {
+        path.stem: json.loads(path.read_text())["words"]
+        for path in (scripts / "results" / CPU).glob("*.json")
+    }
+    assert words == {"step": ["--full"], "data": []}
+    assert '"--full"' in (benchmarks.HERE.parents[1] / "bench" / "step.py").read_text()
+    code, _, error = run("bench", "step", "--full", "--quick")
+    assert code == 2 and "exclude each other" in error
+
+
 def test_on_a_gpu_the_operators_have_their_own(run, scripts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, folder in (("NVIDIA H200", "h200"), ("NVIDIA RTX 6000 Ada", "rtx-6000-ada")):

@@ -288,7 +288,10 @@ def test_a_dry_run_says_what_the_run_needs(run, recipe, data, tmp_path, monkeypa
     found = re.search(
         r"4 steps of (\S+) s take (\S+) hours, .* memory (\S+) GiB, a checkpoint", said
     )
-    assert found, said
+    assert found and "evaluate" not in said, said
+    every = [f"evaluate.{key}={data}" for key in ("train", "test")] + ["evaluate.every=1ep"]
+    code, more, _ = run("pretrain", recipe, *every, "--dry-run")
+    assert code == 0 and "GiB; evaluate.every comes on top" in " ".join(more.split())
     seconds, hours, gib = map(float, found.groups())
     assert hours == pytest.approx(4 * seconds / 3600, rel=0.02) and 0.1 < gib < 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "small.yaml"]

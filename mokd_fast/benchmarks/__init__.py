@@ -25,16 +25,24 @@ HERE = Path(__file__).resolve().parent
 
 
 def run(
-    names: Sequence[str], console: "Console", *, quick: bool = False, out: Path | None = None
+    names: Sequence[str],
+    console: "Console",
+    *,
+    quick: bool = False,
+    full: bool = False,
+    out: Path | None = None,
 ) -> list[str]:
     """Run the named benchmarks, all without names, and print their ratios; return what failed.
 
     NAME.json of each goes to `out`/MACHINE, by default to bench/results of the checkout, or to
     bench-results beneath the working directory where there is no checkout. What --quick measures
-    goes to MACHINE-quick, beside published figures and not over them. One that fails leaves what it
-    had written as NAME.partial.json, and the others run all the same.
+    goes to MACHINE-quick, beside published figures and not over them. full: the published pair's
+    step too, as in the README. One that fails leaves what it had written as NAME.partial.json, and
+    the others run all the same.
     """
     names = _known(names)
+    if quick and full:
+        raise UserError("--quick and --full exclude each other: give one of them.")
     scripts, machine = folder(), _machine_of_a_benchmark()
     out = out or (scripts / "results" if _in_checkout(scripts) else Path("bench-results"))
     out /= machine + "-quick" * quick
@@ -44,7 +52,8 @@ def run(
         raise UserError(f"{out} cannot be made: {error.strerror}. Name another --out.") from None
     written, failed = [], []
     for name in names:
-        path = _run_one(_script(scripts, name, machine), out / f"{name}.json", quick, console)
+        words = ["--quick"] * quick + ["--full"] * (full and name == "step")
+        path = _run_one(_script(scripts, name, machine), out / f"{name}.json", words, console)
         written += [path] if path else []
         failed += [] if path else [name]
     _say(console, ratios(written))
@@ -103,11 +112,11 @@ def _script(scripts: Path, name: str, machine: str) -> Path:
     return gpu if not machine.startswith("cpu-") and gpu.exists() else scripts / f"{name}.py"
 
 
-def _run_one(script: Path, path: Path, quick: bool, console: "Console") -> Path | None:
+def _run_one(script: Path, path: Path, words: list[str], console: "Console") -> Path | None:
     """The file of results, or None if the benchmark failed."""
     partial = path.with_suffix(".partial.json")
     partial.unlink(missing_ok=True)
-    command = [sys.executable, str(script), "--json", str(partial), *["--quick"] * quick]
+    command = [sys.executable, str(script), "--json", str(partial), *words]
     _say(console, f"== {path.stem}: {' '.join(command)}")
     begin = time.monotonic()
     code = subprocess.run(command, check=False).returncode

@@ -41,12 +41,13 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, float]:
                 trainer.lock.release()
     finally:
         world.leave()
+    more = "; evaluate.every comes on top" if recipe.evaluate.every else ""
     where = "GPU memory" if trainer.device.type == "cuda" else "memory"
     trainer.say(
         f"{trainer.total} steps of {found['seconds']:.3g} s take {found['hours']:.3g} hours, "
         f"{found['data_wait']:.0%} of them waiting for pictures; {where} "
         f"{found['peak_bytes'] / 2**30:.2f} GiB, a checkpoint "
-        f"{found['checkpoint_bytes'] / 2**30:.2f} GiB"
+        f"{found['checkpoint_bytes'] / 2**30:.2f} GiB{more}"
     )
     return found
 

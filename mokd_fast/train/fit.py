@@ -24,7 +24,7 @@ def fit(trainer: Trainer) -> None:
     """From the step a trainer is at to the end of its recipe."""
     run, done, total = trainer.run, trainer.done, trainer.total
     try:
-        if done >= total:
+        if done >= total and not trainer.knn.owed(done, run, trainer.world):
             trainer.say(f"{run} is finished: {total} steps are done")
             return
         if done:
@@ -57,7 +57,8 @@ def _steps(trainer: Trainer) -> None:
             found = _evaluate(trainer, meter, stop)
             if found is None:
                 stop.leave()
-            log.write({"step": trainer.done} | found)
+            if found:  # else the next start tries again
+                log.write({"step": trainer.done} | found)
         while trainer.done < total:
             result = _try_step(trainer, meter, batches, log)
             trainer.done += 1
@@ -66,12 +67,13 @@ def _steps(trainer: Trainer) -> None:
             # One look: a signal may come at any time.
             stopping = trainer.world.stops(stop.number is not None)
             save = stopping or trainer.done == total or trainer.done % trainer.every == 0
+            owed = False
             if save or trainer.is_logged(trainer.done):
                 row = trainer._row(meter)  # raises when too many steps are skipped, before a save
-                if trainer.knn.due(trainer.done) and (not stopping or trainer.done == total):
-                    found = _evaluate(trainer, meter, stop)
-                    if found is None:  # a run that goes on begins with it
-                        stopping = save = True
+                if trainer.knn.due(trainer.done):
+                    found = None if stopping else _evaluate(trainer, meter, stop)
+                    owed = found is None  # a run that goes on begins with it
+                    stopping, save = stopping or owed, save or owed
                     row |= found or {}
                 log.write(row)
                 # Before alarms.jsonl, which is opened by its path; of one, so that all save.
@@ -81,15 +83,15 @@ def _steps(trainer: Trainer) -> None:
             if save:
                 log.sync()  # a checkpoint never without the rows up to it
                 trainer.save()
-            if stopping and trainer.done < total:
+            if stopping and (trainer.done < total or owed):
                 stop.leave()
 
 
 def _evaluate(trainer: Trainer, meter: Meter, stop: StopSignals) -> dict[str, float] | None:
-    """The online kNN; None where the run is asked to stop meanwhile, but for the last step's: a run
-    that has its checkpoint is finished, and nobody would make up for it."""
-    begin, last = time.perf_counter(), trainer.done == trainer.total
-    found = trainer.knn.scores(trainer, lambda: stop.number is not None and not last)
+    """The online kNN; None where the run is asked to stop meanwhile: the checkpoint of this step is
+    not written yet, and whoever asks may not wait."""
+    begin = time.perf_counter()
+    found = trainer.knn.scores(trainer, lambda: stop.number is not None)
     meter.leave_out(time.perf_counter() - begin)
     return found
 

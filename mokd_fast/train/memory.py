@@ -28,10 +28,17 @@ def out_of_memory(error: BaseException) -> bool:
 def advice(trainer: Trainer) -> str:
     """What to set so that a step fits. Tried, not estimated: the trainer is spoilt after it.
 
-    The pictures of an optimizer step stay the same, so the learning rates do too.
+    The pictures of an optimizer step stay the same, so the learning rates do too. Several processes
+    try nothing: a step averages over all of them, and the others train on until they miss this one.
     """
     # Every step a logged one: its diagnostics need memory too.
     train = trainer.recipe.train.model_copy(update={"log_every": 1})
+    again = not (train.checkpoint_activations or train.pack_crops)  # which exclude each other
+    if trainer.world.size > 1:
+        free = ["train.checkpoint_activations=true"] * again
+        free += ["loss.prototypes=fused-linear"] * (trainer.way != "fused-linear")
+        goes_on = f"Set {' or '.join(free)} and the run goes on; or start" if free else "Start"
+        return f"{goes_on} a new run (--run) with a larger train.accumulate or more processes"
     recipe = trainer.recipe = trainer.recipe.model_copy(update={"train": train})
     if trainer.way != "fused-linear":
         trainer.mokd.prototype_loss = "fused-linear"
@@ -41,7 +48,7 @@ def advice(trainer: Trainer) -> str:
                 "loss.prototypes=fused-linear and the run goes on"
             )
         trainer.mokd.prototype_loss = trainer.way
-    if not train.checkpoint_activations:
+    if again:
         for student in trainer.mokd.students:
             checkpoint_activations(student)  # type: ignore[arg-type]
         if _fits(trainer):

@@ -16,6 +16,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -152,6 +153,13 @@ class EvaluateConfig(Config):
     k: Ints = (10, 20)
     train_limit: PositiveInt | None = None  # null: all of them
     test_limit: PositiveInt | None = None
+
+    @field_validator("every")
+    @classmethod
+    def _never_is_null(cls, every: Duration | None) -> Duration | None:
+        if every is not None and float(every.rstrip("epit%")) == 0:
+            raise ValueError("0 is no interval; null evaluates never, 1it after every step")
+        return every
 
 
 class Recipe(Config):

@@ -45,7 +45,7 @@ def load_files(trainer: Trainer, files: dict[int, Path]) -> None:
                 raise UserError(f"models.{i}.weights: {error}") from error
             trainer.say(f"models.{i}.weights: {said}; optimizers and schedules begin anew")
             state: dict[str, Tensor] = student.state_dict()  # type: ignore[attr-defined]
-            return state
+            return {key: value.cpu() for key, value in state.items()}  # to no GPU of the first one
 
         state = trainer.world.decide(read)
         if not trainer.world.first:

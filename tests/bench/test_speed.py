@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import augment, data, distill, linear_distill, pictures, search
+from bench import augment, data, distill, linear_distill, pictures, search, step
 from mokd_fast.data import AugmentConfig
 
 pytestmark = pytest.mark.speed
@@ -59,3 +59,11 @@ def test_data(benchmark, form, folder):
     forms = data.forms(folder, AugmentConfig(), batch=32, workers=0)
     made = benchmark.pedantic(lambda: sum(1 for _ in forms[form](0, 2)), rounds=5, warmup_rounds=1)
     assert made == 2
+
+
+@pytest.mark.parametrize("form", ["ours", "official"])
+def test_step(benchmark, form, tmp_path):
+    """The demo's pair in fp32."""
+    steps = step.Steps("mokd_cnn_tiny+mokd_vit_tiny", "fp32", tmp_path)
+    run = steps.ours() if form == "ours" else steps.plain(steps.official, None)
+    benchmark.pedantic(run, rounds=7, warmup_rounds=1)

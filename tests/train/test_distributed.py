@@ -24,6 +24,7 @@ from tests.train.recipes import CNN, SGD, VIT, pictures, silent, small
 PAIR = [{**VIT, "name": "test_vit"}] * 2  # without BatchNorm, which sees a process's pictures
 # At the small recipe's rate of 0.05 a BatchNorm network makes 1e-4 of a rounding in six steps.
 MODELS = {**CNN, "optimizer": {**SGD, "lr": 0.005}}, PAIR[0]
+AGAIN = "train.checkpoint_activations=true"
 SIZES = {"global_size": 32, "local_size": 16, "locals": 2}
 
 
@@ -164,6 +165,31 @@ def test_a_dry_run_leaves_its_process_group(data, tmp_path):
     first, other = fork(recipe, tmp_path / "dry", 2, "--dry-run", before=watched)
     assert (first[0], other[0]) == (0, 0), (first, other)
     assert "12 steps of" in " ".join(first[1].split()) and other[1] == ""
+
+
+def test_a_process_without_memory_tries_no_steps(data, tmp_path):
+    """The others would average theirs with those of black pictures, and may save that."""
+    from mokd_fast.train.optim import ScheduledOptimizer
+
+    def short():
+        step = ScheduledOptimizer.step
+
+        def failing(self, k, skip):
+            if k == 4 and os.environ["RANK"] == "1":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            step(self, k, skip)
+
+        ScheduledOptimizer.step = failing  # of this fork alone
+
+    recipe = recipe_of(data, "train.duration=4ep", "train.checkpoint_every=1it")
+    run = tmp_path / "run"
+    first, other = fork(recipe, run, 2, "--run", run, before=short)
+    assert other[0] == 2 and "out of memory in step 5" in other[2], other
+    assert f"Set {AGAIN} or loss.prototypes=fused-linear and the run goes on" in other[2], other
+    assert first[0] not in (0, 2)
+    alone = pretrain(recipe_of(data, "train.duration=4ep", "train.accumulate=2"),
+                     run=tmp_path / "one", console=silent())  # fmt: skip
+    assert losses(run) == losses(alone)[: len(losses(run))] and len(losses(run)) in (4, 5)
 
 
 def child(parent, variable):

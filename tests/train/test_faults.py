@@ -416,12 +416,18 @@ def test_out_of_memory_says_what_fits(recipe, tmp_path):
     assert code == 0, error
 
 
-@pytest.mark.parametrize(("precision", "again"), [("fp32", True), ("fp16", True), ("fp32", False)])
-def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precision, again):
-    """A GradScaler has unscaled by then; and what is tried are steps with diagnostics."""
+AGAIN, PACKED = "train.checkpoint_activations=true", "train.pack_crops=true"
+
+
+@pytest.mark.parametrize(
+    ("precision", "option"), [("fp32", AGAIN), ("fp16", AGAIN), ("fp32", PACKED), ("fp32", None)]
+)
+def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precision, option):
+    """A GradScaler has unscaled by then; and what is tried are steps with diagnostics. With packed
+    crops activations cannot be made again."""
     words = (
         *(f"train.precision={precision}", "train.duration=8it", "train.log_every=8"),
-        *("loss.prototypes=fused-linear", f"train.checkpoint_activations={again}"),
+        *("loss.prototypes=fused-linear", option or "train.seed=0"),
     )
     recipe = write(small(data, *words, models=[VIT], t_head=None), tmp_path / "small.yaml")
     step, add, calls, diagnosed = ScheduledOptimizer.step, loop.accumulate, [], []
@@ -440,14 +446,13 @@ def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precis
     monkeypatch.setattr(loop, "accumulate", watched)
     code, _, error = run("pretrain", recipe, "--run", tmp_path / "run")
     assert code == 2 and "out of memory in step 1 (CUDA out of memory)" in error
-    if again:
+    if option:
         assert "set train.accumulate=2" in error
         assert sum(diagnosed) == 2 * 2, "two steps of two micro-batches"
         return
-    advice = "train.checkpoint_activations=true"
-    assert f"activations again, as just tried here: set {advice} and the run goes on" in error
+    assert f"activations again, as just tried here: set {AGAIN} and the run goes on" in error
     assert sum(diagnosed) == 2
-    assert run("pretrain", recipe, advice, "--run", tmp_path / "run")[0] == 0
+    assert run("pretrain", recipe, AGAIN, "--run", tmp_path / "run")[0] == 0
 
 
 def test_what_counts_as_out_of_memory():

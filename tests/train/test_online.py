@@ -219,6 +219,44 @@ def test_a_stop_does_not_wait_for_an_evaluation(whole, data, labelled, tmp_path,
     same_weights(run, whole[0])
 
 
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_stop_at_the_last_step_has_its_checkpoint(
+    whole, data, labelled, tmp_path, monkeypatch, when
+):
+    """Whoever asks may kill it soon: the checkpoint comes first, and a finished run that is started
+    again makes up for the scores, once."""
+    extract, step = online.extract, Trainer.step
+
+    def stopped(*args, progress, **options):
+        if trainer.done == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return extract(*args, progress=progress, **options)
+
+    def told(self, k, batches):
+        if k == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, k, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        if when == "during":
+            patch.setattr(online, "extract", stopped)
+        else:
+            patch.setattr(Trainer, "step", told)
+        trainer = Trainer(recipe_of(data, labelled), tmp_path / "run", silent())
+        trainer.fit()
+    assert stop.value.code == 143
+    assert final_state(tmp_path / "run")["step"] == 12
+    assert list(scores(tmp_path / "run")) == [4, 8]
+    run = pretrain(recipe_of(data, labelled), run=tmp_path / "run", console=silent())
+    assert scores(run) == scores(whole[0])
+    console, rows = silent(), (run / "metrics.jsonl").read_text()
+    pretrain(recipe_of(data, labelled), run=run, console=console)
+    assert "is finished" in console.file.getvalue()
+    assert (run / "metrics.jsonl").read_text() == rows
+    (run / "metrics.jsonl").unlink()
+    assert list(scores(pretrain(recipe_of(data, labelled), run=run, console=silent()))) == [12]
+
+
 def test_an_evaluation_that_fails_does_not_end_the_run(whole, data, labelled, tmp_path):
     """The pictures go away after the first one."""
     mine = [shutil.copytree(path, tmp_path / path.name) for path in labelled]
@@ -226,6 +264,11 @@ def test_an_evaluation_that_fails_does_not_end_the_run(whole, data, labelled, tm
     trainer = Trainer(recipe_of(data, mine), tmp_path / "run", console)
     shutil.rmtree(mine[1])
     trainer.fit()
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.MonkeyPatch.context() as patch:  # of a finished run, which tries again, as well
+        patch.setattr(online, "extract", lambda *_, **__: 1 / 0)
+        pretrain(recipe_of(data, labelled), run=tmp_path / "run", console=silent())
+    assert (tmp_path / "run/metrics.jsonl").read_text() == rows
     assert "step 4: no kNN, the training goes on without (none of the 11 pictures can be read" in (
         said := console.file.getvalue()
     ), said
@@ -257,6 +300,8 @@ def test_mistakes_are_known_before_the_first_step(data, labelled, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(mokd_fast.UserError, match=r"evaluate.every: a duration is written 3ep"):
         recipe_of(data, labelled, every="often")
+    with pytest.raises(mokd_fast.UserError, match=r"evaluate.every: 0 is no interval; .*'0ep'"):
+        recipe_of(data, labelled, every="0ep")
 
 
 def test_a_torchvision_network_and_bf16(data, labelled, tmp_path):

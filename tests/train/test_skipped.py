@@ -193,9 +193,16 @@ def test_the_host_reads_once_a_row(data, tmp_path, precision):
     prepared = [trainer.to_device(next(batches)) for _ in range(6)]
     trainer.to_device = lambda views: views  # decoding pictures is not of the step
     meter = Meter(iter(prepared))
+    on_gpu = trainer.device.type == "cuda"
     with HostReads() as host:
         for k in range(6):
-            meter.add(k + 1, trainer.step(k, meter))
+            if on_gpu and k:  # the first one makes the optimizers' state and picks convolutions
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                meter.add(k + 1, trainer.step(k, meter))
+            finally:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("default")
             assert host.found == [], f"step {k}"
             if (k + 1) % 3 == 0:
                 meter.read(10)

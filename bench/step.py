@@ -32,6 +32,7 @@ from bench.twin import official_step
 from mokd_fast.ops import onednn
 from mokd_fast.train.loop import Trainer
 from mokd_fast.train.malloc import freed_memory_kept
+from mokd_fast.train.precision import choose_precision
 from mokd_fast.train.recipe import load_recipe
 
 SMALL = ["models.0.name=resnet18", "models.1.name=vit_tiny_patch16_224", "t_head.heads=3"]
@@ -164,9 +165,8 @@ def products(dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
 
 def precisions() -> list[str]:
     """fp32, and bf16 where its products are faster."""
-    if torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16"):
-        return ["fp32", "bf16"]
-    return ["fp32"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return ["fp32", "bf16"] if choose_precision("auto", device)[0] == "bf16" else ["fp32"]
 
 
 def blank_pictures(folder: Path, count: int) -> Path:

@@ -34,6 +34,7 @@ from .folder import RunLock, write_whole
 from .meter import BadFiles, Meter, StepResult, accumulate
 from .online import OnlineKNN
 from .optim import ScheduledOptimizer, freeze_last_layers
+from .precision import choose_precision
 from .recipe import Recipe, load_recipe, total_steps
 from .resume import load_weights, resumable
 from .schedule import cosine, in_steps, teacher_temperature
@@ -112,6 +113,9 @@ class Trainer:
         if data.root is None:
             raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
         self.device = _device(train.device)
+        self.precision, reason = choose_precision(train.precision, self.device)
+        if reason:
+            self.say(f"train.precision=auto: {self.precision} ({reason})")
         _check_backend(recipe, self.device)
         for i, model in enumerate(recipe.models):
             apex.check(f"models.{i}.optimizer.name", model.optimizer.name, self.device)
@@ -211,7 +215,7 @@ class Trainer:
         self._schedules()
         self.way = self._prototype_loss()
         # fp16: one a student, so that each looks for its own scale.
-        fp16 = train.precision == "fp16"
+        fp16 = self.precision == "fp16"
         self.scalers = [torch.amp.GradScaler(self.device.type) for _ in recipe.models if fp16]
         self.done = 0
         self.saved = 0  # the step of the newest checkpoint
@@ -245,7 +249,7 @@ class Trainer:
 
     def _quicken(self) -> None:
         train = self.recipe.train
-        quicken(self.mokd, self.device, train.precision)
+        quicken(self.mokd, self.device, self.precision)
         if train.pack_crops and not self.mokd.pack():
             self.say("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
         if train.compile and not compile_blocks(self.mokd):
@@ -351,9 +355,8 @@ class Trainer:
         return StepResult(losses, skip, diagnostics)
 
     def _autocast(self) -> torch.autocast:
-        precision = self.recipe.train.precision
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def _part(self, i: int, total: Tensor) -> Tensor:
         """Of model i's loss in the optimizer step, this micro-batch's part."""

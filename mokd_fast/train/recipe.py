@@ -119,7 +119,8 @@ class TrainConfig(Config):
     warmup: Duration = "10ep"
     freeze_last_layers: Duration = "1ep"
     lr_batch: PositiveInt | None = 256  # lr is for this batch and scales with it; null: as it is
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    # auto: bf16 where the device multiplies it faster, else fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_skipped: PositiveInt = 10  # non-finite steps in a row that end the run
     channels_last: bool = True
     compile: bool = False  # transformer blocks by torch.compile; what it is worth: README

@@ -86,7 +86,12 @@ class Steps:
         if not used.recipe.train.channels_last:
             views = tuple(x if x is None else x.contiguous() for x in views)  # type: ignore
         used.to_device = lambda _: views  # type: ignore[method-assign, assignment]
-        return lambda: used.step(self.k, iter([None]))  # type: ignore[list-item]
+
+        def run() -> None:
+            used.step(self.k, iter([None]))  # type: ignore[list-item]
+            used.mokd.centers.wait()  # a whole step: the update and the prototypes it holds
+
+        return run
 
     def plain(self, step: OfficialStep, autocast: torch.dtype | None) -> Run:
         crops = [crop for group in self.views if group is not None for crop in group]

@@ -41,7 +41,7 @@ def advice(trainer: Trainer) -> str:
                 "loss.prototypes=fused-linear and the run goes on"
             )
         trainer.mokd.prototype_loss = trainer.way
-    if not train.checkpoint_activations:
+    if not train.checkpoint_activations and not train.pack_crops:  # of a pack nothing is made again
         for student in trainer.mokd.students:
             checkpoint_activations(student)  # type: ignore[arg-type]
         if _fits(trainer):

@@ -38,8 +38,8 @@ from mokd_fast.train.recipe import load_recipe
 SMALL = ["models.0.name=resnet18", "models.1.name=vit_tiny_patch16_224", "t_head.heads=3"]
 CASES = {  # name -> recipe, overrides, rounds
     "mokd_cnn_tiny+mokd_vit_tiny": ("fashion-mnist", [], 21),
-    "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 7),
-    "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 5),
+    "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 5),
+    "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 3),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDE = 2048  # of the square products that measure the matrix rate
@@ -87,7 +87,12 @@ class Steps:
         if not used.recipe.train.channels_last:
             views = tuple(x if x is None else x.contiguous() for x in views)  # type: ignore
         used.to_device = lambda _: views  # type: ignore[method-assign, assignment]
-        return lambda: used.step(self.k, iter([None]))  # type: ignore[list-item]
+
+        def run() -> None:
+            used.step(self.k, iter([None]))  # type: ignore[list-item]
+            used.mokd.centers.wait()  # a whole step: the update and the prototypes it holds
+
+        return run
 
     def plain(self, step: OfficialStep, autocast: torch.dtype | None) -> Run:
         crops = [crop for group in self.views if group is not None for crop in group]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bench.step import Steps
 
 Run = Callable[[], Any]
-ROUNDS = 3
+ROUNDS = 2
 
 
 def ways(steps: Steps) -> dict[str, dict[str, float]]:

@@ -79,7 +79,8 @@ def interleave(
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes that `run` holds at one time beyond what was there before."""
+    """Most bytes that are there while `run` runs beyond those that are there all the time: what it
+    frees of an earlier run's counts too. (On a GPU beyond what was there before.)"""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -88,11 +89,11 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     _allocations(run)  # what an unobserved run has left is freed unseen
-    now = peak = 0
+    now = peak = least = 0
     for event in _allocations(run):
         now += event.alloc_size
-        peak = max(peak, now)
-    return peak
+        peak, least = max(peak, now), min(least, now)
+    return peak - least
 
 
 def extra_bytes(run: Callable[[], Any]) -> int:

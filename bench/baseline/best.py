@@ -61,8 +61,7 @@ class BestStep(OfficialStep):
     """`OfficialStep`, faster; the same losses, weights and centres up to rounding.
 
     `attention`: "sdpa", or "explicit" for the official one, which bf16 on the CPU prefers.
-    `compiled`: transformer blocks and losses go through torch.compile. (Whole CNNs gain nothing on
-    the CPU: 0.94 to 1.01 of ResNet-50's time.)
+    `compiled`: transformer blocks and losses go through torch.compile; of CNNs it made nothing.
     """
 
     def __init__(

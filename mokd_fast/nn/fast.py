@@ -33,8 +33,8 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
     fp32: linear layers by oneDNN. bf16: attention of timm's blocks by batched products, for
-    PyTorch's fused one takes 2.5 to 6 times as long there, both ways (step.json has what both are
-    worth); convolutions with a stride as `Conv2d` here.
+    PyTorch's fused one is slow there, most of all backward (step.json has what both are worth in a
+    step); convolutions with a stride as `Conv2d` here.
     """
     if device.type != "cpu":
         return
@@ -55,11 +55,11 @@ def _strides(conv: nn.Conv2d) -> bool:
 def compile_blocks(model: nn.Module) -> int:
     """torch.compile for the transformer blocks of `model`, in place; how many there are.
 
-    One block's code serves all of its kind, so that it takes seconds, not minutes. Of ViT-S blocks
-    in bf16 on the CPU it makes 1.08x, of fp32 ones and of a whole ResNet-50 nothing (0.94 to 1.01).
+    One block's code serves all of its kind: seconds each, though every size, every drop-path rate
+    and "with gradient or without" is compiled for itself. What it makes of a step: step.json.
     """
     # Students, teachers and searches, with gradient and without, in many sizes: each is compiled.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)

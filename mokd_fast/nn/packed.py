@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 Groups = list[tuple[int, int]]  # B and N of each
+_XFORMERS = find_spec("xformers") is not None  # looked for once: it takes as long as a launch
 
 
 class PackedAttention(Attention):
@@ -29,7 +30,7 @@ class PackedAttention(Attention):
             found: Tensor = super().forward(x, *args, **kwargs)
             return found
         qkv = self.qkv(x[0]).unflatten(1, (3, self.num_heads, -1))  # [S, 3, H, d]
-        if x.is_cuda and find_spec("xformers") is not None:
+        if x.is_cuda and _XFORMERS:
             heard = self._xformers(qkv)
         else:
             sizes = [B * N for B, N in self.groups]
@@ -76,7 +77,7 @@ def packs(model: nn.Module) -> bool:
     within it."""
     if type(model) is not VisionTransformer:
         return False
-    attentions: list[Any] = [block.attn for block in model.blocks]
+    attentions: list[Any] = [getattr(block, "attn", None) for block in model.blocks]
     return all(
         type(attn) in (Attention, PackedAttention)
         and getattr(attn, "gate", None) is None

@@ -37,7 +37,8 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """F.linear(x, weight, bias) with its gradients (of first order), of any device, dtype and size:
     fp32 on the CPU, outside autocast, goes through oneDNN both ways where that is faster."""
     kind = x.device.type
-    plain = not torch.is_autocast_enabled(kind) and x.numel() * len(weight) >= ENOUGH
+    large = x.ndim > 1 and x.numel() * len(weight) >= ENOUGH
+    plain = large and not torch.is_autocast_enabled(kind)
     if plain and x.dtype == weight.dtype == torch.float32 and usable(kind, x.dtype):
         found: Tensor = _Linear.apply(x, weight, bias)
         return found

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _MOST = 2**31 - 1  # mallopt takes an int
-_DEFAULT = 128 << 10
+_LARGE = 32 << 20  # where glibc's own thresholds end in a process that frees large blocks
 
 
 @contextlib.contextmanager
@@ -31,18 +31,19 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def keep() -> None:
-    _set(_MOST)
+    _set({_MMAP_THRESHOLD: _MOST, _TRIM_THRESHOLD: _MOST})
 
 
 def give_back() -> None:
-    """malloc as it begins, near enough: what is free goes back now, and from now on."""
-    _set(_DEFAULT)
+    """malloc as it was, near enough: what is free goes back now, and large blocks from now on. A
+    threshold that was set moves no more, so it is set to where it would be."""
+    _set({_MMAP_THRESHOLD: _LARGE, _TRIM_THRESHOLD: 2 * _LARGE})
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _set(threshold: int) -> None:
+def _set(values: dict[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for key in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            libc.mallopt(key, threshold)
+        for key, value in values.items():
+            libc.mallopt(key, value)

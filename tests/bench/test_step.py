@@ -41,6 +41,17 @@ def test_peak_bytes():
     assert 4 << 20 <= timing.peak_bytes(run) < 5 << 20
 
 
+def test_peak_bytes_of_what_the_run_before_left():
+    kept = []
+
+    def run():
+        kept.clear()
+        kept.append(torch.zeros(1 << 20))
+
+    run()
+    assert 4 << 20 <= timing.peak_bytes(run) < 5 << 20
+
+
 def test_machine_names_versions_and_no_host():
     facts = timing.machine()
     assert {"cpu", "cores", "torch", "python", "commit", "date"} <= facts.keys()

@@ -63,6 +63,10 @@ def test_strides_and_what_needs_no_gradient():
     row = torch.randn(1, 1, out)  # expanded: stride 0
     for want, mine in zip(results(exact, base, row), results(fast, base, row), strict=True):
         torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-4)
+    wide = nn.Linear(1 << 13, 1 << 10)
+    quicken(wide, CPU, "fp32")
+    vector = torch.randn(1 << 13)  # no rows
+    assert torch.equal(wide(vector), F.linear(vector, wide.weight, wide.bias))
     fast.requires_grad_(False).zero_grad()
     x = torch.randn(shape, requires_grad=True)
     fast(x).sum().backward()

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import Attention
 
@@ -127,3 +128,5 @@ def test_what_does_not_pack():
     assert packs(vit)
     vit.blocks[0].attn.attn_drop.p = 0.1
     assert not packs(vit)
+    small_one = {"img_size": 28, "patch_size": 14, "depth": 1, "embed_dim": 12, "num_heads": 2}
+    assert not packs(timm.create_model("vit_small_patch16_18x2_224", **small_one))  # two in a block

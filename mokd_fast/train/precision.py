@@ -12,7 +12,8 @@ def choose_precision(wish: str, device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", f"{name} has it"
         return "fp32", f"{name} has no bf16; train.precision=fp16 is there"
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot say
+    # An older torch cannot say.
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     have = [name for name in ("amx_bf16", "avx512_bf16") if found.get(name)]
     if have:
         return "bf16", f"the processor has {have[0]}"

@@ -287,6 +287,7 @@ def test_sdist_builds_the_same_wheel(tree, tmp_path, here):
     assert build_info(wheel, tmp_path)["cuda_archs"] == archs
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_leftovers_of_another_build_do_no_harm(tree, tmp_path, here):
     options, env = here

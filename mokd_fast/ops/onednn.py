@@ -14,16 +14,17 @@ from torch.autograd.function import once_differentiable
 # the plain way.
 ENOUGH = 1 << 23
 
+_BUILT = torch.backends.mkldnn.is_available()
+
 
 def usable(device: str, dtype: torch.dtype) -> bool:
     """Whether `linear` takes tensors of this type of device and dtype; it has no gradient."""
     return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _there()
 
 
-@torch.compiler.assume_constant_result
 def _there() -> bool:
-    onednn = torch.backends.mkldnn
-    return onednn.is_available() and bool(onednn.enabled)
+    # Whether the user has switched it off is nothing that torch.compile can trace.
+    return _BUILT and (torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:

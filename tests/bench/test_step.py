@@ -64,7 +64,7 @@ def test_json_file_is_written_with_its_folder(tmp_path: Path):
     assert json.loads(path.read_text()) == {"rows": []}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
     monkeypatch.setitem(step.CASES, "tiny", ("fashion-mnist", ["train.batch=4"], 1))
     monkeypatch.setattr(step_ways, "ROUNDS", 1)

@@ -75,6 +75,7 @@ def test_twenty_epochs_do_not_grow(kind, workers, folder, make_picture, alarm):
     assert grown[1] <= 10, "but for the batches that happen to be on their way from the workers"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="counts what Linux shows")
 def test_twenty_loaders_do_not_grow(folder, make_picture):
     """Each ends its pipeline, and one more that a bad picture has ended."""

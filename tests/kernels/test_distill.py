@@ -23,16 +23,33 @@ from mokd_fast.kernels import distill as kernels
 
 from .aot import compile_only, resources
 
+VALUES = ["distill_values.py", "linear_distill_values.py"]
 
-@pytest.mark.parametrize("device", ["interpreter", "cuda"])
-@pytest.mark.parametrize("name", ["distill_values.py", "linear_distill_values.py"])
-def test_values(name, device):
-    if device == "cuda" and not torch.cuda.is_available():
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values(name):
+    run_values(name, "interpreter", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VALUES[1:])
+def test_values_that_take_long(name):
+    run_values(name, "interpreter", "slow")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_on_a_gpu(name):
+    if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
+    run_values(name, "cuda", "")
+
+
+def run_values(name: str, device: str, marked: str) -> None:
+    """A file of values in a process of its own, for Triton looks at its environment once."""
     values = Path(__file__).with_name(name)
     environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked]
+    ended = subprocess.run([*command, str(values)], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
 
 

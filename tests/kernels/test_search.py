@@ -1,10 +1,5 @@
 """The Triton feature search: its values (search_values.py), and what it compiles to for a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,18 +8,22 @@ pytest.importorskip("triton")
 from mokd_fast.kernels import search as kernels
 
 from .aot import compile_only, resources
-from .test_distill import narrow_offsets
+from .test_distill import narrow_offsets, run_values
 
 
-@pytest.mark.parametrize("device", ["interpreter", "cuda"])
-def test_values(device):
-    if device == "cuda" and not torch.cuda.is_available():
+def test_values():
+    run_values("search_values.py", "interpreter", "not slow")
+
+
+@pytest.mark.slow
+def test_values_that_take_long():
+    run_values("search_values.py", "interpreter", "slow")
+
+
+def test_values_on_a_gpu():
+    if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    values = Path(__file__).with_name("search_values.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
+    run_values("search_values.py", "cuda", "")
 
 
 def compiled(capability, dtype, d, queries=24, tokens=196):

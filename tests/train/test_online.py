@@ -304,6 +304,7 @@ def test_mistakes_are_known_before_the_first_step(data, labelled, tmp_path):
         recipe_of(data, labelled, every="0ep")
 
 
+@pytest.mark.slow
 def test_a_torchvision_network_and_bf16(data, labelled, tmp_path):
     """Their graph is copied as well; features are fp32, as the command computes them."""
     recipe = recipe_of(

@@ -54,7 +54,17 @@ HOW = (
 )
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# Their resume is in tests of their own as well.
+TWICE = {
+    *("channels_last", "LARS", "online kNN", "no search", "all queries in both maps"),
+    *("checkpointed activations", "logits in plain PyTorch"),
+}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(name, marks=pytest.mark.slow) if name in TWICE else name for name in OPTIONS],
+)
 def test_alone(option, tmp_path, monkeypatch):
     overrides, models, same = OPTIONS[option]
     if "train.compile=true" in overrides:  # Inductor takes a minute: a slow test has it

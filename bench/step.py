@@ -127,8 +127,12 @@ def time_step(name: str, precision: str, folder: Path) -> dict[str, Any]:
     steps.trainer.mokd.prototype_loss = "fused"  # whose products are seen: none is made twice
     made, theirs = flops(runs["ours"]), flops(runs["official"])
     steps.trainer.mokd.prototype_loss = None
-    seen = {"ours": steps.trainer, "best": steps.best, "official": steps.official}
     same = "official_same" if steps.autocast is not None else "official"
+    seen = {
+        "ours": breakdown(runs["ours"], steps.trainer),
+        "best": breakdown(runs["best"], steps.best),
+        "official": breakdown(runs[same], steps.official),
+    }
     return {
         "op": "training step",
         "backend": "automatic",
@@ -153,7 +157,7 @@ def time_step(name: str, precision: str, folder: Path) -> dict[str, Any]:
         "gemm_GFLOP_per_s": gemm,
         "gemm_share": {key: made / times["ours"] / 1e9 / rate for key, rate in gemm.items()},
         "ways": others,
-        "parts": {key: breakdown(runs[key], step) for key, step in seen.items()},
+        "parts": seen,
         "rounds": steps.rounds,
         "discarded_rounds": times.discarded,
     }

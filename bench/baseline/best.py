@@ -61,7 +61,7 @@ class BestStep(OfficialStep):
     """`OfficialStep`, faster; the same losses, weights and centres up to rounding.
 
     `attention`: "sdpa", or "explicit" for the official one, which bf16 on the CPU prefers.
-    `compiled`: transformer blocks and losses go through torch.compile; of CNNs it made nothing.
+    `compiled`: transformer blocks and losses go through torch.compile; CNNs do not.
     """
 
     def __init__(

@@ -25,11 +25,11 @@ def ema_update_(
     if not isinstance(momentum, Tensor):
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         return
-    keep, take = (factor.to(mine[0].dtype) for factor in (momentum, 1 - momentum))
+    take = (1 - momentum).to(mine[0].dtype)
     if mine[0].is_cpu:
         torch._foreach_lerp_(mine, theirs, [take] * len(mine))
     else:  # where that would be a launch a tensor
-        torch._foreach_mul_(mine, keep)
+        torch._foreach_mul_(mine, momentum.to(mine[0].dtype))
         torch._foreach_add_(mine, torch._foreach_mul(theirs, take))
 
 

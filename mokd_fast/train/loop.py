@@ -115,7 +115,7 @@ class Trainer:
         self.device = _device(train.device)
         self.precision, reason = choose_precision(train.precision, self.device)
         if reason:
-            self.say(f"train.precision=auto: {self.precision} ({reason})")
+            self.note(f"train.precision=auto: {self.precision} ({reason})")
         _check_backend(recipe, self.device)
         for i, model in enumerate(recipe.models):
             apex.check(f"models.{i}.optimizer.name", model.optimizer.name, self.device)
@@ -251,9 +251,9 @@ class Trainer:
         train = self.recipe.train
         quicken(self.mokd, self.device, self.precision)
         if train.pack_crops and not self.mokd.pack():
-            self.say("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
+            self.note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
         if train.compile and not compile_blocks(self.mokd):
-            self.say("train.compile=true: there is no transformer block to compile")
+            self.note("train.compile=true: there is no transformer block to compile")
 
     def _schedules(self) -> None:
         recipe, total, per_epoch = self.recipe, self.total, self.steps_per_epoch
@@ -291,8 +291,7 @@ class Trainer:
             # The environment, where it forces one, and not what the automatic choice would weigh.
             forced = [r for r in reasons if r.endswith("this one runs or raises")]
             text += f" ({'; '.join(forced or [r for r in reasons if ': can run, but ' in r])})"
-        if takes_output(self.console):  # or a full pipe would hold the run up
-            self.say(text)
+        self.note(text)
         return way
 
     def fit(self) -> None:
@@ -301,6 +300,11 @@ class Trainer:
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # paths as they are
+
+    def note(self, text: str) -> None:
+        """Says what nobody has to answer, unless a full pipe would hold the run up."""
+        if takes_output(self.console):
+            self.say(text)
 
     def is_logged(self, done: int) -> bool:
         at = (done % self.recipe.train.log_every, done % self.every, self.total - done)

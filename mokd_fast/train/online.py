@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import takes_output
 from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..evaluate import Pictures, Pooled, extract, knn, same_classes
@@ -88,8 +87,7 @@ class OnlineKNN:
         else:
             each = ", ".join(f"{key} {value:.2f} %" for key, value in found.items())
             text = f"{each} ({time.perf_counter() - begin:.1f} s)"
-        if takes_output(trainer.console):  # or a full pipe would hold the run up
-            trainer.say(f"step {trainer.done}: {text}")
+        trainer.note(f"step {trainer.done}: {text}")
         return found
 
     def _knn(self, trainer: Trainer, look: Callable[[int, int], None]) -> dict[str, float]:

@@ -70,7 +70,7 @@ def versions(trainer: Trainer) -> dict[str, str]:
         name = torch.cuda.get_device_name(trainer.device)
     else:
         name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return found | {"device": name, "prototype loss": trainer.way}
+    return found | {"device": name, "precision": trainer.precision, "prototype loss": trainer.way}
 
 
 def not_finite(trainer: Trainer) -> str | None:

@@ -3,11 +3,14 @@
 import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 from rich.console import Console
 
+from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.recipe import Recipe, load_recipe
 
 HEAD = {"hidden": 32, "bottleneck": 16, "layers": 3, "batch_norm": True}
@@ -62,3 +65,16 @@ def pictures(folder: Path, count: int, size: tuple[int, int] = (28, 28)) -> Path
 
 def silent() -> Console:
     return Console(file=io.StringIO(), width=200)
+
+
+def broken_off(recipe: Recipe, run: Path, before: int, console: Console | None = None) -> None:
+    """A run that Ctrl-C ends before step number `before`, from 0."""
+    step = Trainer.step
+
+    def stopped(self: Trainer, k: int, batches: Any) -> Any:
+        if k == before:
+            raise KeyboardInterrupt
+        return step(self, k, batches)
+
+    with mock.patch.object(Trainer, "step", stopped), pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, run=run, console=console or silent())

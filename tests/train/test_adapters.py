@@ -16,7 +16,7 @@ from mokd_fast.train import apex
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
 from mokd_fast.train.loop import Trainer, build, pretrain
 from mokd_fast.train.optim import KINDS, ScheduledOptimizer, freeze_last_layers
-from tests.train.recipes import CNN, T_HEAD, VIT, pictures, silent, small
+from tests.train.recipes import CNN, T_HEAD, VIT, broken_off, pictures, silent, small
 from tests.train.test_skipped import HostReads, poison
 
 GO, SKIP = torch.tensor(False), torch.tensor(True)
@@ -153,7 +153,7 @@ def test_apex_is_the_ordinary_one(name, kind, request):
 @pytest.mark.parametrize("name", [*NVIDIA, "lars"])
 def test_a_run_with_a_skipped_step_resumes_to_the_bit(data, tmp_path, name, stand_in, monkeypatch):
     """Frozen at first, two micro-batches, the checkpoint right after the step that was skipped."""
-    init, step = Trainer.__init__, Trainer.step
+    init = Trainer.__init__
 
     def poisoned(self, *args):
         init(self, *args)
@@ -170,14 +170,7 @@ def test_a_run_with_a_skipped_step_resumes_to_the_bit(data, tmp_path, name, stan
     )
     whole = pretrain(recipe, run=tmp_path / "whole", console=silent())
 
-    def killed(self, k, batches):
-        if k == 5:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe, run=tmp_path / "parts", console=silent())
+    broken_off(recipe, tmp_path / "parts", 5)
     middle = load_checkpoint(checkpoints(tmp_path / "parts" / "checkpoints")[-1])
     assert middle["step"] == 4 and middle["skipped"]
     parts = pretrain(recipe, run=tmp_path / "parts", console=silent())

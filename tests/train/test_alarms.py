@@ -7,8 +7,8 @@ import pytest
 
 from bench import alarms as bench
 from mokd_fast.train.alarms import RULES, WINDOW, Alarms, replay
-from mokd_fast.train.loop import Trainer, pretrain
-from tests.train.recipes import VIT, pictures, silent, small
+from mokd_fast.train.loop import pretrain
+from tests.train.recipes import VIT, broken_off, pictures, silent, small
 
 K, ROWS, WARMUP = 512, 64, 20
 HEALTHY = {
@@ -98,17 +98,8 @@ def test_in_a_run_and_its_resume(tmp_path, monkeypatch):
         "train.duration=14it", "train.checkpoint_every=7it", "loss.teacher_temperature=10",
         "loss.warmup_teacher_temperature=10", "train.warmup=1it", models=[VIT], t_head=None,
     )  # fmt: skip
-    step = Trainer.step
-
-    def killed(self, k, batches):
-        if k == 10:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
     run, console = tmp_path / "run", silent()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe, run=run, console=console)
+    broken_off(recipe, run, 10, console)
     assert "step 6: loss at ln K: teacher_entropy_* of mlp_1 (" in console.file.getvalue()
     first = (run / "alarms.jsonl").read_text()
     event = json.loads(first.splitlines()[0])

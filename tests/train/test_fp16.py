@@ -8,7 +8,7 @@ import torch
 
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
 from mokd_fast.train.loop import Trainer, pretrain
-from tests.train.recipes import ADAMW, CNN, VIT, pictures, silent, small
+from tests.train.recipes import ADAMW, CNN, VIT, broken_off, pictures, silent, small
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,7 @@ def test_a_run_starts_like_one_in_fp32_and_resumes(data, tmp_path, monkeypatch):
     assert mine[0]["loss_1"] == pytest.approx(theirs[0]["loss_1"], rel=0.01)
     assert mine[0]["loss_1"] != pytest.approx(theirs[0]["loss_1"], rel=1e-6), "it ran in fp32"
 
-    step = Trainer.step
-
-    def killed(self, k, batches):
-        if k == 6:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe, run=tmp_path / "parts", console=silent())
+    broken_off(recipe, tmp_path / "parts", 6)
     parts = pretrain(recipe, run=tmp_path / "parts", console=silent())
     one, two = (load_checkpoint(checkpoints(run / "checkpoints")[-1]) for run in (whole, parts))
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())

@@ -9,10 +9,22 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mokd_fast
+from mokd_fast.nn.fast import Conv2d, Linear
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.recipe import load_recipe
-from tests.train.recipes import CNN, HEAD, T_HEAD, VIT, model, pictures, silent, small
+from tests.train.recipes import (
+    CNN,
+    HEAD,
+    SGD,
+    T_HEAD,
+    VIT,
+    broken_off,
+    model,
+    pictures,
+    silent,
+    small,
+)
 
 TERMS = [f"{kind}_{i}" for i in (1, 2) for kind in ("self_mlp", "self_t", "cross", "search")]
 
@@ -77,18 +89,9 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [1, 7])  # before the first checkpoint; between two of them
-def test_resume_is_bit_equal(uninterrupted, tmp_path, monkeypatch, stop):
+def test_resume_is_bit_equal(uninterrupted, tmp_path, stop):
     recipe, whole = uninterrupted
-    step = Trainer.step
-
-    def killed(self, k, batches):
-        if k == stop:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe, run=tmp_path / "parts", console=silent())
+    broken_off(recipe, tmp_path / "parts", stop)
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write('{}\nnull\n{"step": 7, "loss_')  # damaged rows, and one that was cut in two
     parts = pretrain(recipe, run=tmp_path / "parts", console=silent())
@@ -106,22 +109,14 @@ def test_resume_is_bit_equal(uninterrupted, tmp_path, monkeypatch, stop):
     assert logged == {row["step"]: pytest.approx(row["loss_1"]) for row in metrics(parts)}
 
 
-def test_every_loader_trains_and_resumes(data, tmp_path, monkeypatch):
+def test_every_loader_trains_and_resumes(data, tmp_path):
     """Bit-equal over a stop; nearly alike among each other, for so are their views."""
-    step, losses = Trainer.step, {}
-
-    def killed(self, k, batches):
-        if k == 3:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
+    losses = {}
     for loader in ("pillow", "cpu", "dali"):
         changes = (f"data.loader={loader}", "train.duration=2ep", "train.checkpoint_every=1it")
         recipe = small(data, *changes, "train.freeze_last_layers=0it", models=[VIT], t_head=None)
         whole = pretrain(recipe, run=tmp_path / loader, console=silent())
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Trainer, "step", killed)
-            pretrain(recipe, run=tmp_path / f"{loader} parts", console=silent())
+        broken_off(recipe, tmp_path / f"{loader} parts", 3)
         parts = pretrain(recipe, run=tmp_path / f"{loader} parts", console=silent())
         one, two = final_state(whole), final_state(parts)
         assert one["loader"] == loader and ("dali" in one["versions"]) == (loader == "dali")
@@ -366,3 +361,33 @@ def test_a_gpu_that_is_not_there(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(mokd_fast.UserError, match=r"train.device=cuda but this torch sees no CUDA"):
         Trainer(small(data, "train.device=cuda"), tmp_path / "run", silent())
+
+
+@pytest.mark.parametrize(("precision", "fast"), [("fp32", Linear), ("bf16", Conv2d)])
+def test_a_step_is_made_the_fast_way(data, tmp_path, precision, fast):
+    """The layers are quickened, and one model's backward comes before the next one's forward."""
+    models = model("resnet18", SGD, kwargs={"layers": [1, 1, 1, 1]}), VIT
+    recipe = small(data, f"train.precision={precision}", models=models)
+    trainer = Trainer(recipe, tmp_path / "run", silent())
+    assert any(type(module) is fast for module in trainer.mokd.modules())
+    order = []
+    for i, student in enumerate(trainer.mokd.students, start=1):
+        student.register_forward_hook(lambda *_, i=i: order.append(f"forward {i}"))
+        student.mlp_head.mlp[0].weight.register_post_accumulate_grad_hook(
+            lambda _, i=i: order.append(f"backward {i}")
+        )
+    trainer.step(0, trainer.loader.batches(0))
+    assert order == ["forward 1", "backward 1", "forward 2", "backward 2"]
+
+
+def test_a_resume_in_another_precision_is_said(data, tmp_path, monkeypatch):
+    """auto on a machine that chooses otherwise."""
+    recipe = small(data, "train.precision=auto", models=[VIT], t_head=None)
+    choose = "mokd_fast.train.loop.choose_precision"
+    monkeypatch.setattr(choose, lambda wish, device: ("fp32", "here"))
+    broken_off(recipe, tmp_path / "run", 4)
+    monkeypatch.setattr(choose, lambda wish, device: ("bf16", "there"))
+    console = silent()
+    Trainer(recipe, tmp_path / "run", console).lock.release()
+    assert "not bit-equal" in console.file.getvalue()
+    assert "precision fp32 then, bf16 now" in console.file.getvalue()

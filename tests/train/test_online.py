@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import mokd_fast
 from mokd_fast.train import online
 from mokd_fast.train.loop import Trainer, pretrain
-from tests.train.recipes import CNN, VIT, model, pictures, silent, small
+from tests.train.recipes import CNN, VIT, broken_off, model, pictures, silent, small
 from tests.train.test_loop import final_state, metrics
 from tests.train.test_skipped import HostReads
 
@@ -166,18 +166,9 @@ def test_no_host_read_on_other_steps(data, labelled, tmp_path):
     assert without == with_it
 
 
-def test_a_killed_run_gives_the_same_rows(whole, data, labelled, tmp_path, monkeypatch):
+def test_a_killed_run_gives_the_same_rows(whole, data, labelled, tmp_path):
     """Killed after the second evaluation; the checkpoint is older."""
-    step = Trainer.step
-
-    def killed(self, k, batches):
-        if k == 8:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe_of(data, labelled), run=tmp_path / "run", console=silent())
+    broken_off(recipe_of(data, labelled), tmp_path / "run", 8)
     run = pretrain(recipe_of(data, labelled), run=tmp_path / "run", console=silent())
     one, two = ([{k: v for k, v in row.items() if k not in TIMES} for row in metrics(r)]
                 for r in (run, whole[0]))  # fmt: skip

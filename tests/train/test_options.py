@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mokd_fast.train.loop import Trainer, pretrain
-from tests.train.recipes import CNN, SGD, VIT, model, pictures, silent, small
+from tests.train.recipes import CNN, SGD, VIT, broken_off, model, pictures, silent, small
 from tests.train.test_loop import final_state, metrics
 
 DROP = {**VIT, "drop_path": 0.3}  # draws from torch's generator: its state must come back
@@ -82,19 +82,10 @@ def test_alone(option, tmp_path, monkeypatch):
                     for m in models],
         )  # fmt: skip
 
-    step = Trainer.step
-
-    def stopped(self, k, batches):
-        if k == 3:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
     if option == "online kNN":
         overrides += (f"evaluate.train={data}", f"evaluate.test={data}", "evaluate.k=[3]")
     whole = pretrain(recipe(*overrides), run=tmp_path / "whole", console=silent())
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", stopped)
-        pretrain(recipe(*overrides), run=tmp_path / "parts", console=silent())
+    broken_off(recipe(*overrides), tmp_path / "parts", 3)
     parts = pretrain(recipe(*overrides), run=tmp_path / "parts", console=silent())
     one, two = final_state(whole), final_state(parts)
     for name, value in one["model"].items():

@@ -7,7 +7,7 @@ import mokd_fast
 from mokd_fast.train.checkpoint import checkpoints
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.recipe import load_recipe
-from tests.train.recipes import CNN, VIT, pictures, silent, small
+from tests.train.recipes import CNN, VIT, broken_off, pictures, silent, small
 from tests.train.test_loop import final_state
 
 
@@ -71,23 +71,14 @@ def test_one_of_two(data, before, tmp_path):
     assert other and all(".0.backbone." in key for key in other)
 
 
-def test_a_run_that_goes_on_does_not_need_them(data, before, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_does_not_need_them(data, before, tmp_path):
     """Cut off before its first checkpoint of a step; the files are gone by then."""
     files = [tmp_path / path.name for path in before[1]]
     for mine, path in zip(files, before[1], strict=True):
         mine.write_bytes(path.read_bytes())
     recipe = recipe_of(data, files, "train.duration=2ep")
     whole = pretrain(recipe, run=tmp_path / "whole", console=silent())
-    step = Trainer.step
-
-    def killed(self, k, batches):
-        if k == 1:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe, run=tmp_path / "parts", console=silent())
+    broken_off(recipe, tmp_path / "parts", 1)
     for path in files:
         path.unlink()
     parts = pretrain(recipe, run=tmp_path / "parts", console=silent())

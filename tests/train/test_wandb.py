@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import mokd_fast
-from mokd_fast.train.loop import Trainer, pretrain
+from mokd_fast.train.loop import pretrain
 from mokd_fast.train.wandb_log import WandB
-from tests.train.recipes import VIT, pictures, silent, small
+from tests.train.recipes import VIT, broken_off, pictures, silent, small
 from tests.train.test_loop import final_state, metrics
 
 REAL = importlib.util.find_spec("wandb")
@@ -94,18 +94,9 @@ def test_every_row_with_the_recipe(data, tmp_path, server):
     assert options["settings"].values == {"console": "off", "finish_timeout": 300}
 
 
-def test_a_run_that_goes_on_is_the_same_there(data, tmp_path, server, monkeypatch):
+def test_a_run_that_goes_on_is_the_same_there(data, tmp_path, server):
     """Killed two steps after a checkpoint: no row is sent twice, none is missing."""
-    step = Trainer.step
-
-    def killed(self, k, batches):
-        if k == 8:
-            raise KeyboardInterrupt
-        return step(self, k, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
-        pretrain(recipe_of(data), run=tmp_path / "run", console=silent())
+    broken_off(recipe_of(data), tmp_path / "run", 8)
     run = pretrain(recipe_of(data), run=tmp_path / "run", console=silent())
     (there,) = server.runs.values()
     assert [row["step"] for row in there.rows] == list(range(1, 13))

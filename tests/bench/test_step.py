@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,27 @@ def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
     assert len(row["ways"]) == 7 and all(way["ratio"] > 0 for way in row["ways"].values())
     assert row["ways"]["transformer blocks compiled"]["recompiled"] == 0
     step.say(row)
+
+
+def test_parts_add_up_and_a_backward_counts_with_its_forward():
+    """A part within a part is taken from it; backward goes by the numbers of autograd."""
+
+    def event(name, us, parent=None, number=-1):
+        return SimpleNamespace(
+            name=name, cpu_time_total=us * 1e6, cpu_parent=parent, sequence_nr=number
+        )
+
+    node = "autograd::engine::evaluate_function: Backward0"
+    whole = event("part: other", 100)
+    students = event("part: students", 20, whole)
+    losses = event(f"part: {step_parts.HEADS}", 30, whole)
+    searched = event("part: teachers", 12, losses)
+    found = step_parts._by_part([
+        whole, students, losses, searched,
+        event("aten::mm", 5, students, 1), event("aten::mm", 5, losses, 2),
+        event(node, 15, whole, 1), event(node, 9, whole, 2), event(node, 2, whole, -1),
+    ])  # fmt: skip
+    assert found == {
+        "other": 100 - 20 - 30 - 15 - 9 - 2, "students": 20, "teachers": 12,
+        step_parts.HEADS: 30 - 12 + 9, "backward of networks": 15 + 2,
+    }  # fmt: skip

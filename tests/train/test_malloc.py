@@ -7,6 +7,11 @@ import sys
 
 import pytest
 
+from mokd_fast.train import malloc
+from mokd_fast.train.loop import Trainer, pretrain
+from tests.train.recipes import VIT, pictures, silent, small
+
+NONE = dict.fromkeys(("self", "cross", "search"), "0it")
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 
 FAULTS = """
@@ -49,3 +54,19 @@ def test_page_faults():
 @glibc
 def test_what_the_user_chose_stays():
     assert run(MALLOC_TOP_PAD_="0")[3] > 16000
+
+
+@glibc
+def test_it_lasts_as_long_as_the_steps(tmp_path, monkeypatch):
+    order = []
+    step = Trainer.step
+    monkeypatch.setattr(malloc, "keep", lambda: order.append("keep"))
+    monkeypatch.setattr(malloc, "give_back", lambda: order.append("give back"))
+    monkeypatch.setattr(Trainer, "step", lambda *a: order.append("step") or step(*a))
+    monkeypatch.setattr(malloc.os, "environ", {})
+    recipe = small(
+        pictures(tmp_path / "data", 8), "train.duration=2it", "train.warmup=1it",
+        "train.freeze_last_layers=0it", models=[{**VIT, "temperature_warmup": NONE}], t_head=None,
+    )  # fmt: skip
+    pretrain(recipe, run=tmp_path / "run", console=silent())
+    assert order == ["keep", "step", "step", "give back"]

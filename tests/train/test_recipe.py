@@ -196,3 +196,11 @@ def test_batch_norm_needs_two_rows():
     with pytest.raises(UserError, match=r"raise train.batch or augment.locals"):
         small("x", "train.batch=1", "augment.locals=1")
     small("x", "train.batch=1", "augment.locals=0")
+
+
+def test_packs_are_not_made_again():
+    both = ("train.pack_crops=true", "train.checkpoint_activations=true")
+    with pytest.raises(UserError, match="exclude each other: set one of them to false"):
+        load_recipe("resnet50-vit_small", list(both))
+    for one in both:
+        load_recipe("resnet50-vit_small", [one])

@@ -17,7 +17,7 @@ from .evaluate import Pooled, evaluate
 from .interop.export import export_backbone
 from .nn import MOKD
 from .train.checkpoint import find_checkpoint
-from .train.loop import build
+from .train.networks import build
 from .train.online import evaluation_sources, picture_options
 from .train.recipe import Recipe, load_recipe
 from .train.resume import load_weights

@@ -56,11 +56,16 @@ def load_backbone(backbone: nn.Module, name: str, path: Path, channels: int) -> 
     return "; ".join(parts)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Any]:
-    """The state dict of a file, and the picture's size that an export of ours says it is for."""
+def check_file(path: Path) -> None:
+    """Raises UserError unless there is a file."""
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; give a .safetensors, .pth or .bin file of weights")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Any]:
+    """The state dict of a file, and the picture's size that an export of ours says it is for."""
+    check_file(path)
     size = None
     try:
         if path.suffix == ".safetensors":

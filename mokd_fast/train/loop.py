@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from ..console import RunConsole, takes_output
@@ -16,8 +15,7 @@ from ..data.batches import Views
 from ..data.loader import ViewLoader, choose_loader, finish
 from ..data.sources import open_source
 from ..errors import UserError
-from ..nn import MOKD, Temperatures, build_mokd, checkpoint_activations
-from ..nn.fast import compile_blocks, quicken
+from ..nn import Temperatures
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
 from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
@@ -32,6 +30,7 @@ from .distributed import World
 from .fit import fit
 from .folder import RunLock, write_whole
 from .meter import BadFiles, Meter, StepResult, accumulate
+from .networks import make_networks
 from .online import OnlineKNN
 from .optim import ScheduledOptimizer, freeze_last_layers
 from .precision import choose_precision
@@ -189,7 +188,7 @@ class Trainer:
 
     def _prepare(self, run: Path, warm_start: str | Path | None) -> None:
         """The networks, as they start or as the newest checkpoint has them."""
-        recipe, train = self.recipe, self.recipe.train
+        recipe = self.recipe
         state = self._state(run)
         given = find_checkpoint(warm_start) if warm_start and state is None else None
         files = {} if state else self.world.decide(lambda: weight_files(recipe))
@@ -199,18 +198,7 @@ class Trainer:
         self.loader = self._loader(self.known_bad)
         self.loader.bad_files.update(reasons)
         self.bad_files = BadFiles(self.loader.bad_files, self.world)
-        torch.manual_seed(train.seed)
-        self.mokd = build(recipe).to(self.device)
-        if self.world.size > 1:
-            torch.manual_seed(train.seed + self.world.rank)  # drop-path of its own
-            if self.device.type == "cuda":  # as official; there is none for the CPU
-                convert_sync_batchnorm(self.mokd)
-        if train.checkpoint_activations:
-            for student in self.mokd.students:
-                checkpoint_activations(student)  # type: ignore[arg-type]
-        if train.channels_last:
-            self.mokd.to(memory_format=torch.channels_last)
-        self._quicken()
+        self.mokd = make_networks(recipe, self.device, self.precision, self.world, self.note)
         self.statistics = Snapshot(self.mokd.statistics())
         self._schedules()
         self.way = self._prototype_loss()
@@ -246,14 +234,6 @@ class Trainer:
         except OSError as error:
             reason = f"{path} cannot be written: {error.strerror}"
             raise UserError(f"{reason}. {kept(self.run)} Make room there first") from error
-
-    def _quicken(self) -> None:
-        train = self.recipe.train
-        quicken(self.mokd, self.device, self.precision)
-        if train.pack_crops and not self.mokd.pack():
-            self.note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
-        if train.compile and not compile_blocks(self.mokd):
-            self.note("train.compile=true: there is no transformer block to compile")
 
     def _schedules(self) -> None:
         recipe, total, per_epoch = self.recipe, self.total, self.steps_per_epoch
@@ -430,23 +410,6 @@ class Trainer:
         path = self.world.decide(write)
         self.saved = self.done
         return path
-
-
-def build(recipe: Recipe) -> MOKD:
-    """The networks of a recipe, randomly initialised."""
-    augment, loss = recipe.augment, recipe.loss
-    return build_mokd(
-        recipe.models,
-        recipe.t_head,
-        prototypes=recipe.prototypes,
-        channels=recipe.data.channels,
-        global_size=augment.global_hw,
-        local_size=augment.local_hw if augment.locals else None,
-        cross_weights=[model.cross_weight for model in recipe.models],
-        student_temperature=loss.student_temperature,
-        center_momentum=loss.center_momentum,
-        prototype_loss=None if loss.prototypes == "auto" else loss.prototypes,
-    )
 
 
 def _device(name: str) -> torch.device:

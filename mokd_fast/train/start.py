@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import UserError
-from ..nn.weights import load_backbone
+from ..nn.weights import check_file, load_backbone
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ def weight_files(recipe: Recipe) -> dict[int, Path]:
         if model.weights
     }
     for i, path in files.items():
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "no such file"
-            raise UserError(f"models.{i}.weights={path}: {what}; give a file of backbone weights")
+        try:
+            check_file(path)
+        except UserError as error:
+            raise UserError(f"models.{i}.weights: {error}") from error
     return files
 
 

@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mokd_fast.nn import Temperatures, checkpoint_activations, features
-from mokd_fast.train.loop import build
+from mokd_fast.train.networks import build
 from tests.train.recipes import CNN, VIT, model, small
 
 TAUS = [Temperatures(0.04, 0.04, 0.04)] * 2

@@ -11,7 +11,7 @@ from torch import nn
 from mokd_fast.nn import Temperatures
 from mokd_fast.nn.fast import Linear, compile_blocks, quicken
 from mokd_fast.ops import onednn
-from mokd_fast.train.loop import build
+from mokd_fast.train.networks import build
 from tests.train.recipes import small
 
 CPU = torch.device("cpu")

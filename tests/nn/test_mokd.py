@@ -15,7 +15,7 @@ from mokd_fast.nn import Prototypes, Temperatures
 from mokd_fast.nn.build import NetworkConfig, THeadConfig, build_mokd
 from mokd_fast.nn.heads import THead
 from mokd_fast.ops import cpu
-from mokd_fast.train.loop import build
+from mokd_fast.train.networks import build
 from tests.train.recipes import CNN, VIT, model, small
 
 TAUS = [Temperatures(0.04, 0.04, 0.04)] * 2

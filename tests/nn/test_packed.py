@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Attention
 
 from mokd_fast.nn import Temperatures
 from mokd_fast.nn.packed import PackedAttention, PackedDropPath, packs, prepare, run
-from mokd_fast.train.loop import build
+from mokd_fast.train.networks import build
 from tests.nn.test_parity import PAIRS
 from tests.train.recipes import small
 

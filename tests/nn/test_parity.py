@@ -9,7 +9,8 @@ import torch
 from bench.baseline.best import BestStep
 from bench.twin import official_step, official_students
 from mokd_fast.nn import Temperatures
-from mokd_fast.train.loop import Trainer, build
+from mokd_fast.train.loop import Trainer
+from mokd_fast.train.networks import build
 from tests.train.recipes import CNN, SGD, T_HEAD, VIT, model, pictures, silent, small
 
 WIDE_VIT = model("vit_tiny_patch16_224", kwargs={"patch_size": 7, "depth": 2, "embed_dim": 24})

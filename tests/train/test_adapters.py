@@ -14,7 +14,8 @@ from timm.optim import Lamb
 from mokd_fast import UserError
 from mokd_fast.train import apex
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
-from mokd_fast.train.loop import Trainer, build, pretrain
+from mokd_fast.train.loop import Trainer, pretrain
+from mokd_fast.train.networks import build
 from mokd_fast.train.optim import KINDS, ScheduledOptimizer, freeze_last_layers
 from tests.train.recipes import CNN, T_HEAD, VIT, broken_off, pictures, silent, small
 from tests.train.test_skipped import HostReads, poison

@@ -12,7 +12,8 @@ from mokd_fast.nn.mokd import HeadRows, StepLosses
 from mokd_fast.ops import Center
 from mokd_fast.train import diagnose as diagnose_module
 from mokd_fast.train.diagnose import diagnose
-from mokd_fast.train.loop import Trainer, build
+from mokd_fast.train.loop import Trainer
+from mokd_fast.train.networks import build
 from tests.train.recipes import VIT, pictures, silent, small
 
 K, B, C = 32, 6, 8

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.baseline import official
-from mokd_fast.train.loop import Trainer, build
+from mokd_fast.train.loop import Trainer
+from mokd_fast.train.networks import build
 from mokd_fast.train.optim import ScheduledOptimizer, freeze_last_layers, parameter_groups
 from tests.train.recipes import CNN, T_HEAD, VIT, pictures, silent, small
 

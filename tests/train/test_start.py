@@ -103,8 +103,8 @@ def test_a_warm_start_goes_before_them(data, before, tmp_path):
 def test_mistakes_are_known_before_the_first_step(data, before, tmp_path):
     files = before[1]
     for names, message in (
-        ([tmp_path / "no"], r"models.0.weights=.*/no: no such file; give a file"),
-        ([tmp_path], r"models.0.weights=.*: is a folder"),
+        ([tmp_path / "no"], r"models.0.weights: .*/no: no such file; give a .safetensors, "),
+        ([tmp_path], r"models.0.weights: .*: is a folder, not a file; "),
         (files[::-1], r"models.0.weights: .* does not fit mokd_cnn_tiny: not in it: "),
     ):
         with pytest.raises(mokd_fast.UserError, match=message):

@@ -1,0 +1,57 @@
+"""The networks of a run, as its recipe, its device and its processes want them."""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import convert_sync_batchnorm
+
+from ..nn import MOKD, build_mokd, checkpoint_activations
+from ..nn.fast import compile_blocks, quicken
+from .distributed import World
+from .recipe import Recipe
+
+
+def make_networks(
+    recipe: Recipe,
+    device: torch.device,
+    precision: str,
+    world: World,
+    note: Callable[[str], None],
+) -> MOKD:
+    """Students, teachers and centres on the device, initialised from the recipe's seed; `note` is
+    told which key finds nothing to do."""
+    train = recipe.train
+    torch.manual_seed(train.seed)
+    mokd = build(recipe).to(device)
+    if world.size > 1:
+        torch.manual_seed(train.seed + world.rank)  # drop-path of its own
+        if device.type == "cuda":  # as official; there is none for the CPU
+            convert_sync_batchnorm(mokd)
+    if train.checkpoint_activations:
+        for student in mokd.students:
+            checkpoint_activations(student)  # type: ignore[arg-type]
+    if train.channels_last:
+        mokd.to(memory_format=torch.channels_last)
+    quicken(mokd, device, precision)
+    if train.pack_crops and not mokd.pack():
+        note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
+    if train.compile and not compile_blocks(mokd):
+        note("train.compile=true: there is no transformer block to compile")
+    return mokd
+
+
+def build(recipe: Recipe) -> MOKD:
+    """The networks of a recipe, randomly initialised."""
+    augment, loss = recipe.augment, recipe.loss
+    return build_mokd(
+        recipe.models,
+        recipe.t_head,
+        prototypes=recipe.prototypes,
+        channels=recipe.data.channels,
+        global_size=augment.global_hw,
+        local_size=augment.local_hw if augment.locals else None,
+        cross_weights=[model.cross_weight for model in recipe.models],
+        student_temperature=loss.student_temperature,
+        center_momentum=loss.center_momentum,
+        prototype_loss=None if loss.prototypes == "auto" else loss.prototypes,
+    )

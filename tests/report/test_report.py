@@ -127,7 +127,7 @@ def test_the_head_says_what_the_run_was_trained_with(run):
         "trained with",
         "torch 1.2.3, ",
         f"timm {theirs['timm']}, ",
-        "7 threads, NVIDIA &lt;X&gt;, prototype loss fused<",
+        "7 threads, NVIDIA &lt;X&gt;, precision fp32, prototype loss fused<",
     ):
         assert text in head, text
     del state["versions"]  # of an older mokd_fast

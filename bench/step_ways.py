@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.timing import Medians, interleave
 from mokd_fast.nn import MOKD
-from mokd_fast.nn.fast import Linear, compile_blocks, quicken
+from mokd_fast.nn.fast import Conv2d, Linear, compile_blocks, quicken
 from mokd_fast.train import malloc
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
         for module in mokd.modules():
             if type(module) is Linear:
                 module.__class__ = nn.Linear
+            elif type(module) is Conv2d:
+                module.__class__ = nn.Conv2d
             elif isinstance(module, Attention):
                 module.fused_attn = True  # type: ignore[misc]
 

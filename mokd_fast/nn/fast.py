@@ -1,12 +1,19 @@
 """The libraries' layers, run the way that is fastest on the CPU. Modules, parameters and keys stay
 the libraries' own; the mathematics too."""
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..ops import onednn
+
+# `Conv2d` is a product where its windows have at most FEW pixels and it has MANY weights or more.
+FEW, MANY = 1 << 12, 1 << 16
 
 
 class Linear(nn.Linear):
@@ -17,39 +24,88 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, right for a map that is smaller than the stride: oneDNN leaves the taps of a bf16
-    weight gradient that lie beside such a map as the memory was (torch 2.14). Padded by hand, it
-    has no taps beside it."""
+    """nn.Conv2d that is a product of its windows with its weights where few windows meet many
+    weights: there oneDNN's convolution spends its time on moving weights, most of all for their
+    gradient (the last stage of a ResNet takes up to three times as long).
+
+    It is right for a map smaller than the stride, too: oneDNN leaves the taps of a bf16 weight
+    gradient that lie beside such a map as the memory was (torch 2.14). Padded by hand, it has none.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[-2:]) >= max(self.stride):
+        kernel, stride, padding = (
+            tuple(int(n) for n in numbers)
+            for numbers in (self.kernel_size, self.stride, self.padding)
+        )
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            sizes = zip(x.shape[2:], kernel, stride, padding, strict=True)
+            windows = math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+            few = len(x) * windows * math.prod(kernel) <= FEW
+            if few and windows and self.weight.numel() >= MANY:
+                return self._product(x, kernel, stride, padding)
+        if min(x.shape[-2:]) >= max(stride):
             return super().forward(x)
-        rows, columns = (int(n) for n in self.padding)  # numbers: see `_strides`
-        x = F.pad(x, (columns, columns, rows, rows))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        return F.conv2d(x, self.weight, self.bias, stride, 0, self.dilation, self.groups)
+
+    def _product(self, x: Tensor, *window: tuple[int, ...]) -> Tensor:
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy where it is channels_last
+        if window[0] == (1, 1) and window[2] == (0, 0):
+            down, right = window[1]
+            rows = x[:, :, ::down, ::right].permute(0, 2, 3, 1)
+        else:
+            rows = _Windows.apply(x, *window)
+        return onednn.trained_linear(rows, matrix, self.bias).permute(0, 3, 1, 2)
+
+
+class _Windows(torch.autograd.Function):
+    """The windows of a convolution: [B, C, H, W] -> [B, h, w, C * taps], channels innermost."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]
+    ) -> Tensor:
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad[1], pad[1], pad[0], pad[0]))
+        ctx.padded, ctx.window = x.shape, (kernel, stride, pad)
+        view = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # [B,h,w,C,kh,kw]
+        return view.permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kernel, stride, pad), (_, H, W, C) = ctx.window, ctx.padded
+        taps = grad.unflatten(3, (*kernel, C))
+        total = grad.new_zeros(ctx.padded, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                rows = slice(i, i + stride[0] * (taps.shape[1] - 1) + 1, stride[0])
+                columns = slice(j, j + stride[1] * (taps.shape[2] - 1) + 1, stride[1])
+                total[:, rows, columns] += taps[:, :, :, i, j]
+        inner = total[:, pad[0] : H - pad[0], pad[1] : W - pad[1]]
+        return inner.to(grad.dtype).permute(0, 3, 1, 2), None, None, None
 
 
 def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
-    fp32: linear layers by oneDNN. bf16: attention of timm's blocks by batched products, for
-    PyTorch's fused one is slow there, most of all backward (step.json has what both are worth in a
-    step); convolutions with a stride as `Conv2d` here.
+    Linear layers by oneDNN, convolutions as `Conv2d` here. bf16: attention of timm's blocks by
+    batched products, for PyTorch's fused one is slow there, most of all backward. step.json has
+    what all this is worth in a step.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or precision not in ("fp32", "bf16"):
         return
     for module in model.modules():
-        if precision == "fp32" and type(module) is nn.Linear:
+        if type(module) is nn.Linear:
             module.__class__ = Linear
+        elif type(module) is nn.Conv2d and _plain(module):
+            module.__class__ = Conv2d
         elif precision == "bf16" and isinstance(module, Attention):
             module.fused_attn = False  # type: ignore[misc]
-        elif precision == "bf16" and type(module) is nn.Conv2d and _strides(module):
-            module.__class__ = Conv2d
 
 
-def _strides(conv: nn.Conv2d) -> bool:
-    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return plain and max(conv.stride) > 1
+def _plain(conv: nn.Conv2d) -> bool:
+    numbers = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return numbers and conv.groups == 1 and set(conv.dilation) == {1}
 
 
 def compile_blocks(model: nn.Module) -> int:

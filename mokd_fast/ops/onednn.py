@@ -35,14 +35,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias) with its gradients (of first order), of any device, dtype and size:
-    fp32 on the CPU, outside autocast, goes through oneDNN both ways where that is faster."""
+    """F.linear(x, weight, bias) with its gradients (of first order), of any device, dtype and size.
+
+    Where that is faster, on the CPU, oneDNN makes it: fp32 both ways, and what bf16 autocast makes
+    without gradient, for F.linear adds the bias in a pass of its own there.
+    """
     kind = x.device.type
-    large = x.ndim > 1 and x.numel() * len(weight) >= ENOUGH
-    plain = large and not torch.is_autocast_enabled(kind)
-    if plain and x.dtype == weight.dtype == torch.float32 and usable(kind, x.dtype):
-        found: Tensor = _Linear.apply(x, weight, bias)
-        return found
+    if x.ndim > 1 and x.numel() * len(weight) >= ENOUGH and usable(kind, x.dtype):
+        if not torch.is_autocast_enabled(kind):
+            if x.dtype == weight.dtype == torch.float32:
+                found: Tensor = _Linear.apply(x, weight, bias)
+                return found
+        elif torch.get_autocast_dtype(kind) == torch.bfloat16 and not torch.is_grad_enabled():
+            with_bias = None if bias is None else bias.bfloat16()
+            return _product(x.bfloat16(), weight.bfloat16(), with_bias)
     return F.linear(x, weight, bias)
 
 

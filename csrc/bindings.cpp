@@ -153,6 +153,16 @@ void augment_crops(const std::tuple<uintptr_t, int64_t, int64_t>& crops, const s
   kernels.augment(a);
 }
 
+struct WeightNorm : mokd::cpu::WeightNorm {};  // a type of this module alone
+
+// Addresses of v, g and norms; sizes are rows and width.
+WeightNorm weight_norm(const std::array<uintptr_t, 3>& at, const std::array<int64_t, 2>& sizes, int type,
+                       int threads) {
+  if (type != mokd::BF16 && type != mokd::F16) throw std::invalid_argument("weight_norm: a type of 16 bits");
+  return {{pointer<const float>(at[0]), pointer<const float>(at[1]), sizes[0], sizes[1], pointer<float>(at[2]),
+           Type(type), threads}};
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -233,6 +243,20 @@ PYBIND11_MODULE(_C, m) {
           kernels.column_mean({rows(row), count, columns, pointer<void>(mean), threads});
         });
   m.def("augment_crops", &augment_crops);
+  py::class_<WeightNorm>(m, "WeightNorm")
+      .def(py::init(&weight_norm))
+      .def("forward",
+           [](const WeightNorm& c, uintptr_t w, const std::string& name) {
+             const auto& kernels = *level(name).weight_norm;
+             py::gil_scoped_release unlocked;
+             kernels.forward(c, pointer<void>(w));
+           })
+      .def("backward",
+           [](const WeightNorm& c, uintptr_t grad, uintptr_t for_v, uintptr_t for_g, const std::string& name) {
+             const auto& kernels = *level(name).weight_norm;
+             py::gil_scoped_release unlocked;
+             kernels.backward(c, pointer<const void>(grad), pointer<float>(for_v), pointer<float>(for_g));
+           });
   py::class_<Search> search_call(m, "Search");
   search_call.def(py::init(&search))
       .def("forward",

@@ -3,6 +3,7 @@
 #include "../core/distill.h"
 #include "augment.h"
 #include "search.h"
+#include "weight_norm.h"
 
 namespace mokd::cpu {
 
@@ -33,6 +34,7 @@ struct Kernels {
   void (*column_mean)(const ColumnMean&);
   const SearchKernels* search;
   void (*augment)(const Augment&);
+  const WeightNormKernels* weight_norm;
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

@@ -263,7 +263,7 @@ class MOKD(nn.Module):
         for i, (teacher, embedding) in enumerate(zip(self.teachers, found, strict=True), start=1):
             for head in ("mlp", "t"):
                 if (features := getattr(embedding, head)) is not None:
-                    matrix = _prototypes(teacher, head)
+                    matrix = _prototypes(teacher, head).matrix(features)
                     logits = F.linear(features, matrix) if stored else None
                     rows[f"{head}_{i}"] = HeadRows(features, matrix, logits)
         return rows
@@ -315,7 +315,7 @@ class MOKD(nn.Module):
         """All losses of one head: features [V, B, D] with every target."""
         total, terms = prototype_loss(
             features,
-            prototypes.matrix(),
+            prototypes.matrix(features),
             list(targets.values()),
             temperature=self.student_temperature,
             backend=way,
@@ -346,7 +346,7 @@ class MOKD(nn.Module):
     def student_prototypes(self, head: str) -> Tensor:
         """[K, D] of a head mlp_1, t_1, mlp_2 or t_2."""
         name, _, number = head.partition("_")
-        return _prototypes(self.students[int(number) - 1], name)
+        return _prototypes(self.students[int(number) - 1], name).matrix()
 
     def statistics(self) -> list[Tensor]:
         """Running statistics (BatchNorm), of students and teachers: what a forward pass moves."""
@@ -372,6 +372,6 @@ def _searched(head: THead, found: Embedding, view: int, queries: Tensor) -> Tens
     return head.look([(of_view(k), of_view(v)) for k, v in found.memory], queries)[0]
 
 
-def _prototypes(model: nn.Module, head: str) -> Tensor:
-    prototypes: Prototypes = getattr(model, f"{head}_head").last_layer
-    return prototypes.matrix()
+def _prototypes(model: nn.Module, head: str) -> Prototypes:
+    found: Prototypes = getattr(model, f"{head}_head").last_layer
+    return found

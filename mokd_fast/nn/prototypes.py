@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..ops import Center, LinearTarget, cross_view_pairs, ema_update_, prototype_loss
 from ..ops.center import LinearLogits
 from ..ops.distill import Pairs
+from ..ops.linear_distill import product_dtype
+from ..ops.weight_norm import weight_norm
 
 
 class Prototypes(nn.Module):
@@ -23,14 +25,17 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_norm)
         self.weight_v = nn.Parameter(nn.Linear(dim, prototypes, bias=False).weight.detach())
 
-    def matrix(self) -> Tensor:
-        """g * v / |v|, [K, D]. Made anew at every call: call it once a step."""
-        # PyTorch's own operator is fused in both directions and near the memory floor of 2 and 3
-        # matrices (linear_parts.json): no operator of ours would be faster.
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+    def matrix(self, like: Tensor | None = None) -> Tensor:
+        """g * v / |v|, [K, D]. Made anew at every call: call it once a step.
+
+        With features `like` [.., D] it has the dtype that a product with them takes here, that of
+        autocast where it is on.
+        """
+        dtype = None if like is None else product_dtype(like)
+        return weight_norm(self.weight_v, self.weight_g, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix())
+        return F.linear(x, self.matrix(x))
 
 
 class PrototypeLoss(nn.Module):
@@ -107,14 +112,14 @@ class PrototypeLoss(nn.Module):
         target = LinearTarget(
             cross_view_pairs(len(teacher), len(student)) if pairs is None else pairs,
             teacher,
-            self.teacher.matrix(),
+            self.teacher.matrix(teacher),
             tau,
             self.center.value,
             row_weight=row_weight,
         )
         loss, _ = prototype_loss(
             student,
-            self.student.matrix(),
+            self.student.matrix(student),
             [target],
             temperature=self.student_temperature,
             backend=self.backend,
@@ -133,5 +138,5 @@ class PrototypeLoss(nn.Module):
             momentum: of the teacher's EMA, the same as for the rest of the teacher.
             skip: 0-d bool on the device: where it is set, the centre stays as it is.
         """
-        self.center.update(LinearLogits(teacher, self.teacher.matrix()), skip=skip)
+        self.center.update(LinearLogits(teacher, self.teacher.matrix(teacher)), skip=skip)
         ema_update_(list(self.teacher.parameters()), list(self.student.parameters()), momentum)

@@ -9,6 +9,7 @@ from .foreach import clip_grad_per_tensor_, ema_update_
 from .linear_distill import LinearTarget, linear_distill_cross_entropy
 from .prototype_loss import prototype_loss
 from .search import feature_search, joint_attention
+from .weight_norm import weight_norm
 
 __all__ = [
     "Center",
@@ -28,4 +29,5 @@ __all__ = [
     "matched_pairs",
     "prototype_loss",
     "sinkhorn_center",
+    "weight_norm",
 ]

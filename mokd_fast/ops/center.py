@@ -21,6 +21,7 @@ from .column_mean import column_mean
 from .distill import check_temperature
 from .reference import accumulation_dtype
 
+BLOCK = 1 << 20  # numbers of the prototypes that are widened at a time
 SINGLE = "center"  # the buffer of a Center of one head: the name it has in DINO
 
 
@@ -60,8 +61,16 @@ class _Pending(NamedTuple):
 @torch.no_grad()
 def _mean_logits(mean: Tensor, prototypes: Tensor) -> Tensor:
     """`rank_mean` [K + 1] of features @ prototypes.T from that of the features [D + 1]."""
+    K, D = prototypes.shape
+    # Prototypes of 16 bits are widened while they are in the caches.
+    rows = (
+        max(1, BLOCK // max(D, 1))
+        if prototypes.is_cpu and prototypes.dtype != mean.dtype
+        else max(1, K)
+    )
     with torch.autocast(mean.device.type, enabled=False):
-        return torch.cat([onednn.matvec(prototypes.to(mean.dtype), mean[:-1]), mean[-1:]])
+        parts = [onednn.matvec(part.to(mean.dtype), mean[:-1]) for part in prototypes.split(rows)]
+    return torch.cat([*parts, mean[-1:]])
 
 
 class Center(nn.Module):

@@ -101,6 +101,34 @@ def column_mean(logits: Tensor) -> Tensor:
     return mean
 
 
+def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `weight_norm._forward`."""
+    found, norms = torch.empty(v.shape, dtype=dtype), v.new_empty(len(v))
+    call, _alive = _weight_norm_call(v, g, norms, dtype)
+    call.forward(found.data_ptr(), _level())
+    return found, norms
+
+
+def weight_norm_backward(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `weight_norm._backward`."""
+    for_v, for_g = torch.empty(v.shape), torch.empty(g.shape)
+    grad = grad.contiguous()  # expanded gradients have stride 0
+    call, _alive = _weight_norm_call(v, g, norms, grad.dtype)
+    call.backward(grad.data_ptr(), for_v.data_ptr(), for_g.data_ptr(), _level())
+    return for_v, for_g
+
+
+def _weight_norm_call(
+    v: Tensor, g: Tensor, norms: Tensor, dtype: torch.dtype
+) -> tuple[Any, list[Tensor]]:
+    """The native call and the tensors that must live as long as it."""
+    alive = [v.contiguous(), g.contiguous(), norms]
+    at = [t.data_ptr() for t in alive]
+    return native.WeightNorm(at, v.shape, TYPES[dtype], torch.get_num_threads()), alive
+
+
 def results(student: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2] to be filled, of the arithmetic's dtype."""
     dtype = accumulation_dtype(student)

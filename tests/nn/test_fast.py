@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from mokd_fast.nn import Temperatures
-from mokd_fast.nn.fast import Linear, compile_blocks, quicken
+from mokd_fast.nn.fast import FEW, MANY, Conv2d, Linear, compile_blocks, quicken
 from mokd_fast.ops import onednn
 from mokd_fast.train.networks import build
 from tests.train.recipes import small
@@ -104,9 +104,8 @@ def test_a_model_keeps_its_keys(precision):
     quicken(mokd, CPU, precision)
     assert list(mokd.state_dict()) == keys
     kinds = {type(m) for m in mokd.modules()}
-    assert (Linear in kinds) == (precision == "fp32") and (nn.Linear in kinds) == (
-        precision == "bf16"
-    )
+    assert Linear in kinds and Conv2d in kinds and nn.Linear not in kinds
+    assert all(m.groups > 1 for m in mokd.modules() if type(m) is nn.Conv2d)
     attentions = [m for m in mokd.modules() if isinstance(m, Attention)]
     assert attentions and all(m.fused_attn == (precision == "fp32") for m in attentions)
 
@@ -152,6 +151,99 @@ def test_bf16_gradients_of_maps_smaller_than_the_stride(size, stride, kernel):
         torch.testing.assert_close(
             conv.weight.grad.double(), exact.weight.grad, rtol=0.05, atol=0.3
         )
+
+
+# (images, in, out, map, kernel, stride, padding), and whether it is a product.
+CONVOLUTIONS = [
+    ((4, 256, 256, (5, 4), 1, 1, 0), True),
+    ((4, 256, 256, (5, 4), 1, 2, 0), True),
+    ((2, 64, 128, (7, 3), 3, 1, 1), True),
+    ((3, 128, 64, (6, 5), 3, 2, 1), True),
+    ((2, 32, 160, (9, 8), (5, 3), (3, 1), (2, 1)), True),
+    ((5, 96, 96, (2, 2), 3, 3, 1), True),  # a map smaller than the stride
+    ((2, 256, 256, (3, 3), 1, 1, 1), True),  # padded though it has one tap
+    ((4, 64, 64, (3, 3), 3, 1, 1), False),  # few weights
+    ((8, 64, 128, (12, 12), 3, 1, 1), False),  # many windows
+]
+
+
+def convolution(case, precision: str, *, bias: bool = False) -> list[nn.Conv2d]:
+    """One layer in fp64, in fp32, and as it is fastest."""
+    torch.manual_seed(0)
+    _, channels, out, _, kernel, stride, padding = case
+    exact = nn.Conv2d(channels, out, kernel, stride, padding, bias=bias).double()
+    plain = copy.deepcopy(exact).float().to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(plain)
+    quicken(fast, CPU, precision)
+    assert type(fast) is Conv2d
+    return [exact, plain, fast]
+
+
+def through(conv: nn.Conv2d, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+    x = x.to(conv.weight.dtype, memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = conv(x)
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape).to(y.dtype))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    return [y.detach(), x.grad, *(p.grad for p in conv.parameters())]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("case", "product"), CONVOLUTIONS)
+def test_convolution_as_a_product(case, product, bias, precision, monkeypatch):
+    calls, own = [], Conv2d._product
+    monkeypatch.setattr(Conv2d, "_product", lambda *a: calls.append(1) or own(*a))
+    exact, plain, fast = convolution(case, precision, bias=bias)
+    x = torch.randn(case[0], case[1], *case[3])
+    want = through(exact, x, False)
+    autocast = precision == "bf16"
+    mine, theirs = through(fast, x, autocast), through(plain, x, autocast)
+    assert len(calls) == product
+    for got, other, right in zip(mine, theirs, want, strict=True):
+        assert got.shape == right.shape and got.dtype == other.dtype
+        # Where the library reads what was in memory (Conv2d says when) it is no measure.
+        allowed = min(0.02 * right.abs().max(), (other.double() - right).abs().max().nan_to_num(9))
+        assert (got.double() - right).abs().max() <= 1.5 * allowed + 3e-6 * right.abs().max()
+
+
+def test_windows_and_their_gradient():
+    exact, _, fast = convolution((2, 64, 128, (7, 3), 3, 2, 1), "fp32")
+    fast.double()
+    x = torch.randn(2, 64, 7, 3)
+    for got, want in zip(through(fast, x, False), through(exact, x, False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_which_convolutions_stay():
+    assert FEW == 4096 and MANY == 65536
+    plain = nn.Conv2d(256, 256, 1, bias=False)
+    fast = copy.deepcopy(plain)
+    quicken(fast, CPU, "fp32")
+    x = torch.randn(2, 256, 5, 5)  # not channels_last
+    assert torch.equal(fast(x), plain(x)) and fast(x).is_contiguous()
+    assert fast(x[:0].contiguous(memory_format=torch.channels_last)).shape == (0, 256, 5, 5)
+    assert fast(x[0]).shape == (256, 5, 5)  # unbatched
+    for kept in (
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 3, dilation=2),
+        nn.Conv2d(8, 8, 3, padding="same"),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+    ):
+        quicken(kept, CPU, "bf16")
+        assert type(kept) is nn.Conv2d
+
+
+def test_linear_layers_without_gradient_in_bf16():
+    """Teachers: the bias comes with the product, so that it is rounded once."""
+    exact, plain, fast = layers((8, 197, 64), 128)
+    x = torch.randn(8, 197, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = fast(x), plain(x)
+    want = exact(x.double())
+    assert mine.dtype == torch.bfloat16
+    assert (mine.double() - want).abs().max() <= (theirs.double() - want).abs().max() * 1.1
 
 
 @needs_onednn

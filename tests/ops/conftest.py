@@ -32,6 +32,7 @@ def emulated(tmp_path_factory):
         "cpu/distill.cpp",
         "cpu/search.cpp",
         "cpu/search_backward.cpp",
+        "cpu/weight_norm.cpp",
         "cuda/distill.cu",
         "cuda/search.cu",
     )

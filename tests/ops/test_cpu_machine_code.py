@@ -33,7 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp")
+FILES = (*LOOPS, "augment.cpp", "weight_norm.cpp")
 
 
 def objdump(*options: str) -> str:
@@ -133,6 +133,21 @@ def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add,
     code = "\n".join(code for (file, _), code in found if file == "augment.cpp")
     for instruction in (multiply_add, divide):  # the blur, the hue
         assert re.search(rf"{instruction} .*%{register}", code), instruction
+
+
+@pytest.mark.parametrize(
+    ("level", "register", "multiply_add"),
+    [
+        ("v4", "zmm", r"vfn?m(add|sub)\d+ps"),
+        ("v3", "ymm", r"vfn?m(add|sub)\d+ps"),
+        ("baseline", "xmm", r"\bmulps"),
+    ],
+)
+def test_prototypes_are_normalised_a_register_at_a_time(level, register, multiply_add, functions):
+    found = functions[level].items()
+    code = "\n".join(code for (file, _), code in found if file == "weight_norm.cpp")
+    assert re.search(rf"{multiply_add} .*%{register}", code)
+    assert re.search(rf"movnt\w+ .*%{register}", code)  # written past the caches
 
 
 @pytest.mark.parametrize("level", cpu.LEVELS)

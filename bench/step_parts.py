@@ -8,18 +8,23 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import bench.baseline.step as official_module
 import mokd_fast.train.loop as our_module
 from bench.baseline.layers import WeightNormLinear
 from bench.baseline.step import OfficialStep
+from mokd_fast.nn import Prototypes
 from mokd_fast.train.loop import Trainer
 
-HEADS = "prototypes and losses"  # our operator makes both at once
-NETWORKS = ("teachers", "students", "backward of networks")
-PREFIX = "part: "
+PROTOTYPES, LOSSES, BACKWARD = "prototype layers", "losses", "backward of networks"
+NETWORKS = ("teachers", "students", BACKWARD)
+# Products, wherever they are in a loss, are its prototype layer's.
+PRODUCTS = {"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "mkldnn::_linear_pointwise"}
+PREFIX, WHOLE = "part: ", "part: other"
+NODE = "autograd::engine::evaluate_function"
+WARM = 3  # steps seen before: what the profiler keeps takes up memory that a step had
 
 
 def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
@@ -29,14 +34,14 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
             *((model, "forward", "students") for model in step.students),
             *((model, "teach", "teachers") for model in step.teachers),
             *(
-                (module, name, HEADS)
+                (module, name, PROTOTYPES)
                 for model in (*step.students, *step.teachers)
                 for module in model.modules()
                 if isinstance(module, WeightNormLinear)
                 for name in ("forward", "logits")
                 if hasattr(module, name)
             ),
-            (step, "_model_losses", HEADS),
+            (step, "_model_losses", LOSSES),
             (official_module, "clip_per_tensor_", "clip"),
             *((optimizer, "step", "optimizers") for optimizer in step.optimizers),
             (official_module, "ema_", "EMA"),
@@ -46,8 +51,9 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
         *((model, "forward", "students") for model in mokd.students),
         (mokd, "_teach", "teachers"),
         (mokd, "_search", "teachers"),
-        (mokd, "_rows", HEADS),
-        (mokd, "_losses", HEADS),
+        *((m, "matrix", PROTOTYPES) for m in mokd.modules() if isinstance(m, Prototypes)),
+        (mokd, "_rows", PROTOTYPES),
+        (mokd, "_losses", LOSSES),
         (our_module, "clip_grad_per_tensor_", "clip"),
         *((optimizer, "step", "optimizers") for optimizer in step.optimizers),
         (mokd, "update_teachers", "EMA"),
@@ -62,9 +68,18 @@ def breakdown(run: Callable[[], Any], step: Trainer | OfficialStep) -> dict[str,
     with ExitStack() as stack:
         for thing, name, part in parts_of(step):
             stack.enter_context(_seen(thing, name, part))
-        with profile(activities=[ProfilerActivity.CPU]) as found, record_function(f"{PREFIX}other"):
-            run()
-    seconds = _by_part(found.events() or [])
+        events: list[Any] = []
+        profiler = profile(
+            activities=[ProfilerActivity.CPU],
+            schedule=schedule(wait=0, warmup=WARM, active=1, repeat=1),
+            on_trace_ready=lambda ready: events.extend(ready.events()),
+        )
+        stack.enter_context(profiler)
+        for _ in range(WARM + 1):
+            with record_function(WHOLE):
+                run()
+            profiler.step()
+    seconds = _by_part(event for event in events if not event.name.startswith("ProfilerStep"))
     return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
 
 
@@ -84,27 +99,53 @@ def _seen(thing: Any, name: str, part: str) -> Iterator[None]:
 def _by_part(events: Iterable[Any]) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
     part_of: dict[int, str] = {}  # of a sequence number in forward
-    backward = []
+    backward, products = [], []
     for event in events:
         is_part = event.name.startswith(PREFIX)
-        if event.name.startswith("autograd::engine::evaluate_function"):
+        if event.name.startswith(NODE):
             backward.append(event)
         elif event.sequence_nr >= 0 and not is_part:
-            part_of.setdefault(event.sequence_nr, _part(event))
+            part_of.setdefault(event.sequence_nr, _owner(event))
+        if event.name in PRODUCTS:
+            products.append(event)
         if is_part:
-            mine = event.cpu_time_total / 1e6
+            mine = _seconds(event)
             seconds[event.name.removeprefix(PREFIX)] += mine
-            if event.cpu_parent is not None:
-                seconds[_part(event.cpu_parent)] -= mine
+            if event.name != WHOLE:
+                seconds[_owner(event.cpu_parent)] -= mine
     for event in backward:
-        of = part_of.get(event.sequence_nr, "students")  # a parameter's own node has no number
-        took = event.cpu_time_total / 1e6
-        seconds["backward of networks" if of != HEADS else HEADS] += took
-        seconds[_part(event)] -= took
+        # A parameter's own node has no number.
+        of = part_of.get(event.sequence_nr, "students")
+        seconds[of if of in (PROTOTYPES, LOSSES) else BACKWARD] += _seconds(event)
+        seconds[_owner(event.cpu_parent)] -= _seconds(event)
+    for event in products:  # the outermost of those in a loss
+        above = _above(event)
+        if any(one.name in PRODUCTS for one in above[:-1]) or not above:
+            continue
+        last = above[-1]
+        of = part_of.get(last.sequence_nr) if last.name.startswith(NODE) else _owner(last)
+        if of == LOSSES:
+            seconds[PROTOTYPES] += _seconds(event)
+            seconds[LOSSES] -= _seconds(event)
     return dict(seconds)
 
 
-def _part(event: Any) -> str:
+def _seconds(event: Any) -> float:
+    return float(event.cpu_time_total / 1e6)
+
+
+def _above(event: Any) -> list[Any]:
+    """What an event lies in, up to a part or a node of autograd."""
+    found = []
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        found.append(event)
+        if event.name.startswith((PREFIX, NODE)):
+            break
+    return found
+
+
+def _owner(event: Any) -> str:
     """The innermost part that an event lies in."""
     while event is not None:
         if event.name.startswith(PREFIX):

@@ -247,16 +247,35 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&weight_norm))
       .def("forward",
            [](const WeightNorm& c, uintptr_t w, const std::string& name) {
-             const auto& kernels = *level(name).weight_norm;
+             const auto& kernels = *level(name).prototypes;
              py::gil_scoped_release unlocked;
-             kernels.forward(c, pointer<void>(w));
+             kernels.weight_norm(c, pointer<void>(w));
            })
       .def("backward",
            [](const WeightNorm& c, uintptr_t grad, uintptr_t for_v, uintptr_t for_g, const std::string& name) {
-             const auto& kernels = *level(name).weight_norm;
+             const auto& kernels = *level(name).prototypes;
              py::gil_scoped_release unlocked;
-             kernels.backward(c, pointer<const void>(grad), pointer<float>(for_v), pointer<float>(for_g));
+             kernels.weight_norm_backward(c, pointer<const void>(grad), pointer<float>(for_v),
+                                          pointer<float>(for_g));
            });
+  m.def("clip",
+        [](const std::vector<uintptr_t>& grads, const std::vector<int64_t>& sizes, float max_norm, uintptr_t norms,
+           int threads, const std::string& name) {
+          if (grads.size() != sizes.size()) throw std::invalid_argument("clip: lists of one length");
+          std::vector<float*> at;
+          for (uintptr_t grad : grads) at.push_back(pointer<float>(grad));
+          const auto& kernels = level(name);
+          py::gil_scoped_release unlocked;
+          kernels.clip({at.data(), sizes.data(), int64_t(at.size()), max_norm, pointer<float>(norms), threads});
+        });
+  m.def("matvec",
+        [](uintptr_t matrix, int type, const std::array<int64_t, 2>& sizes, uintptr_t vector, uintptr_t found,
+           int threads, const std::string& name) {
+          const auto& kernels = *level(name).prototypes;
+          py::gil_scoped_release unlocked;
+          kernels.matvec({pointer<const void>(matrix), Type(type), sizes[0], sizes[1],
+                          pointer<const float>(vector), pointer<float>(found), threads});
+        });
   py::class_<Search> search_call(m, "Search");
   search_call.def(py::init(&search))
       .def("forward",

@@ -592,12 +592,14 @@ void run_backward(const Distill& d, const Backward& io) {
 
 extern const SearchKernels MOKD_JOIN(search_kernels_, MOKD_LEVEL);  // of search.cpp
 void MOKD_JOIN(augment_, MOKD_LEVEL)(const Augment&);  // of augment.cpp
-extern const WeightNormKernels MOKD_JOIN(weight_norm_kernels_, MOKD_LEVEL);  // of weight_norm.cpp
+void MOKD_JOIN(clip_, MOKD_LEVEL)(const Clip&);        // of clip.cpp
+extern const PrototypeKernels MOKD_JOIN(prototype_kernels_, MOKD_LEVEL);  // of prototypes.cpp
 extern const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL);
 const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_forward, run_backward,
                                                   run_column_mean,
                                                   &MOKD_JOIN(search_kernels_, MOKD_LEVEL),
                                                   MOKD_JOIN(augment_, MOKD_LEVEL),
-                                                  &MOKD_JOIN(weight_norm_kernels_, MOKD_LEVEL)};
+                                                  &MOKD_JOIN(prototype_kernels_, MOKD_LEVEL),
+                                                  MOKD_JOIN(clip_, MOKD_LEVEL)};
 
 }  // namespace mokd::cpu

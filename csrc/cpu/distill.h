@@ -2,8 +2,9 @@
 #pragma once
 #include "../core/distill.h"
 #include "augment.h"
+#include "clip.h"
+#include "prototypes.h"
 #include "search.h"
-#include "weight_norm.h"
 
 namespace mokd::cpu {
 
@@ -34,7 +35,8 @@ struct Kernels {
   void (*column_mean)(const ColumnMean&);
   const SearchKernels* search;
   void (*augment)(const Augment&);
-  const WeightNormKernels* weight_norm;
+  const PrototypeKernels* prototypes;
+  void (*clip)(const Clip&);
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

@@ -16,12 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import onednn
 from .column_mean import column_mean
 from .distill import check_temperature
+from .matvec import matvec
 from .reference import accumulation_dtype
 
-BLOCK = 1 << 20  # numbers of the prototypes that are widened at a time
 SINGLE = "center"  # the buffer of a Center of one head: the name it has in DINO
 
 
@@ -61,16 +60,7 @@ class _Pending(NamedTuple):
 @torch.no_grad()
 def _mean_logits(mean: Tensor, prototypes: Tensor) -> Tensor:
     """`rank_mean` [K + 1] of features @ prototypes.T from that of the features [D + 1]."""
-    K, D = prototypes.shape
-    # Prototypes of 16 bits are widened while they are in the caches.
-    rows = (
-        max(1, BLOCK // max(D, 1))
-        if prototypes.is_cpu and prototypes.dtype != mean.dtype
-        else max(1, K)
-    )
-    with torch.autocast(mean.device.type, enabled=False):
-        parts = [onednn.matvec(part.to(mean.dtype), mean[:-1]) for part in prototypes.split(rows)]
-    return torch.cat([*parts, mean[-1:]])
+    return torch.cat([matvec(prototypes, mean[:-1]), mean[-1:]])
 
 
 class Center(nn.Module):

@@ -129,6 +129,34 @@ def _weight_norm_call(
     return native.WeightNorm(at, v.shape, TYPES[dtype], torch.get_num_threads()), alive
 
 
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Arguments and result as `matvec.matvec`."""
+    matrix, vector = matrix.contiguous(), vector.contiguous()
+    found, threads = vector.new_empty(len(matrix)), torch.get_num_threads()
+    given = matrix.data_ptr(), TYPES[matrix.dtype], matrix.shape, vector.data_ptr()
+    native.matvec(*given, found.data_ptr(), threads, _level())
+    return found
+
+
+def clip_why_not(grads: Sequence[Tensor]) -> str | None:
+    """Why `clip` cannot take these gradients, or None."""
+    for grad in grads:
+        if grad.dtype != torch.float32:
+            return f"it takes gradients of fp32, one is {grad.dtype}"
+        if not torch.ops.aten.is_non_overlapping_and_dense(grad):
+            return "it takes gradients without gaps in memory"
+    return why_not(grads[0], grads[1:]) if grads else None
+
+
+def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
+    """Arguments and result as `foreach.clip_grad_per_tensor_`."""
+    norms = torch.empty(len(grads))
+    at, sizes = [g.data_ptr() for g in grads], [g.numel() for g in grads]
+    native.clip(at, sizes, max_norm, norms.data_ptr(), torch.get_num_threads(), _level())
+    torch.autograd.graph.increment_version(grads)
+    return list(norms.unbind())
+
+
 def results(student: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2] to be filled, of the arithmetic's dtype."""
     dtype = accumulation_dtype(student)

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import cpu
+from .dispatch import pick, register
+
 _LARGE = 2**18  # elements: moving them takes longer than a launch
 
 
@@ -43,6 +46,10 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return []
+    return pick("clip_grad_per_tensor_", grads, max_norm).run(grads, max_norm)
+
+
+def _clip(grads: list[Tensor], max_norm: float) -> list[Tensor]:
     norms = list(torch._foreach_norm(grads, 2))
     scales = torch._foreach_add(norms, 1e-6)
     scales = torch._foreach_reciprocal(scales)
@@ -50,6 +57,10 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
     torch._foreach_clamp_max_(scales, 1.0)
     torch._foreach_mul_(grads, scales)
     return norms
+
+
+register("clip_grad_per_tensor_", "cpu", cpu.clip, lambda grads, _: cpu.clip_why_not(grads))
+register("clip_grad_per_tensor_", "reference", _clip)
 
 
 class Snapshot:

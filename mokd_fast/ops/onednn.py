@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Multiplications from which `trained_linear` and `matvec` take oneDNN, which prepares a while: the
-# layers of tiny networks stay the plain way.
+# Multiplications from which `trained_linear` takes oneDNN, which prepares a while: layers of tiny
+# networks stay the plain way.
 ENOUGH = 1 << 23
 
 _BUILT = torch.backends.mkldnn.is_available()
@@ -50,13 +50,6 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
             with_bias = None if bias is None else bias.bfloat16()
             return _product(x.bfloat16(), weight.bfloat16(), with_bias)
     return F.linear(x, weight, bias)
-
-
-def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix @ vector, without gradient, of any device and dtype; by oneDNN as `trained_linear`."""
-    if matrix.numel() >= ENOUGH and usable(matrix.device.type, matrix.dtype):
-        return linear(vector.unsqueeze(0), matrix)[0]
-    return matrix @ vector
 
 
 @torch.library.custom_op("mokd_fast::onednn_linear", mutates_args=())

@@ -79,7 +79,7 @@ def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
     assert min(row[key] for key in step.PEAKS) > 2**20 and "batch 4" in row["shape"]
     assert row["baseline_flops"] > 1e8 and 0.7 < row["flops"] / row["baseline_flops"] < 1.1
     for name, parts in row["parts"].items():
-        assert {"students", "teachers", "backward of networks", step_parts.HEADS} <= parts.keys()
+        assert {*step_parts.NETWORKS, step_parts.PROTOTYPES, step_parts.LOSSES} <= parts.keys()
         assert min(parts.values()) > -1e-4, name  # what is nested was taken from what it lies in
         assert sum(parts[key] for key in step_parts.NETWORKS) > 0.3 * sum(parts.values())
     assert len(row["ways"]) == 7 and all(way["ratio"] > 0 for way in row["ways"].values())
@@ -98,14 +98,18 @@ def test_parts_add_up_and_a_backward_counts_with_its_forward():
     node = "autograd::engine::evaluate_function: Backward0"
     whole = event("part: other", 100)
     students = event("part: students", 20, whole)
-    losses = event(f"part: {step_parts.HEADS}", 30, whole)
+    losses = event(f"part: {step_parts.LOSSES}", 30, whole)
     searched = event("part: teachers", 12, losses)
+    product = event("aten::linear", 6, losses)
+    back = event(node, 9, whole, 2)
     found = step_parts._by_part([
         whole, students, losses, searched,
-        event("aten::mm", 5, students, 1), event("aten::mm", 5, losses, 2),
-        event(node, 15, whole, 1), event(node, 9, whole, 2), event(node, 2, whole, -1),
+        event("aten::mm", 5, students, 1), product, event("aten::mm", 5, product, 2),
+        event("aten::mm", 4, searched), event(node, 15, whole, 1), back,
+        event("aten::mm", 3, back), event(node, 2, whole, -1),
     ])  # fmt: skip
     assert found == {
         "other": 100 - 20 - 30 - 15 - 9 - 2, "students": 20, "teachers": 12,
-        step_parts.HEADS: 30 - 12 + 9, "backward of networks": 15 + 2,
+        step_parts.LOSSES: 30 - 12 + 9 - 6 - 3, step_parts.PROTOTYPES: 6 + 3,
+        "backward of networks": 15 + 2,
     }  # fmt: skip

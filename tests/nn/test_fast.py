@@ -246,15 +246,6 @@ def test_linear_layers_without_gradient_in_bf16():
     assert (mine.double() - want).abs().max() <= (theirs.double() - want).abs().max() * 1.1
 
 
-@needs_onednn
-def test_matvec():
-    matrix, vector = torch.randn(70000, 128), torch.randn(128)
-    want = matrix.double() @ vector.double()
-    torch.testing.assert_close(onednn.matvec(matrix, vector).double(), want, rtol=0, atol=1e-4)
-    small_one = torch.randn(5, 3)
-    assert torch.equal(onednn.matvec(small_one, vector[:3]), small_one @ vector[:3])
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_blocks_are_one_graph_and_not_compiled_again(precision, monkeypatch):
     """Whole blocks (fullgraph), oneDNN's products in them, and no graph after the first step."""

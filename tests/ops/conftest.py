@@ -29,10 +29,11 @@ def emulated(tmp_path_factory):
         "bindings.cpp",
         "cpu/level.cpp",
         "cpu/augment.cpp",
+        "cpu/clip.cpp",
         "cpu/distill.cpp",
         "cpu/search.cpp",
         "cpu/search_backward.cpp",
-        "cpu/weight_norm.cpp",
+        "cpu/prototypes.cpp",
         "cuda/distill.cu",
         "cuda/search.cu",
     )

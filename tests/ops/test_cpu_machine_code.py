@@ -33,7 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp", "weight_norm.cpp")
+FILES = (*LOOPS, "augment.cpp", "prototypes.cpp")
 
 
 def objdump(*options: str) -> str:
@@ -145,7 +145,7 @@ def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add,
 )
 def test_prototypes_are_normalised_a_register_at_a_time(level, register, multiply_add, functions):
     found = functions[level].items()
-    code = "\n".join(code for (file, _), code in found if file == "weight_norm.cpp")
+    code = "\n".join(code for (file, _), code in found if file == "prototypes.cpp")
     assert re.search(rf"{multiply_add} .*%{register}", code)
     assert re.search(rf"movnt\w+ .*%{register}", code)  # written past the caches
 

@@ -1,6 +1,7 @@
 """EMA and the per-tensor clip against the official loops."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.baseline.official import clip_per_tensor_, ema_
-from mokd_fast.ops import clip_grad_per_tensor_, ema_update_
+from mokd_fast.ops import clip_grad_per_tensor_, cpu, ema_update_
 from mokd_fast.ops.foreach import Snapshot
 
 
@@ -71,6 +72,46 @@ def test_clip_of_odd_gradients():
     assert (params[0].grad == 0).all() and params[2].grad.isnan().all()
     assert params[1].grad.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(params[1].grad.norm(), torch.tensor(2.0))
+
+
+@pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
+@pytest.mark.parametrize("level", cpu.LEVELS)
+@pytest.mark.parametrize("max_norm", [0.5, 30.0, math.inf])
+def test_clip_of_the_native_kernel(level, max_norm, monkeypatch):
+    """Against fp64: many sizes around its blocks, a gap in memory, the same bits on all threads."""
+    try:
+        cpu.native.cpu_level(level)
+    except ValueError:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
+    torch.manual_seed(0)
+    sizes = [0, 1, 15, 16, 63, 1000, 1024, 1025, 16383, 16384, 16385, 50001]
+    grads = [0.1 * torch.randn(n) for n in sizes] + [torch.tensor(7.0)]
+    assert cpu.clip_why_not(grads) is None
+
+    def clipped(grads, threads):
+        params = [nn.Parameter(torch.empty_like(g)) for g in grads]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        versions = [p.grad._version for p in params]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        norms = clip_grad_per_tensor_(params, max_norm)
+        torch.set_num_threads(before)
+        assert all(p.grad._version > v for p, v in zip(params, versions, strict=True))
+        return [p.grad for p in params], norms
+
+    found, norms = clipped(grads, 1)
+    for got, norm, grad in zip(found, norms, grads, strict=True):
+        exact = grad.double().norm()
+        assert abs(norm.double() - exact) <= 3e-7 * exact
+        scale = min(1.0, max_norm / (exact.item() + 1e-6))
+        torch.testing.assert_close(got.double(), grad.double() * scale, rtol=5e-7, atol=1e-30)
+        assert scale < 1 or torch.equal(got, grad)
+    again, _ = clipped(grads, 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    gap = torch.randn(40, 10)[:, :5]
+    assert "without gaps" in cpu.clip_why_not([gap]) and "fp32" in cpu.clip_why_not([gap.double()])
 
 
 class NoHostRead(TorchDispatchMode):

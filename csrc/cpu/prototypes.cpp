@@ -1,10 +1,10 @@
-// w = g v / |v|, row by row, in a type of 16 bits, and its gradient
+// The prototypes w = g v / |v|, row by row, in a type of 16 bits, and their gradient
 //
 //     dv = (g / |v|) (dw - (dw.v) v / |v|^2)     dg = dw.v / |v|
 //
 // with one pass over the matrices each: a row is read from memory once and stays in L1 for the rest. What
 // is written is read again much later, so it goes around the caches.
-#include "weight_norm.h"
+#include "prototypes.h"
 
 #include <cmath>
 
@@ -30,8 +30,8 @@ float dot(const float* a, const float* b, int64_t n) {
 }
 
 // work(row, room for a row) for every row.
-template <typename Work>
-void each_row(const WeightNorm& c, const Work& work) {
+template <typename Call, typename Work>
+void each_row(const Call& c, const Work& work) {
   const int64_t room = (c.width + 2 * L) / L * L;
   const Buffer memory(room * int64_t(sizeof(float)) * (c.threads > 1 ? c.threads : 1));
   parallel(c.threads, (c.rows + ITEM - 1) / ITEM, [&](int64_t item, int thread) {
@@ -42,7 +42,7 @@ void each_row(const WeightNorm& c, const Work& work) {
   });
 }
 
-void forward(const WeightNorm& c, void* w) {
+void weight_norm(const WeightNorm& c, void* w) {
   each_row(c, [&](int64_t row, float* own) {
     const float* v = c.v + row * c.width;
     const float norm = c.norms[row] = std::sqrt(dot(v, v, c.width)), scale = c.g[row] / norm;
@@ -54,12 +54,12 @@ void forward(const WeightNorm& c, void* w) {
   });
 }
 
-void backward(const WeightNorm& c, const void* grad, float* for_v, float* for_g) {
+void weight_norm_backward(const WeightNorm& c, const void* grad, float* for_v, float* for_g) {
   const Rows rows = {grad, c.type, c.width, 1};
   each_row(c, [&](int64_t row, float* own) {
     const float *v = c.v + row * c.width, *dw = values<float>(rows, row, 0, c.width, own);
     const float norm = c.norms[row], along = dot(dw, v, c.width) / norm;
-    if (for_g) for_g[row] = along;
+    for_g[row] = along;
     const float scale = c.g[row] / norm, back = scale * along / norm;
     int64_t k = 0;
     for (; k + L <= c.width; k += L)
@@ -69,9 +69,16 @@ void backward(const WeightNorm& c, const void* grad, float* for_v, float* for_g)
   });
 }
 
+void matvec(const Matvec& c) {
+  const Rows rows = {c.matrix, c.type, c.width, 1};
+  each_row(c, [&](int64_t row, float* own) {
+    c.found[row] = dot(values<float>(rows, row, 0, c.width, own), c.vector, c.width);
+  });
+}
+
 }  // namespace
 
-extern const WeightNormKernels MOKD_JOIN(weight_norm_kernels_, MOKD_LEVEL);
-const WeightNormKernels MOKD_JOIN(weight_norm_kernels_, MOKD_LEVEL) = {forward, backward};
+extern const PrototypeKernels MOKD_JOIN(prototype_kernels_, MOKD_LEVEL);
+const PrototypeKernels MOKD_JOIN(prototype_kernels_, MOKD_LEVEL) = {weight_norm, weight_norm_backward, matvec};
 
 }  // namespace mokd::cpu

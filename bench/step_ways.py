@@ -32,7 +32,7 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
     found = {
         "our operators, not the reference": _row(_turns(run, *_operators())),
         "logits not stored": _row(_turns(run, *_stored(mokd))),
-        "products and attention as they are fastest": _row(_turns(run, *_libraries(steps))),
+        "layers as they are fastest": _row(_turns(run, *_libraries(steps))),
         "transformer blocks compiled": _compiled(run, mokd),
         "crops of a ViT packed": _row(_turns(run, *_packed(mokd))),
     }

@@ -1,8 +1,7 @@
 """The libraries' layers, run the way that is fastest on the CPU. Modules, parameters and keys stay
 the libraries' own; the mathematics too."""
 
-import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,35 +25,41 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that is a product of its windows with its weights where few windows meet many
     weights: there oneDNN's convolution spends its time on moving weights, most of all for their
-    gradient (the last stage of a ResNet takes up to three times as long).
+    gradient (in the last stages of a ResNet it takes up to three times as long: linear_parts.json).
+    Of a product there are gradients of first order alone.
 
     It is right for a map smaller than the stride, too: oneDNN leaves the taps of a bf16 weight
     gradient that lie beside such a map as the memory was (torch 2.14). Padded by hand, it has none.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = (
-            tuple(int(n) for n in numbers)
-            for numbers in (self.kernel_size, self.stride, self.padding)
-        )
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            sizes = zip(x.shape[2:], kernel, stride, padding, strict=True)
-            windows = math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
-            few = len(x) * windows * math.prod(kernel) <= FEW
-            if few and windows and self.weight.numel() >= MANY:
-                return self._product(x, kernel, stride, padding)
-        if min(x.shape[-2:]) >= max(stride):
+        if not _plain(self) or x.ndim != 4:
             return super().forward(x)
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-        return F.conv2d(x, self.weight, self.bias, stride, 0, self.dilation, self.groups)
+        if self._few_windows(x):
+            return self._product(x)
+        if min(x.shape[2], x.shape[3]) >= max(self.stride):
+            return super().forward(x)
+        rows, columns = cast(tuple[int, int], self.padding)
+        x = F.pad(x, (columns, columns, rows, rows))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
-    def _product(self, x: Tensor, *window: tuple[int, ...]) -> Tensor:
+    def _few_windows(self, x: Tensor) -> bool:
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return False
+        (down, across), (rows, columns) = self.kernel_size, cast(tuple[int, int], self.padding)
+        height = (x.shape[2] + 2 * rows - down) // self.stride[0] + 1
+        width = (x.shape[3] + 2 * columns - across) // self.stride[1] + 1
+        pixels = len(x) * height * width * down * across
+        fits = height > 0 and width > 0 and x.shape[1] == self.in_channels
+        return fits and pixels <= FEW and self.weight.numel() >= MANY
+
+    def _product(self, x: Tensor) -> Tensor:
         matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy where it is channels_last
-        if window[0] == (1, 1) and window[2] == (0, 0):
-            down, right = window[1]
+        if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            down, right = self.stride
             rows = x[:, :, ::down, ::right].permute(0, 2, 3, 1)
         else:
-            rows = _Windows.apply(x, *window)
+            rows = _Windows.apply(x, self.kernel_size, self.stride, self.padding)
         return onednn.trained_linear(rows, matrix, self.bias).permute(0, 3, 1, 2)
 
 
@@ -88,9 +93,9 @@ class _Windows(torch.autograd.Function):
 def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
-    Linear layers by oneDNN, convolutions as `Conv2d` here. bf16: attention of timm's blocks by
-    batched products, for PyTorch's fused one is slow there, most of all backward. step.json has
-    what all this is worth in a step.
+    Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here.
+    bf16: attention of timm's blocks by batched products, for PyTorch's fused one is slow there,
+    most of all backward. step.json has what all this is worth in a step.
     """
     if device.type != "cpu" or precision not in ("fp32", "bf16"):
         return

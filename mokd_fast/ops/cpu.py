@@ -103,7 +103,7 @@ def column_mean(logits: Tensor) -> Tensor:
 
 def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Arguments and results as `weight_norm._forward`."""
-    found, norms = torch.empty(v.shape, dtype=dtype), v.new_empty(len(v))
+    found, norms = v.new_empty(v.shape, dtype=dtype), v.new_empty(len(v))
     call, _alive = _weight_norm_call(v, g, norms, dtype)
     call.forward(found.data_ptr(), _level())
     return found, norms
@@ -113,7 +113,7 @@ def weight_norm_backward(
     grad: Tensor, v: Tensor, g: Tensor, norms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as `weight_norm._backward`."""
-    for_v, for_g = torch.empty(v.shape), torch.empty(g.shape)
+    for_v, for_g = v.new_empty(v.shape), g.new_empty(g.shape)
     grad = grad.contiguous()  # expanded gradients have stride 0
     call, _alive = _weight_norm_call(v, g, norms, grad.dtype)
     call.backward(grad.data_ptr(), for_v.data_ptr(), for_g.data_ptr(), _level())
@@ -138,19 +138,9 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return found
 
 
-def clip_why_not(grads: Sequence[Tensor]) -> str | None:
-    """Why `clip` cannot take these gradients, or None."""
-    for grad in grads:
-        if grad.dtype != torch.float32:
-            return f"it takes gradients of fp32, one is {grad.dtype}"
-        if not torch.ops.aten.is_non_overlapping_and_dense(grad):
-            return "it takes gradients without gaps in memory"
-    return why_not(grads[0], grads[1:]) if grads else None
-
-
 def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
     """Arguments and result as `foreach.clip_grad_per_tensor_`."""
-    norms = torch.empty(len(grads))
+    norms = grads[0].new_empty(len(grads))
     at, sizes = [g.data_ptr() for g in grads], [g.numel() for g in grads]
     native.clip(at, sizes, max_norm, norms.data_ptr(), torch.get_num_threads(), _level())
     torch.autograd.graph.increment_version(grads)

@@ -204,7 +204,8 @@ def no_second_derivative(op: str) -> Callable[..., None]:
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{op} has no second derivative on this backend; backend='reference' has"
+            f"{op} has no second derivative on this backend; the reference has "
+            "(backend='reference' or MOKD_FAST_BACKEND=reference)"
         )
 
     return refuse

@@ -59,7 +59,23 @@ def _clip(grads: list[Tensor], max_norm: float) -> list[Tensor]:
     return norms
 
 
-register("clip_grad_per_tensor_", "cpu", cpu.clip, lambda grads, _: cpu.clip_why_not(grads))
+def _clip_cpu(grads: list[Tensor], max_norm: float) -> list[Tensor]:
+    """The kernel for fp32 without gaps in memory, each gradient a plain tensor of its own."""
+    if not torch.compiler.is_compiling():
+        kinds = {(type(grad), grad.dtype) for grad in grads}
+        apart = len({grad.data_ptr() for grad in grads if grad.numel()})
+        apart += sum(not grad.numel() for grad in grads)
+        dense = all(torch.ops.aten.is_non_overlapping_and_dense(grad) for grad in grads)
+        if kinds == {(Tensor, torch.float32)} and apart == len(grads) and dense:
+            return cpu.clip(grads, max_norm)
+    return _clip(grads, max_norm)
+
+
+def _clip_cpu_why_not(grads: list[Tensor], max_norm: float) -> str | None:
+    return cpu.why_not(grads[0], grads[1:])
+
+
+register("clip_grad_per_tensor_", "cpu", _clip_cpu, _clip_cpu_why_not)
 register("clip_grad_per_tensor_", "reference", _clip)
 
 

@@ -3,13 +3,21 @@
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, distill
 from .dispatch import pick, register
 
 
 @torch.no_grad()
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix [K, D] @ vector [D] in the vector's dtype, whatever the matrix's. [K], no gradient."""
+    """matrix [K, D] @ vector [D] in the vector's dtype, whatever the matrix's. [K], no gradient.
+
+    ValueError for other shapes.
+    """
+    if matrix.ndim != 2 or vector.shape != matrix.shape[1:]:
+        raise ValueError(
+            f"matvec takes a matrix [K, D] and a vector [D], "
+            f"got {list(matrix.shape)} and {list(vector.shape)}"
+        )
     with torch.autocast(vector.device.type, enabled=False):
         found: Tensor = pick("matvec", matrix, vector).run(matrix, vector)
     return found
@@ -26,15 +34,16 @@ def _(matrix, vector):
 
 
 def _cpu(matrix: Tensor, vector: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or type(matrix) not in (Tensor, torch.nn.Parameter):
+    if vector.dtype != torch.float32 or matrix.dtype == torch.float64:
+        return _reference(matrix, vector)
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (matrix, vector))
+    if torch.compiler.is_compiling() or not plain:
         return _operator(matrix, vector)
     return cpu.matvec(matrix, vector)
 
 
 def _cpu_why_not(matrix: Tensor, vector: Tensor) -> str | None:
-    if vector.dtype != torch.float32 or matrix.dtype == torch.float64:
-        return f"it takes a vector of fp32, this one is {vector.dtype} for {matrix.dtype}"
-    return cpu.why_not(matrix, [vector])
+    return distill.transformed(matrix, vector) or cpu.why_not(matrix, [vector])
 
 
 def _reference(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dispatch import constant
+
 # Multiplications from which `trained_linear` takes oneDNN, which prepares a while: layers of tiny
 # networks stay the plain way.
 ENOUGH = 1 << 23
@@ -19,7 +21,15 @@ _BUILT = torch.backends.mkldnn.is_available()
 
 def usable(device: str, dtype: torch.dtype) -> bool:
     """Whether `linear` takes tensors of this type of device and dtype; it has no gradient."""
-    return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _there()
+    if device != "cpu" or not _there():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _takes_bf16())
+
+
+@constant
+def _takes_bf16() -> bool:
+    """Whether oneDNN has products of bf16 for this processor: it wants AVX-512."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _there() -> bool:
@@ -41,12 +51,17 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     without gradient, for F.linear adds the bias in a pass of its own there.
     """
     kind = x.device.type
-    if x.ndim > 1 and x.numel() * len(weight) >= ENOUGH and usable(kind, x.dtype):
+    if x.ndim > 1 and x.numel() * len(weight) >= ENOUGH:
         if not torch.is_autocast_enabled(kind):
-            if x.dtype == weight.dtype == torch.float32:
-                found: Tensor = _Linear.apply(x, weight, bias)
-                return found
-        elif torch.get_autocast_dtype(kind) == torch.bfloat16 and not torch.is_grad_enabled():
+            if x.dtype == weight.dtype == torch.float32 and usable(kind, torch.float32):
+                # Views are made outside: what lies inside a Function could not change in place.
+                rows: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)
+                return rows.unflatten(0, x.shape[:-1])
+        elif (
+            torch.get_autocast_dtype(kind) == torch.bfloat16
+            and not torch.is_grad_enabled()
+            and usable(kind, torch.bfloat16)
+        ):
             with_bias = None if bias is None else bias.bfloat16()
             return _product(x.bfloat16(), weight.bfloat16(), with_bias)
     return F.linear(x, weight, bias)
@@ -78,12 +93,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows, grads = x.flatten(0, -2), grad.contiguous().flatten(0, -2)
-        dx = _product(grads, weight.t()).view_as(x) if for_x else None
+        grads = grad.contiguous()
+        dx = _product(grads, weight.t()) if for_x else None
         dw = None
         if for_weight:  # the fewer rows the product has, the fewer times the other is read
             if weight.shape[0] <= weight.shape[1]:
-                dw = _product(grads.t(), rows.t())
+                dw = _product(grads.t(), x.t())
             else:
-                dw = _product(rows.t(), grads.t()).t().contiguous()
+                dw = _product(x.t(), grads.t()).t().contiguous()
         return dx, dw, grads.sum(0) if for_bias else None

@@ -2,7 +2,8 @@
 
 PyTorch's own operator is fused in both directions and near the memory floor (linear_parts.json),
 but gives v's type: under autocast a cast of the whole matrix follows, forward and backward. Here
-one pass reads v and writes 16 bits, and one reads their gradient and v and writes v's.
+one pass reads v and writes 16 bits, and one reads their gradient and v and writes v's. For other
+dtypes the backend of the CPU is PyTorch's operator.
 """
 
 from typing import Any
@@ -21,10 +22,11 @@ def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
     Args:
         v: floating [K, D]. g: [K, 1], of v's dtype.
-        dtype: of the result; None for v's. The arithmetic is in v's.
+        dtype: of the result, floating; None for v's. The arithmetic is in v's. Numbers from 2^111
+            on may become infinite or NaN in bf16.
 
     Raises:
-        ValueError: v or g of another shape, dtype or device.
+        ValueError: v or g of another shape, dtype or device, a dtype that is not floating.
     """
     if v.ndim != 2 or not v.is_floating_point():
         raise ValueError(f"v must be floating [K, D], got {v.dtype} of shape {list(v.shape)}")
@@ -34,6 +36,8 @@ def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tenso
             f"got {g.dtype} {list(g.shape)} on {g.device}"
         )
     dtype = dtype or v.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating, got {dtype}")
     found: Tensor = pick(OP, v, g, dtype).run(v, g, dtype)
     return found
 
@@ -74,13 +78,13 @@ _backward.register_autograd(distill.no_second_derivative(OP))
 
 
 def _cpu(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    if v.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        return _reference(v, g, dtype)
     found: Tensor = _forward(v, g, dtype)[0]
     return found
 
 
 def _cpu_why_not(v: Tensor, g: Tensor, dtype: torch.dtype) -> str | None:
-    if v.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
-        return f"it makes bf16 and fp16 of fp32, these are {dtype} of {v.dtype}"
     return distill.transformed(v, g) or cpu.why_not(v)
 
 

@@ -162,6 +162,8 @@ CONVOLUTIONS = [
     ((2, 32, 160, (9, 8), (5, 3), (3, 1), (2, 1)), True),
     ((5, 96, 96, (2, 2), 3, 3, 1), True),  # a map smaller than the stride
     ((2, 256, 256, (3, 3), 1, 1, 1), True),  # padded though it has one tap
+    ((8, 512, 512, (5, 4), 1, 1, 0), True),  # these two by oneDNN
+    ((4, 128, 512, (6, 5), 3, 2, 1), True),
     ((4, 64, 64, (3, 3), 3, 1, 1), False),  # few weights
     ((8, 64, 128, (12, 12), 3, 1, 1), False),  # many windows
 ]
@@ -208,6 +210,52 @@ def test_convolution_as_a_product(case, product, bias, precision, monkeypatch):
         assert (got.double() - right).abs().max() <= 1.5 * allowed + 3e-6 * right.abs().max()
 
 
+@needs_onednn
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_product_of_onednn_can_change_in_place_and_needs_no_gradient(precision, monkeypatch):
+    calls = []
+    monkeypatch.setattr(onednn, "_product", lambda *a, f=onednn._product: calls.append(1) or f(*a))
+    case = (8, 512, 512, (5, 4), 1, 1, 0)
+    exact, _, fast = convolution(case, precision, bias=True)
+    x = torch.randn(8, 512, 5, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        found = F.relu(fast(last), inplace=True)  # as a network without BatchNorm has it
+        with torch.no_grad():
+            teacher = F.relu(fast(last), inplace=True)
+    assert len(calls) == (2 if precision == "fp32" else onednn.usable("cpu", torch.bfloat16))
+    found.float().sum().backward()
+    want = exact(x.double()).relu()
+    want.sum().backward()
+    pairs, tolerance = [(found, want), (teacher, want)], 1e-2
+    if precision == "fp32":  # in bf16 another few pass the ReLU
+        pairs, tolerance = [*pairs, (fast.weight.grad, exact.weight.grad)], 1e-5
+    for got, right in pairs:
+        assert (got.double() - right).abs().max() <= tolerance * right.abs().max()
+    linear = layers((8, 197, 64), 128)[2]
+    F.relu(linear(torch.randn(8, 197, 64)), inplace=True).sum().backward()
+
+
+def test_without_bf16_products_the_library_is_taken(monkeypatch):
+    """oneDNN has none for processors before AVX-512."""
+    monkeypatch.setattr(onednn, "_takes_bf16", lambda: False)
+    monkeypatch.setattr(onednn, "linear", None)
+    assert not onednn.usable("cpu", torch.bfloat16) and onednn.usable("cpu", torch.float32)
+    layer = nn.Linear(64, 256)
+    quicken(layer, CPU, "bf16")
+    x = torch.randn(1024, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_convolutions_compile_whole():
+    for case, _ in CONVOLUTIONS[2:5]:
+        _, _, fast = convolution(case, "fp32")
+        x = torch.randn(case[0], case[1], *case[3]).to(memory_format=torch.channels_last)
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), fast(x))
+
+
 def test_windows_and_their_gradient():
     exact, _, fast = convolution((2, 64, 128, (7, 3), 3, 2, 1), "fp32")
     fast.double()
@@ -225,6 +273,14 @@ def test_which_convolutions_stay():
     assert torch.equal(fast(x), plain(x)) and fast(x).is_contiguous()
     assert fast(x[:0].contiguous(memory_format=torch.channels_last)).shape == (0, 256, 5, 5)
     assert fast(x[0]).shape == (256, 5, 5)  # unbatched
+    patches = nn.Conv2d(1, 768, 16, 16)
+    quicken(patches, CPU, "fp32")
+    found = patches(torch.randn(2, 1, 32, 32))  # of both layouts
+    assert found.is_contiguous()
+    with pytest.raises(RuntimeError, match="to have 256 channels, but got 3"):
+        fast(x[:, :3].contiguous(memory_format=torch.channels_last))
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input"):
+        convolution((1, 64, 128, (1, 1), 3, 1, 0), "fp32")[2](torch.randn(1, 64, 2, 2))
     for kept in (
         nn.Conv2d(8, 8, 3, groups=2),
         nn.Conv2d(8, 8, 3, dilation=2),

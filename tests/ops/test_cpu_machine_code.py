@@ -33,7 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp", "prototypes.cpp")
+FILES = (*LOOPS, "augment.cpp", "clip.cpp", "prototypes.cpp")
 
 
 def objdump(*options: str) -> str:
@@ -143,11 +143,17 @@ def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add,
         ("baseline", "xmm", r"\bmulps"),
     ],
 )
-def test_prototypes_are_normalised_a_register_at_a_time(level, register, multiply_add, functions):
-    found = functions[level].items()
-    code = "\n".join(code for (file, _), code in found if file == "prototypes.cpp")
-    assert re.search(rf"{multiply_add} .*%{register}", code)
-    assert re.search(rf"movnt\w+ .*%{register}", code)  # written past the caches
+def test_prototypes_and_gradients_are_taken_a_register_at_a_time(
+    level, register, multiply_add, functions
+):
+    code = dict.fromkeys(("clip.cpp", "prototypes.cpp"), "")
+    for (file, _), found in functions[level].items():
+        code[file] = code.get(file, "") + found
+    for file in ("clip.cpp", "prototypes.cpp"):
+        assert re.search(rf"{multiply_add} .*%{register}", code[file]), file
+    assert re.search(rf"\bv?mulps .*%{register}", code["clip.cpp"])  # the scaling
+    # Written past the caches:
+    assert re.search(rf"movnt\w+ .*%{register}", code["prototypes.cpp"])
 
 
 @pytest.mark.parametrize("level", cpu.LEVELS)

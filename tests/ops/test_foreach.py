@@ -87,7 +87,8 @@ def test_clip_of_the_native_kernel(level, max_norm, monkeypatch):
     torch.manual_seed(0)
     sizes = [0, 1, 15, 16, 63, 1000, 1024, 1025, 16383, 16384, 16385, 50001]
     grads = [0.1 * torch.randn(n) for n in sizes] + [torch.tensor(7.0)]
-    assert cpu.clip_why_not(grads) is None
+    calls, native = [], cpu.clip
+    monkeypatch.setattr(cpu, "clip", lambda *a: calls.append(1) or native(*a))
 
     def clipped(grads, threads):
         params = [nn.Parameter(torch.empty_like(g)) for g in grads]
@@ -110,8 +111,19 @@ def test_clip_of_the_native_kernel(level, max_norm, monkeypatch):
         assert scale < 1 or torch.equal(got, grad)
     again, _ = clipped(grads, 2)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert len(calls) == 2
     gap = torch.randn(40, 10)[:, :5]
-    assert "without gaps" in cpu.clip_why_not([gap]) and "fp32" in cpu.clip_why_not([gap.double()])
+    for odd in ([gap], [gap.contiguous().double()], [grads[5], grads[5]], [Subclass(grads[5])]):
+        params = [nn.Parameter(torch.empty(0)) for _ in odd]
+        want = [g.norm() for g in odd]
+        for p, g in zip(params, odd, strict=True):
+            p.data, p.grad = g, g
+        torch.testing.assert_close(clip_grad_per_tensor_(params, max_norm), want)
+    assert len(calls) == 2, "plain fp32 without gaps alone"
+
+
+class Subclass(torch.Tensor):
+    """As a DTensor is one, whose memory is not here."""
 
 
 class NoHostRead(TorchDispatchMode):

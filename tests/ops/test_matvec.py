@@ -44,3 +44,9 @@ def test_autocast_threads_and_compile():
     wide = matvec(matrix, vector.double())
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), want)
+
+
+@pytest.mark.parametrize(("matrix", "vector"), [((4, 9), (5,)), ((4, 5), (5, 2)), ((4,), (4,))])
+def test_bad_shapes(matrix, vector):
+    with pytest.raises(ValueError, match=r"takes a matrix \[K, D\] and a vector \[D\], got"):
+        matvec(torch.ones(matrix), torch.ones(vector))

@@ -65,6 +65,23 @@ def test_rows_of_zeros_nan_and_large_numbers_are_as_the_library_has_them(monkeyp
 
 
 @needs_native
+def test_a_default_dtype_or_device_changes_nothing():
+    v, g = inputs(40, 16)
+    grad = torch.randn(40, 16).bfloat16()
+    want = results(v, g, grad, torch.bfloat16)
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            found = results(v, g, grad, torch.bfloat16)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    with torch.device("meta"):
+        found = results(v, g, grad, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bits_do_not_depend_on_threads_or_strides(dtype):
     v, g = inputs(1000, 72)
@@ -102,12 +119,14 @@ def test_it_checks_as_an_operator_compiles_and_refuses_a_second_derivative():
     assert torch.equal(compiled(v, g, torch.bfloat16), weight_norm(v, g, torch.bfloat16))
 
 
-def test_other_dtypes_take_the_library_and_say_so():
+@needs_native
+def test_other_dtypes_take_the_library(monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")  # no reason to fail
     v, g = inputs(4, 8)
     assert torch.equal(weight_norm(v, g), torch._weight_norm(v, g, 0))
     assert weight_norm(v.double(), g.double()).dtype == torch.float64
-    said = explain("weight_norm", v, g, torch.float32)
-    assert "cpu: it makes bf16 and fp16 of fp32, these are torch.float32 of torch.float32" in said
+    monkeypatch.delenv("MOKD_FAST_BACKEND")
+    assert "cpu: chosen" in explain("weight_norm", v, g, torch.bfloat16)
     frozen = weight_norm(v.requires_grad_(), g, torch.bfloat16)  # g = 1, DINO's
     frozen.float().sum().backward()
     assert v.grad is not None and g.grad is None
@@ -125,3 +144,8 @@ def test_other_dtypes_take_the_library_and_say_so():
 def test_bad_input(v, g, message):
     with pytest.raises(ValueError, match=message):
         weight_norm(v, g)
+
+
+def test_bad_dtype():
+    with pytest.raises(ValueError, match=r"dtype must be floating, got torch\.int32"):
+        weight_norm(*inputs(3, 2), torch.int32)

@@ -1,11 +1,13 @@
 """Real builds and installs, as a user's pip makes them, in temporary copies of the tree.
 
-One wheel is built in isolation. The others take the build tools of this environment, which is much
-faster, and every install sees this environment's torch instead of a second one.
+One wheel is built in isolation, from the source archive. The others take the build tools of this
+environment, which is much faster, and every install sees this environment's torch instead of a
+second one. No compiler optimises: that takes three quarters of a build's time, and the install that
+these tests run in has done it.
 """
 
 import ast
-import fcntl
+import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +22,9 @@ from pathlib import Path
 import cmake
 import ninja
 import pytest
+from setuptools import Distribution
+
+from tests.shared import once
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -107,19 +112,36 @@ def tree(tmp_path):
     return copy_tree(tmp_path / "tree")
 
 
+def unpacked_archive(tree, folder):
+    """The tree, as the source archive that is made of it holds it."""
+    code = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b"
+    succeed(sys.executable, "-c", f"{code}; b.build_sdist(sys.argv[2])", tree, folder)
+    with tarfile.open(folder / "mokd_fast-0.1.0.tar.gz") as archive:
+        archive.extractall(folder)
+    return folder / "mokd_fast-0.1.0"
+
+
+def plain_compiler(folder):
+    """The C++ compiler, whatever the build type says without optimisation."""
+    script = folder / "c++"
+    script.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 @pytest.fixture(scope="session")
 def isolated(tmp_path_factory):
-    """(wheel, log) of a build in isolation, pip's default; one for all processes of the tests."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "isolated"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        log = folder / "log.txt"
-        if not log.exists():
-            log.write_text(build_wheel(copy_tree(folder / "tree"), folder)[1])
+    """(wheel, log) of a build of the source archive in isolation, pip's default; one for all
+    processes of the tests. With CUDA where there is nvcc, for one architecture and PTX."""
+
+    def make(folder):
+        source = unpacked_archive(copy_tree(folder / "tree"), folder)
+        env = {"CXX": plain_compiler(folder), "MOKD_FAST_CUDA_ARCHS": "90a"}
+        (folder / "log.txt").write_text(build_wheel(source, folder, **env)[1])
+
+    folder = once(tmp_path_factory, "isolated", make)
     (wheel,) = folder.glob("*.whl")
-    return wheel, log.read_text()
+    return wheel, (folder / "log.txt").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -188,28 +210,45 @@ def test_isolated_wheel(isolated, tmp_path):
     info = build_info(wheel, tmp_path)
     assert info.pop("compiler") in ("gcc", "clang") and info.pop("compiler_version")
     assert isinstance(info.pop("openmp"), bool)
-    archs = ["sm_80", "sm_90a", "sm_100", "compute_80"] if NVCC else []
+    archs = ["sm_90a", "compute_80"] if NVCC else []
     assert info == {"cxx_standard": 17, "build_type": "Release", "cuda_archs": archs}, log
 
 
-@needs_compiler
-@pytest.mark.parametrize("editable", [False, True])
-def test_install(request, tree, here, fresh_python, editable):
-    options, env = here
-    what = [*options, "-e", tree] if editable else [request.getfixturevalue("isolated")[0]]
-    install = ("install", "--no-deps", "--force-reinstall", *what)
-    succeed(sys.executable, "-m", "pip", "--python", fresh_python, *install, **env)
-
-    code = "import torch, mokd_fast, mokd_fast.kernels as k, mokd_fast._C as c; c.build_info()"
-    output = succeed(fresh_python, "-c", f"{code}; print(k.__file__, c.__file__)")
-    home = tree if editable else fresh_python.parents[1]
+def check_install(python, home):
+    """What an installed package must do, from the folder `home`; the module's build_info()."""
+    code = "import torch, mokd_fast, mokd_fast.kernels as k, mokd_fast._C as c"
+    output = succeed(python, "-c", f"{code}; print(k.__file__, c.__file__); print(c.build_info())")
     assert output.count(str(home)) == 2, output
-    assert "pretrain" in succeed(fresh_python.with_name("mokd-fast"), "--help")
-
+    assert "pretrain" in succeed(python.with_name("mokd-fast"), "--help")
     code = "import mokd_fast.benchmarks as b; print(b.folder())"
-    scripts = Path(succeed(fresh_python, "-c", code).strip())
-    assert scripts.is_relative_to(home) and (scripts == tree / "bench") == editable
-    assert "--quick" in succeed(fresh_python, scripts / "distill.py", "--help")
+    scripts = Path(succeed(python, "-c", code).strip())
+    assert scripts.is_relative_to(home)
+    assert "--quick" in succeed(python, scripts / "distill.py", "--help")
+    return ast.literal_eval(output.splitlines()[-1]), scripts
+
+
+def install(python, *what, **env):
+    command = ("-m", "pip", "--python", python, "install", "-v", "--no-deps", "--force-reinstall")
+    return succeed(sys.executable, *command, *what, **env)
+
+
+@needs_compiler
+def test_install(isolated, fresh_python):
+    home = fresh_python.parents[1]
+    install(fresh_python, isolated[0])
+    _, scripts = check_install(fresh_python, home)
+    assert scripts.is_relative_to(home)
+
+
+@needs_compiler
+def test_editable_install_where_nvcc_is_broken(tree, here, fresh_python, broken_nvcc):
+    """The sources where they lie; without CUDA, and one sentence."""
+    options, env = here
+    env = {**env, "MOKD_FAST_BUILD": "auto", "CUDACXX": broken_nvcc}
+    log = install(fresh_python, *options, "-e", tree, **env)
+    assert log.count(WITHOUT_CUDA) == log.count("mokd_fast is built without") == 1
+    info, scripts = check_install(fresh_python, tree)
+    assert info["cuda_archs"] == [] and scripts == tree / "bench"
 
 
 def test_no_compiler_is_a_pure_python_wheel_and_one_sentence(tree, tmp_path, tools):
@@ -247,15 +286,6 @@ def test_refusals(tree, tmp_path, tools, mode, message):
 
 
 @needs_compiler
-def test_a_broken_nvcc_is_a_build_without_cuda_and_one_sentence(tree, tmp_path, here, broken_nvcc):
-    options, env = here
-    env = {**env, "MOKD_FAST_BUILD": "auto", "CUDACXX": broken_nvcc}
-    wheel, log = build_wheel(tree, tmp_path, *options, **env)
-    assert log.count(WITHOUT_CUDA) == log.count("mokd_fast is built without") == 1
-    assert build_info(wheel, tmp_path)["cuda_archs"] == []
-
-
-@needs_compiler
 @pytest.mark.parametrize(
     ("archs", "message"),
     [
@@ -271,19 +301,52 @@ def test_cuda_that_cannot_be_built_is_an_error(tree, tmp_path, here, broken_nvcc
     assert message in log and "Traceback" not in log
 
 
+@pytest.mark.parametrize(
+    ("variables", "found", "archs"),
+    [
+        ({}, True, "80;90a;100"),
+        ({}, False, None),
+        ({"MOKD_FAST_BUILD": "cpu"}, True, None),
+        ({"MOKD_FAST_BUILD": "cuda", "MOKD_FAST_CUDA_ARCHS": "75;120"}, True, "75;120"),
+    ],
+)
+def test_what_cmake_is_told_of_cuda(tmp_path, monkeypatch, variables, found, archs):
+    """From the variables, and whether there is nvcc."""
+    for name in ("MOKD_FAST_BUILD", "MOKD_FAST_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("setup_of_mokd_fast", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    said = []
+    monkeypatch.setattr(setup, "run", lambda *command, failure: said.append(command))
+    monkeypatch.setattr(setup, "tool", lambda name: name)
+    monkeypatch.setattr(setup, "nvcc", lambda: "/a/nvcc" if found else None)
+    module = setup.Extension("mokd_fast._C", sources=[])
+    build = setup.BuildExt(Distribution({"name": "mokd_fast", "ext_modules": [module]}))
+    build.build_lib = build.build_temp = str(tmp_path)
+    (tmp_path / NATIVE).parent.mkdir()
+    (tmp_path / NATIVE).touch()  # what the build would make
+    build.build_extension(module)
+    configure, make = said
+    cuda = [word for word in configure if "CUDA" in word]
+    assert make[:2] == ("cmake", "--build") and cuda == (
+        ["-DMOKD_FAST_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/a/nvcc", f"-DMOKD_FAST_CUDA_ARCHS={archs}"]
+        if archs
+        else []
+    )
+
+
+@pytest.mark.slow
 @needs_compiler
-def test_sdist_builds_the_same_wheel(tree, tmp_path, here):
-    """With CUDA where there is nvcc, for one architecture and PTX."""
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_a_tree_with_cuda(tree, tmp_path, here):
+    """For the architectures that nobody chose."""
     options, env = here
-    if NVCC:
-        env = {**env, "MOKD_FAST_BUILD": "cuda", "MOKD_FAST_CUDA_ARCHS": "90a"}
-    code = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b"
-    succeed(sys.executable, "-c", f"{code}; b.build_sdist(sys.argv[2])", tree, tmp_path)
-    with tarfile.open(tmp_path / "mokd_fast-0.1.0.tar.gz") as archive:
-        archive.extractall(tmp_path)
-    wheel, _ = build_wheel(tmp_path / "mokd_fast-0.1.0", tmp_path, *options, **env)
+    wheel, _ = build_wheel(tree, tmp_path, *options, **{**env, "MOKD_FAST_BUILD": "cuda"})
     assert contents(wheel) == pure_contents() | {NATIVE}
-    archs = ["sm_90a", "compute_80"] if NVCC else []
+    archs = ["sm_80", "sm_90a", "sm_100", "compute_80"]
     assert build_info(wheel, tmp_path)["cuda_archs"] == archs
 
 

@@ -8,6 +8,8 @@ from mokd_fast.data import augment_table
 from mokd_fast.ops import augment_crops, augment_params
 from tests.ops.test_augment import PLAIN, SINGLE, drawn, picture, replace
 
+from .interpreter import _patched_once  # noqa: F401
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter cuts bf16 off instead of rounding.

@@ -5,14 +5,13 @@ and, where there is a GPU, compiled."""
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from mokd_fast.kernels import distill as kernels
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from mokd_fast.ops import Target, cross_view_pairs, distill, distill_cross_entropy, matched_pairs
+
+from .interpreter import _bfloat16_rounds_to_nearest, _patched_once  # noqa: F401
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,22 +24,6 @@ def randn(*shape, dtype=torch.float32, scale=3.0):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _bfloat16_rounds_to_nearest():
-    """As on every GPU; the interpreter cuts the digits off."""
-    cast = InterpreterBuilder.cast_impl
-
-    def rounding(builder, source, to):
-        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(source.data).bfloat16().view(torch.int16)
-            return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
-        return cast(builder, source, to)
-
-    InterpreterBuilder.cast_impl = rounding
-    yield
-    InterpreterBuilder.cast_impl = cast
 
 
 def dense(t, v):

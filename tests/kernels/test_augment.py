@@ -1,10 +1,6 @@
 """The Triton augment_crops: its values (augment_values.py), and what it compiles to for a GPU."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +12,14 @@ from mokd_fast.kernels import augment as kernels
 from mokd_fast.ops import augment_params
 
 from .aot import compile_only, resources
+from .test_distill import run_values
 
 
 @pytest.mark.parametrize("device", ["interpreter", "cuda"])
 def test_values(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    values = Path(__file__).with_name("augment_values.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(values)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
+    run_values("augment_values.py", device, "")
 
 
 @pytest.fixture(autouse=True)

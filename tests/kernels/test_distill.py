@@ -47,8 +47,10 @@ def test_values_on_a_gpu(name):
 def run_values(name: str, device: str, marked: str) -> None:
     """A file of values in a process of its own, for Triton looks at its environment once."""
     values = Path(__file__).with_name(name)
-    environment = {**os.environ, "TRITON_INTERPRET": "01"[device == "interpreter"]}
+    interpreted = "01"[device == "interpreter"]
+    environment = {"TRITON_INTERPRET": interpreted, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked]
+    environment = {**os.environ, **environment}
     ended = subprocess.run([*command, str(values)], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
 

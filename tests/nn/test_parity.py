@@ -118,7 +118,8 @@ def test_the_batch_statistics_are_the_official_ones():
 
 def curves(tmp_path: Path, steps: int, models, *overrides: str, dtype=torch.float64, order=1):
     """A trainer and the official step from the same weights and crops, and their losses in every
-    step; `order` -1 gives the official one each batch's pictures from the last to the first."""
+    step; `order` -1 gives the official one each batch's pictures from the last to the first, and
+    the trainer makes no steps."""
     data = pictures(tmp_path / "data", 20)
     recipe = small(data, f"train.duration={steps // 5}ep", *overrides, models=models)
     trainer = Trainer(recipe, tmp_path / "run", silent())
@@ -135,13 +136,14 @@ def curves(tmp_path: Path, steps: int, models, *overrides: str, dtype=torch.floa
         given = [x.to(dtype).permute(0, 3, 1, 2) / 255 for group in views for x in group]
         given = [x.flip(0) if order < 0 else x for x in given]
         theirs.append(official.step(given, k, k // trainer.steps_per_epoch))
-        mine.append(trainer.step(k, iter([copy.deepcopy(views)])).losses)
+        if order > 0:
+            mine.append(trainer.step(k, iter([copy.deepcopy(views)])).losses)
     return trainer, official, mine, theirs
 
 
 @pytest.mark.parametrize(
     ("official_groups", "way", "steps"),
-    [(True, "fused-linear", 50), (False, "fused", 20), (True, "reference", 20)],
+    [(True, "fused-linear", 30), (False, "fused", 20), (True, "reference", 20)],
 )
 def test_curve_in_fp64(tmp_path: Path, official_groups: bool, way: str, steps: int):
     """The curve of a tiny pair: optimizers, groups, clip, freeze, EMA, centres, all of it. With

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -13,17 +14,14 @@ import torch
 from mokd_fast.kernels import configs
 
 from mokd_fast.ops import cpu, cuda, distill, search
+from tests.shared import once
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The native module with the CUDA kernels compiled for the host (emulator.h)."""
-    if NVCC is None:
-        pytest.skip("needs the headers of the CUDA toolkit")
-    module = tmp_path_factory.mktemp("emulated") / "_C.so"
+def emulate(folder):
+    """_C.so, all processors at work: the other processes of the tests may wait for it."""
     include = pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests/ops"
     sources = (
         "bindings.cpp",
@@ -37,16 +35,34 @@ def emulated(tmp_path_factory):
         "cuda/distill.cu",
         "cuda/search.cu",
     )
-    command = [
-        *(NVCC, "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", "-o", module),
+    options = [
+        *("-x", "c++", "-std=c++17", "-O1"),
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-unknown-pragmas",
         *('-DMOKD_CUDA="sm_80 sm_90a compute_80"', "-DMOKD_LEVEL=baseline"),
         '-DMOKD_FAST_BUILD_TYPE="emulated"',
-        *(f"-I{folder}" for folder in include),
-        *(ROOT / "csrc" / source for source in sources),
+        *(f"-I{place}" for place in include),
     ]
-    build = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert build.returncode == 0, build.stdout + build.stderr
+
+    def nvcc(*words):
+        build = subprocess.run(list(map(str, [NVCC, *words])), capture_output=True, text=True)
+        assert build.returncode == 0, build.stdout + build.stderr
+
+    def compiled(source):
+        out = folder / f"{source.replace('/', '_')}.o"
+        nvcc(*options, "-c", ROOT / "csrc" / source, "-o", out)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    nvcc("-shared", "-cudart", "none", "-o", folder / "_C.so", *objects)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The native module with the CUDA kernels compiled for the host (emulator.h)."""
+    if NVCC is None:
+        pytest.skip("needs the headers of the CUDA toolkit")
+    module = once(tmp_path_factory, "emulated", emulate) / "_C.so"
     # Another name than mokd_fast._C, which pybind11 would answer with the module loaded already.
     spec = importlib.util.spec_from_file_location("emulated._C", module)
     native = importlib.util.module_from_spec(spec)

@@ -428,8 +428,8 @@ def test_compiles_whole_for_any_batch():
 
 
 @pytest.mark.parametrize("chunk", [40, 97, 4096])
-def test_the_operators_are_sound(chunk):
-    x, w, targets = four()
+def test_the_operators_are_sound(chunk, b=B):
+    x, w, targets = four(b)
     calls = []
     original = linear_distill._forward
 

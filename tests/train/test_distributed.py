@@ -109,8 +109,10 @@ def test_two_processes_are_one_with_the_same_batch(data, tmp_path):
     for name, value in one["model"].items():
         if not name.endswith("qkv.bias"):  # a key's has no gradient; AdamW makes steps of its noise
             torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
-    codes, out = wait(start(recipe_of(data), tmp_path / "one", 2))  # of one process
-    assert codes == [2, 2] and "is of another recipe" in out[0] and out[1] == ""
+    of_one = ("--run", tmp_path / "one")
+    found = fork(recipe_of(data), tmp_path / "again", 2, *of_one)
+    assert [code for code, *_ in found] == [2, 2], found
+    assert "is of another recipe" in found[0][2] and found[1][1:] == ("", "")
 
 
 def changed_by(one, two):

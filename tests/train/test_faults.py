@@ -362,6 +362,7 @@ def test_a_full_disk_where_a_run_goes_on(recipe, run, at, tmp_path, name):
 
 LIMITED = """
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -371,13 +372,13 @@ from mokd_fast import cli
 
 torch.backends.mkldnn.set_flags(False)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv.pop(1)) << 20),) * 2)
 cli.main()
 """
 
 
-def limited(*words: object) -> tuple[int, str]:
-    """The command line in the address space that a new process has and 200 MB; code and stderr.
+def limited(megabytes: int, *words: object) -> tuple[int, str]:
+    """The command line in the address space that a new process has and some more; code and stderr.
 
     New, because a fork of a long test process inherits freed memory, which no limit counts. One
     thread and one arena, whose reservations would be counted; what is freed is given back. Without
@@ -385,7 +386,7 @@ def limited(*words: object) -> tuple[int, str]:
     """
     malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     env = {**os.environ, "OMP_NUM_THREADS": "1", **malloc}
-    command = [sys.executable, "-c", LIMITED, *map(str, words)]
+    command = [sys.executable, "-c", LIMITED, *map(str, (megabytes, *words))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, " ".join(done.stderr.split())
 
@@ -396,23 +397,23 @@ def test_out_of_memory_by_stored_logits(tmp_path):
     words = ("train.batch=64", "train.duration=2it", "train.warmup=0it", "prototypes=65536")
     recipe = write(small(data, *words, models=[VIT], t_head=None), tmp_path / "wide.yaml")
     where = ("--run", tmp_path / "run")
-    code, error = limited("pretrain", recipe, "loss.prototypes=fused", *where)
+    code, error = limited(200, "pretrain", recipe, "loss.prototypes=fused", *where)
     assert code == 2 and "out of memory in step 1" in error and "No checkpoint" in error, error
     assert "It fits without stored logits, as just tried here: set loss.prototypes=fused" in error
-    code, error = limited("pretrain", recipe, "loss.prototypes=fused-linear", *where)
+    code, error = limited(200, "pretrain", recipe, "loss.prototypes=fused-linear", *where)
     assert code == 0, error
 
 
 def test_out_of_memory_says_what_fits(recipe, tmp_path):
-    """The crops of all pictures and what the networks make of them are too much for 200 MB."""
-    data = pictures(tmp_path / "many", 64)
-    big = (f"data.root={data}", "train.batch=64", "train.duration=2it", "augment.global_size=84")
-    code, error = limited("pretrain", recipe, *big, "--run", tmp_path / "run")
+    """The crops of all pictures and what the networks make of them are too much for 120 MB."""
+    data = pictures(tmp_path / "many", 32)
+    big = (f"data.root={data}", "train.batch=32", "train.duration=2it", "augment.global_size=84")
+    code, error = limited(120, "pretrain", recipe, *big, "--run", tmp_path / "run")
     assert code == 2 and "out of memory in step 1" in error and "No checkpoint" in error, error
     parts = int(error.split("train.accumulate=")[1].split(",")[0])
-    assert parts > 1 and f"Micro-batches of {64 // parts} fit, as just tried here" in error
+    assert parts > 1 and f"Micro-batches of {32 // parts} fit, as just tried here" in error
     fits = (f"train.accumulate={parts}", "--run", tmp_path / "fits")
-    code, error = limited("pretrain", recipe, *big, *fits)
+    code, error = limited(120, "pretrain", recipe, *big, *fits)
     assert code == 0, error
 
 

@@ -143,7 +143,7 @@ def curves(tmp_path: Path, steps: int, models, *overrides: str, dtype=torch.floa
 
 @pytest.mark.parametrize(
     ("official_groups", "way", "steps"),
-    [(True, "fused-linear", 30), (False, "fused", 20), (True, "reference", 20)],
+    [(True, "fused-linear", 50), (False, "fused", 20), (True, "reference", 20)],
 )
 def test_curve_in_fp64(tmp_path: Path, official_groups: bool, way: str, steps: int):
     """The curve of a tiny pair: optimizers, groups, clip, freeze, EMA, centres, all of it. With

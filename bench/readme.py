@@ -14,7 +14,13 @@ from bench.report import plots
 from bench.report.data import augment_table, data_table
 from bench.report.operators import distill_table, linear_table, scaling_table, search_table
 from bench.report.results import ROOT
-from bench.report.step import activations_sentence, parts_table, step_table, ways_table
+from bench.report.step import (
+    activations_sentence,
+    layers_table,
+    parts_table,
+    step_table,
+    ways_table,
+)
 from bench.report.training import (
     ablation_table,
     alarms_table,
@@ -38,6 +44,7 @@ PARTS = {
     "step-table": step_table,
     "parts-table": parts_table,
     "ways-table": ways_table,
+    "layers-table": layers_table,
     "activations": activations_sentence,
 }
 

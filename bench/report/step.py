@@ -44,6 +44,18 @@ def ways_table() -> str:
     return "\n".join([*lines, "", said])
 
 
+def layers_table() -> str:
+    """What the trainer runs another way than PyTorch."""
+    result = load("layers")
+    lines = ["| forward and backward | dtype | ours | PyTorch |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['op']} | {row['dtype']} | {row['median_s'] * 1e3:.2f} ms | "
+            f"{row['baseline_s'] * 1e3:.2f} ms, {row['ratio']:.2f}x |"
+        )
+    return "\n".join([*lines, "", measured(result)])
+
+
 def parts_table() -> str:
     """Seconds of each part, of the largest pair."""
     largest = load("step")["rows"][-1]["shape"]

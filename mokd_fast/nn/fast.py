@@ -25,7 +25,7 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that is a product of its windows with its weights where few windows meet many
     weights: there oneDNN's convolution spends its time on moving weights, most of all for their
-    gradient (in the last stages of a ResNet it takes up to three times as long: linear_parts.json).
+    gradient (layers.json has what it takes in the last stages of a ResNet).
     Of a product there are gradients of first order alone.
 
     It is right for a map smaller than the stride, too: oneDNN leaves the taps of a bf16 weight

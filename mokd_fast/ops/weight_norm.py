@@ -2,8 +2,8 @@
 
 PyTorch's own operator is fused in both directions and near the memory floor (linear_parts.json),
 but gives v's type: under autocast a cast of the whole matrix follows, forward and backward. Here
-one pass reads v and writes 16 bits, and one reads their gradient and v and writes v's. For other
-dtypes the backend of the CPU is PyTorch's operator.
+one pass reads v and writes 16 bits, and one reads their gradient and v and writes v's: layers.json.
+For other dtypes the backend of the CPU is PyTorch's operator.
 """
 
 from typing import Any

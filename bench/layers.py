@@ -1,0 +1,144 @@
+"""Layers and passes of a step that the trainer runs another way than PyTorch does, on the CPU.
+
+    python bench/layers.py [--quick] [--json FILE]
+
+A bf16 row is under autocast, from fp32 weights; with gradient unless it says otherwise. What is
+compared starts from the same numbers. step.json has what all of them are worth in a step.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
+
+from bench.timing import calibrate, interleave, keep_memory, machine, write_json
+from mokd_fast.nn.fast import quicken
+from mokd_fast.ops import clip_grad_per_tensor_, cpu, foreach, weight_norm
+from mokd_fast.ops.matvec import matvec
+
+K = 65536
+# Convolutions of the last two stages of a ResNet-50, 8 global and 32 local crops:
+# images, channels in and out, side, kernel, stride
+CONVOLUTIONS = [
+    (8, 1024, 256, 14, 1, 1),
+    (8, 2048, 512, 7, 1, 1),
+    (8, 512, 512, 7, 3, 1),
+    (32, 1024, 256, 6, 1, 1),
+    (32, 1024, 2048, 6, 1, 2),
+    (32, 512, 512, 6, 3, 2),
+    (32, 2048, 512, 3, 1, 1),
+    (32, 512, 512, 3, 3, 1),
+]
+LINEAR = (1576, 384, 1536)  # tokens, width in and out: the first layer of a ViT-S block's MLP
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, PyTorch's
+
+
+def both(layer: nn.Module, x: Tensor, dtype: str, *, gradient: bool = True) -> Pair:
+    ours = copy.deepcopy(layer)
+    quicken(ours, x.device, dtype)
+
+    def run(layer: nn.Module) -> None:
+        inputs = x.detach().requires_grad_(gradient)
+        with (
+            torch.set_grad_enabled(gradient),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"),
+        ):
+            y = layer(inputs)
+        if gradient:
+            y.backward(torch.ones((), dtype=y.dtype).expand_as(y).contiguous())
+            layer.zero_grad()
+
+    return lambda: run(ours), lambda: run(layer)
+
+
+def prototypes(width: int) -> Pair:
+    v, g = torch.randn(K, width, requires_grad=True), torch.ones(K, 1)
+    grad = torch.randn(K, width).bfloat16()
+
+    def run(make: Callable[[], Tensor]) -> None:
+        make().backward(grad)
+        v.grad = None
+
+    return (
+        lambda: run(lambda: weight_norm(v, g, torch.bfloat16)),
+        lambda: run(lambda: torch._weight_norm(v, g, 0).bfloat16()),
+    )
+
+
+def clip() -> Pair:
+    """Of the gradients of a ViT-S with its prototypes, none of which is too long."""
+    block = [(1152, 384), (384, 384), (1536, 384), (384, 1536), *[(384,)] * 8]
+    parameters = [nn.Parameter(torch.empty(size)) for size in [*block * 12, (K, 384), (K, 256)]]
+    for p in parameters:
+        p.grad = 1e-5 * torch.randn(p.shape)
+    grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    return lambda: clip_grad_per_tensor_(parameters, 3.0), lambda: foreach._clip(grads, 3.0)
+
+
+def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
+    """(what, dtype) -> both ways."""
+    found: dict[tuple[str, str], Callable[[], Pair]] = {}
+    for dtype in ("fp32", "bf16"):
+        for images, channels, out, side, kernel, stride in CONVOLUTIONS[-1 if quick else 0 :]:
+            x = torch.randn(images, channels, side, side).to(memory_format=torch.channels_last)
+            layer = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
+            layer.to(memory_format=torch.channels_last)
+            name = f"convolution {kernel} x {kernel} / {stride}, [{images}, {channels}, {side}, "
+            name += f"{side}] to {out}"
+            given = x if dtype == "fp32" else x.bfloat16()
+            found[name, dtype] = lambda m=layer, x=given, d=dtype: both(m, x, d)
+    tokens, width, out = LINEAR
+    x, linear = torch.randn(tokens, width), nn.Linear(width, out)
+    name = f"linear layer, [{tokens}, {width}] to {out}"
+    found[name, "fp32"] = lambda: both(linear, x, "fp32")
+    teacher = f"{name}, without gradient"
+    found[teacher, "bf16"] = lambda: both(linear, x.bfloat16(), "bf16", gradient=False)
+    found[f"weight_norm, [{K}, 384]", "bf16"] = lambda: prototypes(384)
+    matrix, vector = torch.randn(K, 384).bfloat16(), torch.randn(384)
+    found[f"matvec of a centre, [{K}, 384]", "bf16"] = lambda: (
+        lambda: matvec(matrix, vector),
+        lambda: matrix.float() @ vector,
+    )
+    found["clip of a ViT-S and its prototypes", "fp32"] = clip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    keep_memory()
+    if cpu.native is None:
+        sys.exit(f"nothing to compare: {cpu.missing}")
+    result: dict[str, Any] = {"machine": machine(), "calibration": calibrate(), "rows": []}
+    print(result["machine"], result["calibration"], sep="\n")
+    for (what, dtype), make in cases(options.quick).items():
+        ours, theirs = make()
+        times = interleave({"ours": ours, "PyTorch": theirs}, 5 if options.quick else 31, 3)
+        row = {
+            "op": what,
+            "backend": "cpu",
+            "dtype": dtype,
+            "median_s": times["ours"],
+            "baseline": "PyTorch",
+            "baseline_s": times["PyTorch"],
+            "ratio": times["PyTorch"] / times["ours"],
+            "discarded_rounds": times.discarded,
+        }
+        result["rows"].append(row)
+        print(f"{what}, {dtype}: {row['median_s'] * 1e3:.2f} ms, {row['ratio']:.2f}x", flush=True)
+    if options.json:
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,9 @@ changes from step to step reaches it through tensors that stay where they are:
     weights, BatchNorm, scalers   changed in place, by everybody
     gradients, losses, outputs    tensors of the graph, overwritten by the next step
 
-Clip, optimizer, EMA and centres stay outside: their rates are host numbers, and they are a few
-launches for all tensors together, where forward and backward are thousands.
+Clip, optimizer, EMA and centres stay outside: their rates are host numbers (PyTorch's fused
+optimizers take no other weight decay), and they are a few launches for all tensors together, where
+forward and backward are thousands.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,9 +60,10 @@ class Recorder:
 class StepGraph:
     """`run` (forward and backward of `mokd`) for batches of one size, recorded after WARMUP steps.
 
-    Called like it, once a step, when the students have no gradients. Its gradients and outputs
-    hold until the next call; `totals` and `terms` stay. A batch of another size than the first
-    one's runs as ever. UserError where the networks do what no graph can record.
+    Called like it, once a step, when the students have no gradients (a graph would add to them in
+    every replay). Its gradients and outputs hold until the next call; `totals` and `terms` stay. A
+    batch of another size than the first one's runs as ever. UserError where the networks do what no
+    graph can record.
     """
 
     def __init__(self, mokd: MOKD, run: Run, recorder: Recorder) -> None:
@@ -76,16 +78,13 @@ class StepGraph:
         views = [global_views, local_views]
         if not self._views:
             self._settle(views, taus)
-        if list(map(_size, views)) != list(map(_size, self._views)):
+        if [x is not None and x.shape for x in views] != self._sizes:
             return self._run(global_views, local_views, taus)
         self._fill(views, taus)
         if self._warm < WARMUP:
             self._warm += 1
             return self._recorder.warm_up(self._forward)
-        if self._replay is None:
-            self._record()
-        assert self._replay is not None
-        self._replay()
+        (self._replay or self._record())()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         totals, terms = self._out.totals, self._out.terms
@@ -95,10 +94,10 @@ class StepGraph:
 
     def _settle(self, views: list[Tensor | None], taus: Sequence[Temperatures]) -> None:
         """The tensors through which a step's numbers come in."""
+        self._sizes = [x is not None and x.shape for x in views]
         self._views = [None if x is None else torch.empty_like(x) for x in views]
         assert views[0] is not None
-        # fp64, as the host has them: an operator rounds them to its own arithmetic.
-        places = torch.empty(len(taus), 3, dtype=torch.float64, device=views[0].device)
+        places = torch.empty(len(taus), 3, device=views[0].device)
         self._taus = [Temperatures(*row.unbind()) for row in places]
         self._centers = dict(self._mokd.centers.named_buffers())
 
@@ -120,10 +119,9 @@ class StepGraph:
         assert global_views is not None
         return self._run(global_views, local_views, self._taus)
 
-    def _record(self) -> None:
+    def _record(self) -> Callable[[], object]:
+        """Its replay."""
         students = list(self._mokd.students.parameters())
-        for parameter in students:
-            parameter.grad = None  # or backward would add to it, now and in every replay
         try:
             self._out, self._replay = self._recorder.record(self._forward)
         except RuntimeError as error:
@@ -136,10 +134,7 @@ class StepGraph:
                 "set train.cuda_graph=false and the run goes on"
             ) from error
         self._gradients = [(p, p.grad) for p in students if p.grad is not None]
-
-
-def _size(x: Tensor | None) -> torch.Size | None:
-    return None if x is None else x.shape
+        return self._replay
 
 
 def refuse_graph(recipe: Recipe, device: torch.device, processes: int) -> None:

@@ -1,5 +1,5 @@
 """train.cuda_graph: the bits of the steps without it, by a stand-in on the CPU. What a forward pass
-does on a GPU is looked at with tensors that have no numbers; none is tried."""
+does on a GPU is looked at with tensors that have no numbers; one test is for a real one."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -38,7 +38,7 @@ def recipe_of(data, *overrides, models=(CNN, VIT), **more):
     warmup = dict.fromkeys(("self", "cross", "search"), "8it")
     return small(
         data, f"train.duration={STEPS}it", "train.warmup=1it", "train.freeze_last_layers=5it",
-        "train.checkpoint_every=20it", *overrides,
+        "train.checkpoint_every=20it", "train.device=cpu", *overrides,
         models=[{**m, "temperature_warmup": warmup} for m in models], **more,
     )  # fmt: skip
 
@@ -247,6 +247,29 @@ def test_out_of_memory(short, data, tmp_path, on_the_cpu, monkeypatch):  # noqa:
         pretrain(recipe, run=tmp_path / "run", console=silent())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(data, tmp_path):
+    """The losses of the steps without it, up to the order of a GPU's sums; no replay waits."""
+    found = []
+    for more in ((), (GRAPH,)):
+        trainer = Trainer(recipe_of(data, "train.device=cuda", *more), tmp_path / "run", silent())
+        trainer.mokd.train()
+        batches, losses = trainer.loader.batches(0), []
+        views = [trainer.to_device(next(batches)) for _ in range(STEPS)]
+        trainer.to_device = lambda views: views
+        for k in range(STEPS):
+            torch.cuda.set_sync_debug_mode("error" if more and k > WARMUP else "default")
+            try:
+                losses.append(trainer.step(k, iter([views[k]])).losses)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append([{name: float(x) for name, x in step.items()} for step in losses])
+        trainer.lock.release()
+    assert trainer.graph._replay is not None
+    for mine, theirs in zip(*found, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-2)
+
+
 def test_the_recorder_of_a_gpu_knows_its_calls():
     """By their names: no graph is recorded here."""
     cuda = torch.cuda
@@ -285,8 +308,15 @@ class OnTheHost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("overrides", [(), ("t_head.queries=all",), ("t_head.search=cross",)])
-@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "overrides"),
+    [
+        ("reference", ()),
+        ("", ()),
+        ("", ("t_head.queries=all", "loss.prototypes=fused-linear")),
+        ("", ("t_head.search=cross",)),
+    ],
+)
 def test_a_forward_pass_stays_on_the_gpu(backend, overrides, monkeypatch):
     """On one that is not there, by tensors without numbers; a backward pass needs a real one."""
     properties = SimpleNamespace(total_memory=80 << 30, L2_cache_size=50 << 20, major=9, minor=0)

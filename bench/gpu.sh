@@ -110,7 +110,8 @@ tests() {
     local workers=()
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
     "$python" -m pytest -q -p no:cacheprovider --durations=8 "${workers[@]}" tests/ops tests/kernels \
-        tests/train/test_skipped.py::test_the_host_reads_once_a_row
+        tests/train/test_skipped.py::test_the_host_reads_once_a_row \
+        tests/train/test_graph.py::test_on_a_gpu
 }
 
 sanitize() { # tool backends checks [options of the sanitizer]

@@ -15,6 +15,7 @@ from bench.timing import Medians, interleave
 from mokd_fast.nn import MOKD
 from mokd_fast.nn.fast import Conv2d, Linear, compile_blocks, quicken
 from mokd_fast.train import malloc
+from mokd_fast.train.graph import WARMUP
 
 if TYPE_CHECKING:
     from bench.step import Steps
@@ -39,7 +40,16 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
     plain = steps.ours(steps.make_trainer(channels_last=False))
     found["channels_last"] = _row(interleave({"with": run, "without": plain}, ROUNDS))
     found["freed memory kept"] = _row(_turns(run, *_malloc(run)))
+    if steps.device.type == "cuda":
+        found["forward and backward as a CUDA graph"] = _recorded(steps, run)
     return found
+
+
+def _recorded(steps: Steps, run: Run) -> dict[str, float]:
+    graphed = steps.ours(steps.make_trainer(cuda_graph=True))
+    for _ in range(WARMUP + 1):  # the last of them records it
+        graphed()
+    return _row(interleave({"with": graphed, "without": run}, ROUNDS))
 
 
 def _turns(run: Run, on: Run, off: Run, usual: Run) -> Medians:

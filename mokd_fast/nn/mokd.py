@@ -333,8 +333,9 @@ class MOKD(nn.Module):
             asking = [[1], [0]]
         for views in asking[: 1 if self.search_maps == "first" else 2]:
             views.extend(range(GLOBALS, V))
+        # stack: a list as an index is copied to a GPU, and the host waits for that.
         rows = [
-            _searched(head, found, view, queries[views])
+            _searched(head, found, view, torch.stack([queries[v] for v in views]))
             for view, views in enumerate(asking)
             if views
         ]

@@ -9,13 +9,14 @@ import torch
 from rich.console import Console
 
 from .distributed import World
+from .graph import WARMUP
 from .loop import Trainer
 from .malloc import freed_memory_kept
 from .meter import Meter
 from .recipe import Recipe
 from .state import capture
 
-_STEPS = 4  # the first one is not timed: it allocates and compiles
+_STEPS = 3  # are timed, after the first one, which allocates and compiles
 
 
 def dry_run(recipe: Recipe, console: Console) -> dict[str, float]:
@@ -54,18 +55,19 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, float]:
 
 def _measure(trainer: Trainer) -> dict[str, float]:
     cuda = trainer.device.type == "cuda"
-    steps = min(_STEPS, trainer.total)
+    untimed = 1 if trainer.graph is None else WARMUP + 1  # the last of these records it
+    steps = min(untimed + _STEPS, trainer.total)
     batches = trainer.loader.batches(0, steps * trainer.recipe.train.accumulate)
     meter = Meter(batches)
     trainer.mokd.train()
     begin = time.perf_counter()
     for k in range(steps):
-        if k == 1:
+        if k == untimed:
             begin = _now(cuda)
             meter = Meter(batches)
         meter.add(k + 1, trainer.step(k, meter))
         trainer.done = k + 1
-    seconds = (_now(cuda) - begin) / max(steps - 1, 1)
+    seconds = (_now(cuda) - begin) / (steps - untimed if steps > untimed else steps)
     peak = torch.cuda.max_memory_allocated(trainer.device) if cuda else _resident()
     tensors = [t for t in torch.utils._pytree.tree_leaves(capture(trainer)) if torch.is_tensor(t)]
     return {

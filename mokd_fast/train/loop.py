@@ -1,7 +1,7 @@
 """The pre-training loop: plain PyTorch, one process a GPU."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..data.loader import ViewLoader, choose_loader, finish
 from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import Temperatures
+from ..nn.mokd import StepLosses
 from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
 from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
@@ -29,6 +30,7 @@ from .diagnose import diagnose
 from .distributed import World
 from .fit import fit
 from .folder import RunLock, write_whole
+from .graph import Recorder, StepGraph, refuse_graph
 from .meter import BadFiles, Meter, StepResult, accumulate
 from .networks import make_networks
 from .online import OnlineKNN
@@ -112,6 +114,7 @@ class Trainer:
         if data.root is None:
             raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
         self.device = _device(train.device)
+        refuse_graph(recipe, self.device, self.world.size)
         self.precision, reason = choose_precision(train.precision, self.device)
         if reason:
             self.note(f"train.precision=auto: {self.precision} ({reason})")
@@ -227,6 +230,8 @@ class Trainer:
             load_files(self, files)
             self.save()  # as well: the files may be gone or others by then
         self.network = self.world.share(self.mokd, self.device)
+        recorded = recipe.train.cuda_graph
+        self.graph = StepGraph(self.mokd, self._losses, Recorder()) if recorded else None
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         path = self.run / "recipe.yaml"
         try:
@@ -305,18 +310,15 @@ class Trainer:
         means: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         prototypes: dict[str, Tensor] = {}
-        # One model after the other, for the memory; DDP wants one backward after its forward.
-        alone = self.network is self.mokd
-        backward = (lambda i, total: self._part(i, total).backward()) if alone else None
         self.statistics.take()
         for part in range(parts):
             prototypes.clear()  # the next micro-batch makes the same again
             global_views, local_views = self.to_device(next(batches))
-            with self.world.apart(self.network, part < parts - 1), self._autocast():
-                out = self.network(global_views, local_views, taus, backward)
+            with self.world.apart(self.network, part < parts - 1):
+                out = (self.graph or self._losses)(global_views, local_views, taus)
             if self.is_logged(k + 1):
                 accumulate(diagnostics, diagnose(out, self.mokd, taus), parts)
-            if backward is None:
+            if self.network is not self.mokd:
                 totals = [self._part(i, total) for i, total in enumerate(out.totals)]
                 torch.stack(totals).sum().backward()
             for i, total in enumerate(out.totals, start=1):
@@ -337,6 +339,17 @@ class Trainer:
             for i in range(len(self.scalers)):
                 diagnostics[f"grad_scale_{i + 1}"] = self._scaled(i, torch.ones_like(momentum))
         return StepResult(losses, skip, diagnostics)
+
+    def _losses(
+        self, global_views: Tensor, local_views: Tensor | None, taus: Sequence[Temperatures]
+    ) -> StepLosses:
+        """Forward and, in one process, backward."""
+        # One model after the other, for the memory; DDP wants one backward after its forward.
+        alone = self.network is self.mokd
+        backward = (lambda i, total: self._part(i, total).backward()) if alone else None
+        with self._autocast():
+            found: StepLosses = self.network(global_views, local_views, taus, backward)
+        return found
 
     def _autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16

@@ -40,11 +40,19 @@ def advice(trainer: Trainer) -> str:
         goes_on = f"Set {' or '.join(free)} and the run goes on; or start" if free else "Start"
         return f"{goes_on} a new run (--run) with a larger train.accumulate or more processes"
     recipe = trainer.recipe = trainer.recipe.model_copy(update={"train": train})
+    also = ""
+    if trainer.graph is not None:
+        trainer.graph, also = None, "train.cuda_graph=false and "
+        if _fits(trainer):
+            return (
+                "It fits without the graph, which keeps memory of its own, as just tried here: set "
+                "train.cuda_graph=false and the run goes on"
+            )
     if trainer.way != "fused-linear":
         trainer.mokd.prototype_loss = "fused-linear"
         if _fits(trainer):
             return (
-                "It fits without stored logits, as just tried here: set "
+                f"It fits without stored logits, as just tried here: set {also}"
                 "loss.prototypes=fused-linear and the run goes on"
             )
         trainer.mokd.prototype_loss = trainer.way
@@ -53,7 +61,7 @@ def advice(trainer: Trainer) -> str:
             checkpoint_activations(student)  # type: ignore[arg-type]
         if _fits(trainer):
             return (
-                "It fits where backward makes activations again, as just tried here: set "
+                f"It fits where backward makes activations again, as just tried here: set {also}"
                 "train.checkpoint_activations=true and the run goes on"
             )
         for student in trainer.mokd.students:
@@ -65,7 +73,7 @@ def advice(trainer: Trainer) -> str:
         trainer.recipe = recipe.model_copy(update={"train": divided})
         if _fits(trainer):
             return (
-                f"Micro-batches of {train.batch // parts} fit, as just tried here: set "
+                f"Micro-batches of {train.batch // parts} fit, as just tried here: set {also}"
                 f"train.accumulate={parts}, which leaves train.batch={train.batch} as it is. That "
                 "is another recipe: give a new run folder with --run, and --warm-start "
                 f"{trainer.run} to keep what was learned"

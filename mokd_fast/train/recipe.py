@@ -125,6 +125,7 @@ class TrainConfig(Config):
     channels_last: bool = True
     compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
     pack_crops: bool = False  # a ViT's global and local crops in one pass; likewise
+    cuda_graph: bool = False  # forward and backward recorded once, then launched by one call
     checkpoint_activations: bool = False  # true: less memory, more time, the same bits
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
@@ -142,6 +143,27 @@ class TrainConfig(Config):
         if self.pack_crops and self.checkpoint_activations:
             raise ValueError(
                 "pack_crops and checkpoint_activations exclude each other: set one of them to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_recorded(self) -> "TrainConfig":
+        if not self.cuda_graph:
+            return self
+        if self.accumulate > 1:
+            raise ValueError(
+                "cuda_graph: a graph's gradients overwrite those before, and micro-batches add "
+                "theirs up: set accumulate=1 or cuda_graph=false"
+            )
+        if self.checkpoint_activations:  # PyTorch's own limit
+            raise ValueError(
+                "cuda_graph: checkpoint_activations reads the state of the random numbers, which "
+                "cannot be recorded: set one of them to false"
+            )
+        if self.compile or self.pack_crops:  # xformers makes a pack's mask on the host
+            raise ValueError(
+                "cuda_graph has never been tried with compile or pack_crops: set it to false, or "
+                "both of them"
             )
         return self
 

@@ -18,7 +18,7 @@ FREE_KEYS = (
     *("evaluate.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.max_skipped", "train.wandb", "loss.prototypes"),
-    *("train.checkpoint_activations", "train.compile"),
+    *("train.checkpoint_activations", "train.compile", "train.cuda_graph"),
 )
 _SHOWN = 3  # how many names an error message lists
 

@@ -66,7 +66,7 @@ def parts_table() -> str:
     for part in dict.fromkeys(part for column in columns for part in column):
         cells = (f"{column[part]:.3f} s" if part in column else "" for column in columns)
         lines.append(f"| {part} | {' | '.join(cells)} |")
-    for name, networks in (("", NETWORKS), (", without their prototype layers", NETWORKS[:-1])):
+    for name, networks in (("", NETWORKS), (", prototype layers among it", NETWORKS[:-1])):
         rest = (1 - sum(c[part] for part in networks) / sum(c.values()) for c in columns)
         cells = " | ".join(f"{share:.1%}" for share in rest)
         lines.append(f"| all but the networks{name} | {cells} |")

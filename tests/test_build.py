@@ -2,8 +2,8 @@
 
 One wheel is built in isolation, from the source archive. The others take the build tools of this
 environment, which is much faster, and every install sees this environment's torch instead of a
-second one. No compiler optimises: that takes three quarters of a build's time, and the install that
-these tests run in has done it.
+second one. No compiler optimises: that takes most of a build's time, and the install that these
+tests run in has done it.
 """
 
 import ast

@@ -30,7 +30,7 @@ def _bfloat16_rounds_to_nearest():
 @pytest.fixture(autouse=True, scope="session")
 def _patched_once():
     """The interpreter puts its own functions into triton.language at every call of a device
-    function, which is a third of its time. They are the same each time: once is enough."""
+    function, and takes them out again. They are the same each time: once is enough."""
     patch, scope = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", None)
     if scope is None or os.environ.get("TRITON_INTERPRET") != "1":  # another Triton, or a GPU
         yield

@@ -134,8 +134,7 @@ def test_processes_are_one_that_takes_their_parts_in_turn(data, tmp_path, models
     """One process with train.accumulate=`size` takes the same pictures in the same parts, each of
     them a BatchNorm batch: its curve is theirs. With two to the bit (a sum of two has one order),
     with four to the rounding of another order (with this seed: with others that turns a ReLU over,
-    and BatchNorm's gradients jump, by 1e-4 in six steps, whatever the backend). Running statistics
-    are of each one's own parts.
+    and BatchNorm's gradients jump). Running statistics are of each one's own parts.
     again: the processes checkpoint activations.
     """
     models = PAIR if models == "vit+vit" else MODELS

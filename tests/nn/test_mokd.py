@@ -363,3 +363,16 @@ def test_one_model_after_the_other():
     for mine, theirs in zip(apart.parameters(), together.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None)
         assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+
+
+def test_prototypes_have_the_dtype_of_their_products():
+    """Cast once, where they are normalised: of teachers and students, in the losses and centres."""
+    mokd = build(small("x")).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mokd(*views(), TAUS)
+        head = mokd.students[0].mlp_head.last_layer
+        assert head.matrix(torch.randn(2, 3)).dtype == torch.bfloat16
+    assert {rows.prototypes.dtype for rows in out.teachers.values()} == {torch.bfloat16}
+    assert head.matrix(torch.randn(2, 3)).dtype == head.matrix().dtype == torch.float32
+    torch.stack(out.totals).sum().backward()
+    assert head.weight_v.grad.dtype == torch.float32 and head.weight_v.grad.any()

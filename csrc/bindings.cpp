@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/distill.h"
 #include "cpu/search.h"
 #ifdef MOKD_CUDA
@@ -163,6 +164,16 @@ WeightNorm weight_norm(const std::array<uintptr_t, 3>& at, const std::array<int6
            Type(type), threads}};
 }
 
+// Addresses of qkv and of stats; sizes are B, N, H, d.
+mokd::cpu::Attention attention(const std::array<uintptr_t, 2>& at, const std::array<int64_t, 4>& sizes, float scale,
+                               int threads) {
+  if (!mokd::cpu::attention()) throw std::invalid_argument("self_attention: no products of bf16 here");
+  if (sizes[1] < 1 || sizes[3] < 16 || sizes[3] % 16)
+    throw std::invalid_argument("self_attention: a token at least, and heads of whole vectors");
+  return {pointer<const uint16_t>(at[0]), sizes[0], sizes[1], sizes[2], sizes[3], scale, pointer<float>(at[1]),
+          threads};
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -276,6 +287,21 @@ PYBIND11_MODULE(_C, m) {
           kernels.matvec({pointer<const void>(matrix), Type(type), sizes[0], sizes[1],
                           pointer<const float>(vector), pointer<float>(found), threads});
         });
+  m.def("has_bf16", [] { return mokd::cpu::attention() != nullptr; },
+        "Whether this processor has products of bf16, and the module code for them.");
+  m.def("attention", [](const std::array<uintptr_t, 2>& at, const std::array<int64_t, 4>& sizes, float scale,
+                        int threads, uintptr_t out) {
+    const auto call = attention(at, sizes, scale, threads);
+    py::gil_scoped_release unlocked;
+    mokd::cpu::attention()->forward(call, pointer<uint16_t>(out));
+  });
+  m.def("attention_backward", [](const std::array<uintptr_t, 2>& at, const std::array<int64_t, 4>& sizes, float scale,
+                                 int threads, uintptr_t out, uintptr_t grad, uintptr_t for_qkv) {
+    const auto call = attention(at, sizes, scale, threads);
+    py::gil_scoped_release unlocked;
+    mokd::cpu::attention()->backward(call, pointer<const uint16_t>(out), pointer<const uint16_t>(grad),
+                                     pointer<uint16_t>(for_qkv));
+  });
   py::class_<Search> search_call(m, "Search");
   search_call.def(py::init(&search))
       .def("forward",

@@ -1,6 +1,7 @@
 // Which x86-64 level runs: chosen once at load, or forced by name.
 #include <cstring>
 
+#include "attention.h"
 #include "distill.h"
 
 namespace mokd::cpu {
@@ -8,6 +9,9 @@ namespace mokd::cpu {
 extern const Kernels kernels_baseline;
 #ifdef MOKD_X86
 extern const Kernels kernels_v3, kernels_v4;
+#endif
+#ifdef MOKD_BF16
+extern const AttentionKernels attention_kernels_bf16;
 #endif
 
 namespace {
@@ -50,6 +54,13 @@ const Kernels* kernels(const char* forced) {
     if (!level.runs) continue;
     if (!forced || !*forced || !std::strcmp(forced, level.kernels->level)) return level.kernels;
   }
+  return nullptr;
+}
+
+const AttentionKernels* attention() {
+#ifdef MOKD_BF16
+  if (has_v4() && __builtin_cpu_supports("avx512bf16")) return &attention_kernels_bf16;
+#endif
   return nullptr;
 }
 

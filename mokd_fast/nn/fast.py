@@ -3,13 +3,13 @@ the libraries' own; the mathematics too."""
 
 from typing import Any, cast
 
+import timm.models.vision_transformer as vit
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops import onednn
+from ..ops import cpu, onednn, self_attention
 
 # `Conv2d` is a product where its windows have at most FEW pixels and it has MANY weights or more.
 FEW, MANY = 1 << 12, 1 << 16
@@ -90,12 +90,35 @@ class _Windows(torch.autograd.Function):
         return inner.to(grad.dtype).permute(0, 3, 1, 2), None, None, None
 
 
+class Attention(vit.Attention):
+    """timm's, by `ops.self_attention` where `fused_attn`, which means PyTorch's, is off."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
+        if masked or not self.plain():
+            found: Tensor = super().forward(x, *args, **kwargs)
+            return found
+        heard = self.attend(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)))
+        return self.proj_drop(self.proj(self.norm(heard.flatten(2))))
+
+    def plain(self) -> bool:
+        """Whether queries, keys and values are used as the layer gives them, and nothing else."""
+        if self.fused_attn or self.gate is not None or (self.training and self.attn_drop.p):
+            return False
+        return type(self.q_norm) is type(self.k_norm) is nn.Identity
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """[B, N, 3, H, d] -> [B, N, H, d]"""
+        return self_attention(qkv, scale=self.scale)
+
+
 def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
     Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here.
-    bf16: attention of timm's blocks by batched products, for PyTorch's fused one is slow there,
-    most of all backward. step.json has what all this is worth in a step.
+    bf16: attention of timm's blocks by `self_attention`, or by batched products where it has no
+    kernel, for PyTorch's fused one is slow there, most of all backward. step.json has what all this
+    is worth in a step.
     """
     if device.type != "cpu" or precision not in ("fp32", "bf16"):
         return
@@ -104,8 +127,10 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
             module.__class__ = Linear
         elif type(module) is nn.Conv2d and _plain(module):
             module.__class__ = Conv2d
-        elif precision == "bf16" and isinstance(module, Attention):
+        elif precision == "bf16" and isinstance(module, vit.Attention):
             module.fused_attn = False  # type: ignore[misc]
+            if type(module) is vit.Attention and cpu.bf16_why_not() is None:
+                module.__class__ = Attention
 
 
 def _plain(conv: nn.Conv2d) -> bool:
@@ -121,7 +146,7 @@ def compile_blocks(model: nn.Module) -> int:
     """
     # Students, teachers and searches, with gradient and without, in many sizes: each is compiled.
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    blocks = [module for module in model.modules() if isinstance(module, vit.Block)]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
     return len(blocks)

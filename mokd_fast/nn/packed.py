@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models import vision_transformer as vit
 from torch import Tensor, nn
+
+from .fast import Attention
 
 Groups = list[tuple[int, int]]  # B and N of each
 _XFORMERS = find_spec("xformers") is not None  # looked for once: it takes as long as a launch
@@ -39,7 +41,10 @@ class PackedAttention(Attention):
         return self.proj_drop(self.proj(self.norm(heard.flatten(1)))).unsqueeze(0)
 
     def _group(self, qkv: Tensor, B: int, N: int) -> Tensor:  # [B*N, 3, H, d] -> [B*N, H, d]
-        q, k, v = qkv.unflatten(0, (B, N)).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
+        qkv = qkv.unflatten(0, (B, N))
+        if self.plain():
+            return self.attend(qkv).flatten(0, 1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, d]
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -75,11 +80,11 @@ class PackedDropPath(DropPath):
 def packs(model: nn.Module) -> bool:
     """Whether `run` takes its blocks: a plain ViT with timm's own attention and nothing dropped
     within it."""
-    if type(model) is not VisionTransformer:
+    if type(model) is not vit.VisionTransformer:
         return False
     attentions: list[Any] = [getattr(block, "attn", None) for block in model.blocks]
     return all(
-        type(attn) in (Attention, PackedAttention)
+        type(attn) in (vit.Attention, Attention, PackedAttention)
         and getattr(attn, "gate", None) is None
         and not attn.attn_drop.p
         for attn in attentions
@@ -88,7 +93,7 @@ def packs(model: nn.Module) -> bool:
 
 def prepare(model: nn.Module) -> None:
     """Lets the attention and drop-path of `model` take packs, in place."""
-    swaps = {Attention: PackedAttention, DropPath: PackedDropPath}
+    swaps = {vit.Attention: PackedAttention, Attention: PackedAttention, DropPath: PackedDropPath}
     for module in model.modules():
         if type(module) in swaps:
             module.__class__ = swaps[type(module)]

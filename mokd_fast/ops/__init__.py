@@ -9,6 +9,7 @@ from .foreach import clip_grad_per_tensor_, ema_update_
 from .linear_distill import LinearTarget, linear_distill_cross_entropy
 from .prototype_loss import prototype_loss
 from .search import feature_search, joint_attention
+from .self_attention import self_attention
 from .weight_norm import weight_norm
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "linear_distill_cross_entropy",
     "matched_pairs",
     "prototype_loss",
+    "self_attention",
     "sinkhorn_center",
     "weight_norm",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import constant
 from .reference import accumulation_dtype, affine
 
 NOT_BUILT = "the native module was not built (`pip install -v .` shows why)"
@@ -145,6 +146,40 @@ def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
     native.clip(at, sizes, max_norm, norms.data_ptr(), torch.get_num_threads(), _level())
     torch.autograd.graph.increment_version(grads)
     return list(norms.unbind())
+
+
+@constant
+def bf16_why_not() -> str | None:
+    """Why the kernels that multiply bf16 cannot run on this processor, or None."""
+    if native is None:
+        return missing
+    if (level := _level()) not in ("", "v4"):
+        return f"it needs AVX-512, {LEVEL}={level} is set"
+    return None if native.has_bf16() else "this processor has no products of bf16 (avx512_bf16)"
+
+
+def attention_forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `self_attention._forward`."""
+    B, N, _, H, d = qkv.shape
+    out, stats = qkv.new_empty(B, N, H, d), qkv.new_empty(B, H, N, dtype=torch.float32)
+    native.attention(*_attention_call(qkv, stats, scale), out.data_ptr())
+    return out, stats
+
+
+def attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float
+) -> Tensor:
+    """Arguments and result as `self_attention._backward`."""
+    grad, found = grad.contiguous(), torch.empty_like(qkv)
+    to = out.data_ptr(), grad.data_ptr(), found.data_ptr()
+    native.attention_backward(*_attention_call(qkv, stats, scale), *to)
+    return found
+
+
+def _attention_call(qkv: Tensor, stats: Tensor, scale: float) -> tuple[Any, ...]:
+    B, N, _, H, d = qkv.shape
+    at = qkv.data_ptr(), stats.data_ptr()
+    return at, (B, N, H, d), scale, torch.get_num_threads()
 
 
 def results(student: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

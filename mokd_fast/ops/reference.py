@@ -107,6 +107,14 @@ def joint_attention(
         return out[..., 1:, :], out[..., 0, :]
 
 
+def self_attention(qkv: Tensor, scale: float) -> Tensor:
+    dtype = accumulation_dtype(qkv)
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
+        out = ((q @ k.mT) * scale).softmax(dim=-1) @ v
+        return out.transpose(1, 2).to(qkv.dtype)
+
+
 def joined(query: Tensor, tokens: Tensor) -> Tensor:
     """Each query before the repeated tokens. [Q, B, H, d], [B, H, N, d] -> [Q, B, H, 1 + N, d]"""
     return torch.cat([query.unsqueeze(3), tokens.expand(len(query), *tokens.shape)], dim=3)

@@ -167,7 +167,8 @@ def _search_arguments(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...
     return grad, *ctx.saved_tensors, ctx.backend
 
 
-def _search_gradients(dx: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+def _search_gradients(found: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    dx, dk, dv = found
     return dx, dk.transpose(1, 2), dv.transpose(1, 2), None, None
 
 
@@ -181,20 +182,22 @@ def _joint_arguments(ctx: Any, tokens: Tensor, query: Tensor, *unused: Tensor) -
     return tokens, query, *ctx.saved_tensors, ctx.backend
 
 
-def _joint_gradients(*found: Tensor) -> tuple[Any, ...]:
+def _joint_gradients(found: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return *(t.transpose(1, 2) for t in found[:3]), *found[3:], None
 
 
-def _autograd(forward: Any, backward: Any, name: str, save: Any, arguments: Any, back: Any) -> Any:
+def with_autograd(
+    op: str, forward: Any, backward: Any, name: str, save: Any, arguments: Any, back: Any
+) -> Any:
     """Registers the derivative of an operator; returns it without torch.library's way to it, for
     eager use (`distill._Eager` says why)."""
 
     def through_operator(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gradients: tuple[Any, ...] = back(*backward(*arguments(ctx, *grads)))
+        gradients: tuple[Any, ...] = back(backward(*arguments(ctx, *grads)))
         return gradients
 
     forward.register_autograd(through_operator, setup_context=save)
-    backward.register_autograd(no_second_derivative("the feature search"))
+    backward.register_autograd(no_second_derivative(op))
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -209,17 +212,29 @@ def _autograd(forward: Any, backward: Any, name: str, save: Any, arguments: Any,
                 return through_operator(ctx, *grads)
             *given, backend = arguments(ctx, *grads)
             found = getattr(_kernels(backend), f"{name}_backward")(*given)
-            gradients: tuple[Any, ...] = back(*found)
+            gradients: tuple[Any, ...] = back(found)
             return gradients
 
     return Eager.apply
 
 
-_eager_search = _autograd(
-    _search, _search_backward, "search", _save_search, _search_arguments, _search_gradients
+_eager_search = with_autograd(
+    "feature_search",
+    _search,
+    _search_backward,
+    "search",
+    _save_search,
+    _search_arguments,
+    _search_gradients,
 )
-_eager_joint = _autograd(
-    _joint, _joint_backward, "joint", _save_joint, _joint_arguments, _joint_gradients
+_eager_joint = with_autograd(
+    "joint_attention",
+    _joint,
+    _joint_backward,
+    "joint",
+    _save_joint,
+    _joint_arguments,
+    _joint_gradients,
 )
 
 
@@ -232,7 +247,7 @@ def _kernels(backend: str) -> Any:
     return {"cpu": cpu, "cuda": cuda}[backend]
 
 
-def _differentiable(tensors: tuple[Tensor, ...]) -> bool:
+def differentiable(tensors: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -242,7 +257,7 @@ def _run_search(
     tensors = tuple(t.resolve_neg() for t in (query, key, value))
     if not plain(tensors):
         rows, _, shares = _search(*tensors, weights, backend)
-    elif _differentiable(tensors):
+    elif differentiable(tensors):
         rows, _, shares = _eager_search(*tensors, weights, backend)
     else:
         rows, _, shares = _kernels(backend).search_forward(*tensors, weights)
@@ -253,7 +268,7 @@ def _run_joint(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     tensors = tuple(t.resolve_neg() for t in tensors)
     if not plain(tensors):
         tokens, query, *_ = _joint(*tensors, backend)
-    elif _differentiable(tensors):
+    elif differentiable(tensors):
         tokens, query, *_ = _eager_joint(*tensors, backend)
     else:
         tokens, query, *_ = _kernels(backend).joint_forward(*tensors)
@@ -289,7 +304,7 @@ def _avoid(query: Tensor, key: Tensor, value: Tensor, weights: bool = False) -> 
     (bench/search.py)."""
     if weights or query.dtype != torch.float32 or not 1 <= len(query) <= 4:
         return None
-    if not _differentiable((query, key, value)):
+    if not differentiable((query, key, value)):
         return None
     return "but for so few fp32 queries an image, with backward, sdpa takes 0.7 to 0.95 of its time"
 

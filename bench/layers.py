@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 
 from bench.timing import calibrate, interleave, keep_memory, machine, write_json
 from mokd_fast.nn.fast import quicken
-from mokd_fast.ops import clip_grad_per_tensor_, cpu, foreach, weight_norm
+from mokd_fast.ops import clip_grad_per_tensor_, cpu, foreach, self_attention, weight_norm
 from mokd_fast.ops.matvec import matvec
 
 K = 65536
@@ -36,6 +36,7 @@ CONVOLUTIONS = [
     (32, 2048, 512, 3, 1, 1),
     (32, 512, 512, 3, 3, 1),
 ]
+ATTENTION = (8, 197, 6, 64)  # images, tokens, heads, width of a head
 LINEAR = (1576, 384, 1536)  # tokens, width in and out: the first layer of a ViT-S block's MLP
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, PyTorch's
@@ -73,6 +74,26 @@ def prototypes(width: int) -> Pair:
     )
 
 
+def attention(way: str) -> Pair:
+    """Of 8 crops of 224 x 224 in a ViT-S, forward and backward, against PyTorch's own way or its
+    products one after the other."""
+    B, N, H, d = ATTENTION
+    qkv, grad = torch.randn(B, N, 3, H, d).bfloat16(), torch.randn(B, N, H, d).bfloat16()
+
+    def products(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return (((q * d**-0.5) @ k.mT).softmax(dim=-1) @ v).transpose(1, 2)
+
+    def run(attend: Callable[[Tensor], Tensor]) -> None:
+        attend(qkv.detach().requires_grad_()).backward(grad)
+
+    def fused(qkv: Tensor) -> Tensor:
+        return self_attention(qkv, backend="sdpa")
+
+    theirs = {"fused": fused, "products": products}[way]
+    return lambda: run(self_attention), lambda: run(theirs)
+
+
 def clip() -> Pair:
     """Of the gradients of a ViT-S with its prototypes, none of which is too long."""
     block = [(1152, 384), (384, 384), (1536, 384), (384, 1536), *[(384,)] * 8]
@@ -101,6 +122,9 @@ def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
     found[name, "fp32"] = lambda: both(linear, x, "fp32")
     teacher = f"{name}, without gradient"
     found[teacher, "bf16"] = lambda: both(linear, x.bfloat16(), "bf16", gradient=False)
+    for way in ("fused", "products"):
+        name = f"self-attention, {list(ATTENTION)}, PyTorch's {way}"
+        found[name, "bf16"] = lambda w=way: attention(w)
     found[f"weight_norm, [{K}, 384]", "bf16"] = lambda: prototypes(384)
     matrix, vector = torch.randn(K, 384).bfloat16(), torch.randn(384)
     found[f"matvec of a centre, [{K}, 384]", "bf16"] = lambda: (

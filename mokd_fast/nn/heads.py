@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..ops import feature_search, joint_attention, onednn
+from ..ops import feature_search, joint_attention, onednn, self_attention
 from . import packed
 from .backbones import resize_positions
 from .prototypes import Prototypes
@@ -52,10 +52,10 @@ class MLPHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
 
-# Tokens of all queries that a search works on at a time, on the CPU and on a GPU. Of 512 tokens of
-# width 384 all that a block makes stays in the caches, and products are as fast as for 1600
-# (linear_parts.json); no GPU has measured the other.
-GROUP = {"cpu": 512, "cuda": 65536}
+# Numbers of all queries' tokens that a search works on at a time, on the CPU and on a GPU. Of 512
+# tokens of width 384 all that a block makes stays in the caches, and products are as fast as for
+# 1600 (linear_parts.json); no GPU has measured the other.
+GROUP = {"cpu": 512 * 384, "cuda": 65536 * 384}
 
 Memory = list[tuple[Tensor, Tensor]]  # keys and values of each block, [B, H, N, d] of B maps
 
@@ -71,7 +71,7 @@ class Layers:
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.onednn = plain and onednn.usable(kind, self.dtype)
         self.cast: dict[nn.Module, list[Tensor]] = {}
-        self.group = GROUP.get(kind, GROUP["cuda"])
+        self.group = max(1, GROUP.get(kind, GROUP["cuda"]) // x.shape[-1])  # tokens
 
     def __call__(
         self, layer: nn.Linear, x: Tensor, *, gelu: bool = False, only: slice = slice(None)
@@ -294,7 +294,10 @@ class THead(nn.Module):
 
     def _attend(self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0) -> Tensor:
         """What the heads find where each token asks, from number `first` on. -> [.., N, D]"""
-        q, k, v = self._qkv(layers, block, x).transpose(2, 3)  # [.., H, N, d]
+        qkv = self._qkv(layers, block, x)  # [3, .., N, H, d]
+        if layers.onednn and qkv.dtype == torch.bfloat16:  # where self_attention has a kernel
+            return self_attention(qkv.movedim(0, 2))[:, first:].flatten(2)
+        q, k, v = qkv.transpose(2, 3)  # [.., H, N, d]
         found: Tensor = feature_search(q[:, :, first:].permute(2, 0, 1, 3), k, v)
         return found.transpose(0, 1).flatten(2)
 

@@ -15,6 +15,7 @@ def test_rows_have_both_ways(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onednn, "linear", lambda *a: products.append(1) or linear(*a))
     monkeypatch.setattr(layers, "K", 64)
     monkeypatch.setattr(layers, "LINEAR", (1024, 64, 192))
+    monkeypatch.setattr(layers, "ATTENTION", (2, 20, 2, 32))
     monkeypatch.setattr(layers, "CONVOLUTIONS", [(8, 256, 512, 5, 1, 1), (8, 64, 128, 3, 3, 2)])
     monkeypatch.setattr(layers, "keep_memory", lambda: None)  # which starts the program again
     path = tmp_path / "layers.json"
@@ -25,6 +26,8 @@ def test_rows_have_both_ways(tmp_path, monkeypatch, capsys):
         "fp32",
         "bf16",
         "fp32",
+        "bf16",
+        "bf16",
         "bf16",
         "bf16",
         "bf16",

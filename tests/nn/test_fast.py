@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from mokd_fast.nn import Temperatures
+from mokd_fast.nn import Temperatures, fast
 from mokd_fast.nn.fast import FEW, MANY, Conv2d, Linear, compile_blocks, quicken
 from mokd_fast.ops import onednn
 from mokd_fast.train.networks import build
@@ -110,15 +110,25 @@ def test_a_model_keeps_its_keys(precision):
     assert attentions and all(m.fused_attn == (precision == "fp32") for m in attentions)
 
 
-def test_attention_in_bf16_is_as_exact_as_the_fused_one():
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"gated": True}, {"attn_drop": 0.1}])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_in_bf16_is_as_exact_as_the_fused_one(options, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(fast.cpu, "bf16_why_not", lambda: "this processor has none")
+    calls = []
+    attend = fast.self_attention
+    monkeypatch.setattr(fast, "self_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
     torch.manual_seed(0)
-    exact = Attention(64, 4, qkv_bias=True).double()
+    exact = Attention(64, 4, qkv_bias=True, norm_layer=nn.LayerNorm, **options).double()
     x = torch.randn(3, 50, 64)
     errors = {}
-    for name in ("fused", "products"):
+    for name in ("fused", "quick"):
         model = copy.deepcopy(exact).float()
-        if name == "products":
+        if name == "quick":
             quicken(model, CPU, "bf16")
+            assert isinstance(model, fast.Attention) == (fast.cpu.bf16_why_not() is None)
+        if "attn_drop" in options:
+            model.eval(), exact.eval()
         with torch.autocast("cpu", torch.bfloat16):
             out = model(x)
         out.float().sum().backward()
@@ -126,7 +136,16 @@ def test_attention_in_bf16_is_as_exact_as_the_fused_one():
             (out.double() - exact(x.double())).abs().max().item(),
             model.qkv.weight.grad.isfinite().all().item(),
         ]
-    assert errors["products"][1] and errors["products"][0] <= 1.5 * errors["fused"][0] + 1e-3
+    assert errors["quick"][1] and errors["quick"][0] <= 1.5 * errors["fused"][0] + 1e-3
+    plain = isinstance(model, fast.Attention) and not set(options) & {"qk_norm", "gated"}
+    assert len(calls) == plain
+    if plain:  # what timm's attention knows beside is timm's
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, torch.zeros(50, 50), is_causal=False), model(x, is_causal=True)
+            assert len(calls) == 1
+            model(x, attn_mask=None, is_causal=False)
+        assert len(calls) == 1 + ("attn_drop" not in options)
 
 
 @pytest.mark.parametrize(("size", "stride", "kernel"), [(1, 2, 3), (2, 4, 5), (1, 3, 3), (4, 2, 3)])

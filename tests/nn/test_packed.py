@@ -76,13 +76,15 @@ def test_drop_path_drops_whole_crops():
     assert path(x) is x  # in evaluation
 
 
+@pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_attention_with_normalised_heads_and_by_xformers(monkeypatch, fused):
+def test_attention_with_normalised_heads_and_by_xformers(monkeypatch, fused, normalised):
     """xformers has no attention for the CPU: its contract is held by a stand-in that knows its
     block-diagonal mask, which is the package's own."""
     ops = pytest.importorskip("xformers.ops")
     torch.manual_seed(0)
-    plain = Attention(32, 4, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).double()
+    plain = Attention(32, 4, qkv_bias=True, qk_norm=normalised, norm_layer=torch.nn.LayerNorm)
+    plain = plain.double()
     plain.fused_attn = fused
     packed = copy.deepcopy(plain)
     prepare(packed)

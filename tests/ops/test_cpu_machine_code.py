@@ -22,18 +22,19 @@ LOOPS = {
         "backward": r"backward_(item|student)<float|gradient(_block)?<.*float",
     },
     "search.cpp": {
-        "scores": r"product(_columns)?<.*\bfalse, float>",
-        "rows": r"(attend|add_rows|exponentials)<float>|product(_columns)?<.*\btrue, float>",
+        "scores": r"product(_columns)?<.*\bfalse, float, float>",
+        "rows": r"(attend|add_rows|exponentials)<float>|product(_columns)?<.*\btrue, float, float>",
         "merge": r"(forward_tile|merge_(tokens|queries)|shares)<float>",
     },
     "search_backward.cpp": {
-        "scores": r"product(_columns)?<.*\bfalse, float>",
-        "sums": r"product(_columns)?<.*\btrue, float>",
+        "scores": r"product(_columns)?<.*\bfalse, float, float>",
+        "sums": r"product(_columns)?<.*\btrue, float, float>",
         "backward": r"(backward_tile|unmerge|unmix|shares)<float>|each<float, .*\bbackward<float>",
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
 FILES = (*LOOPS, "augment.cpp", "clip.cpp", "prototypes.cpp")
+ATTENTION = "attention.cpp"  # of the processors with products of bf16 alone
 
 
 def objdump(*options: str) -> str:
@@ -64,6 +65,10 @@ def functions():
                  if name == file and "mokd::cpu::" in part]  # fmt: skip
         for level, part in zip(cpu.LEVELS, parts, strict=True):
             found[level] |= {(file, name): code[int(at, 16)] for at, name in line.findall(part)}
+    own = [part for name, part in zip(objects[1::2], objects[2::2], strict=True)
+           if name == ATTENTION and "mokd::cpu::" in part]  # fmt: skip
+    found["bf16"] = {(ATTENTION, name): code[int(at, 16)] for part in own
+                     for at, name in line.findall(part)}  # fmt: skip
     for at, name in line.findall(symbols):  # of another file's use, so under no file's name
         if match := re.search(r"search_backward_(\w+)\(", name):
             found[match[1]]["search_backward.cpp", name] = code[int(at, 16)]
@@ -154,6 +159,16 @@ def test_prototypes_and_gradients_are_taken_a_register_at_a_time(
     assert re.search(rf"\bv?mulps .*%{register}", code["clip.cpp"])  # the scaling
     # Written past the caches:
     assert re.search(rf"movnt\w+ .*%{register}", code["prototypes.cpp"])
+
+
+def test_attention_multiplies_pairs_and_keeps_its_sums_in_registers(functions):
+    if not functions["bf16"]:
+        pytest.skip("the compiler of this module has no -mavx512bf16")
+    code = "\n".join(functions["bf16"].values())
+    assert re.search(r"vcvtne2ps2bf16 .*%zmm", code) and re.search(r"vscalefps .*%zmm", code)
+    loops = [part for part in re.split(r"\n.*\bj[a-z]+ +[0-9a-f]+ .*", code) if "vdpbf16ps" in part]
+    full = [part for part in loops if part.count("vdpbf16ps") >= 24]
+    assert full and not re.search(r"vmov[a-z0-9]+ +%zmm\d+,.*\(%r[sb]p\)", full[0])
 
 
 @pytest.mark.parametrize("level", cpu.LEVELS)

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/distill.h"
+#include "cpu/prototype_linear.h"
 #include "cpu/search.h"
 #ifdef MOKD_CUDA
 #include "cuda/distill.h"
@@ -163,6 +164,19 @@ WeightNorm weight_norm(const std::array<uintptr_t, 3>& at, const std::array<int6
            Type(type), threads}};
 }
 
+struct PrototypeLinear : mokd::cpu::PrototypeLinear {};  // a type of this module alone
+
+// Addresses of x, w, v, g and norms, of which w or the last three are 0; sizes are rows, prototypes and width.
+PrototypeLinear prototype_linear(const std::array<uintptr_t, 5>& at, const std::array<int64_t, 3>& sizes,
+                                 int threads) {
+  if (!mokd::cpu::prototype_linear())
+    throw std::invalid_argument("prototype_linear: this processor has no bf16 products (AVX512-BF16)");
+  if (sizes[0] < 1 || sizes[1] < 1 || sizes[2] < 1 || sizes[1] % 32 || sizes[2] % 32)
+    throw std::invalid_argument("prototype_linear: at least a row, prototypes and width by multiples of 32");
+  return {{pointer<const uint16_t>(at[0]), sizes[0], sizes[1], sizes[2], pointer<const uint16_t>(at[1]),
+           pointer<const float>(at[2]), pointer<const float>(at[3]), pointer<float>(at[4]), threads}};
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -257,6 +271,21 @@ PYBIND11_MODULE(_C, m) {
              py::gil_scoped_release unlocked;
              kernels.weight_norm_backward(c, pointer<const void>(grad), pointer<float>(for_v),
                                           pointer<float>(for_g));
+           });
+  m.def("has_prototype_linear", [] { return mokd::cpu::prototype_linear() != nullptr; },
+        "Whether this processor has bf16 products, and the compiler had.");
+  py::class_<PrototypeLinear>(m, "PrototypeLinear")
+      .def(py::init(&prototype_linear))
+      .def("forward",
+           [](const PrototypeLinear& c, uintptr_t logits) {
+             py::gil_scoped_release unlocked;
+             mokd::cpu::prototype_linear()->forward(c, pointer<uint16_t>(logits));
+           })
+      .def("backward",
+           [](const PrototypeLinear& c, uintptr_t grad, uintptr_t for_x, uintptr_t for_v, uintptr_t for_g) {
+             py::gil_scoped_release unlocked;
+             mokd::cpu::prototype_linear()->backward(c, pointer<const uint16_t>(grad), pointer<float>(for_x),
+                                                     pointer<float>(for_v), pointer<float>(for_g));
            });
   m.def("clip",
         [](const std::vector<uintptr_t>& grads, const std::vector<int64_t>& sizes, float max_norm, uintptr_t norms,

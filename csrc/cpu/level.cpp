@@ -2,12 +2,17 @@
 #include <cstring>
 
 #include "distill.h"
+#include "prototype_linear.h"
 
 namespace mokd::cpu {
 
 extern const Kernels kernels_baseline;
 #ifdef MOKD_X86
 extern const Kernels kernels_v3, kernels_v4;
+#endif
+
+#ifdef MOKD_BF16
+extern const PrototypeLinearKernels prototype_linear_bf16;
 #endif
 
 namespace {
@@ -50,6 +55,13 @@ const Kernels* kernels(const char* forced) {
     if (!level.runs) continue;
     if (!forced || !*forced || !std::strcmp(forced, level.kernels->level)) return level.kernels;
   }
+  return nullptr;
+}
+
+const PrototypeLinearKernels* prototype_linear() {
+#ifdef MOKD_BF16
+  if (has_v4() && __builtin_cpu_supports("avx512bf16")) return &prototype_linear_bf16;
+#endif
   return nullptr;
 }
 

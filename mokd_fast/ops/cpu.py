@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import constant
 from .reference import accumulation_dtype, affine
 
 NOT_BUILT = "the native module was not built (`pip install -v .` shows why)"
@@ -127,6 +128,52 @@ def _weight_norm_call(
     alive = [v.contiguous(), g.contiguous(), norms]
     at = [t.data_ptr() for t in alive]
     return native.WeightNorm(at, v.shape, TYPES[dtype], torch.get_num_threads()), alive
+
+
+@constant
+def prototype_linear_why_not() -> str | None:
+    """Why there is no product of `prototype_linear` here, or None."""
+    if _level() not in ("", LEVELS[-1]):
+        return f"but {LEVEL}={_level()} asks for less than bf16 products"
+    if not native.has_prototype_linear():
+        return "but this processor, or the compiler, has no bf16 products (AVX512-BF16)"
+    return None
+
+
+def prototype_linear(x: Tensor, w: Tensor) -> Tensor:
+    """Arguments and result as `prototype_linear._product`."""
+    out = w.new_empty(*x.shape[:-1], len(w))
+    call, _alive = _prototype_linear_call(x, w, None, None, None)
+    call.forward(out.data_ptr())
+    return out
+
+
+def normed_linear(x: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `prototype_linear._forward`."""
+    out, norms = v.new_empty(*x.shape[:-1], len(v), dtype=torch.bfloat16), v.new_empty(len(v))
+    call, _alive = _prototype_linear_call(x, None, v, g, norms)
+    call.forward(out.data_ptr())
+    return out, norms
+
+
+def normed_linear_backward(
+    grad: Tensor, x: Tensor, v: Tensor, g: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as `prototype_linear._backward`."""
+    for_x, for_v, for_g = (v.new_empty(t.shape) for t in (x, v, g))
+    grad = grad.contiguous()  # expanded gradients have stride 0
+    call, _alive = _prototype_linear_call(x, None, v, g, norms)
+    call.backward(grad.data_ptr(), *(t.data_ptr() for t in (for_x, for_v, for_g)))
+    return for_x.to(x.dtype), for_v, for_g
+
+
+def _prototype_linear_call(x: Tensor, *matrix: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+    """The native call for x, w, v, g, norms, and the tensors that must live as long as it."""
+    alive = [x.bfloat16().contiguous(), *(None if t is None else t.contiguous() for t in matrix)]
+    at = [0 if t is None else t.data_ptr() for t in alive]
+    prototypes = next(len(t) for t in matrix if t is not None)
+    sizes = x.numel() // x.shape[-1], prototypes, x.shape[-1]
+    return native.PrototypeLinear(at, sizes, torch.get_num_threads()), alive
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -156,6 +156,22 @@ def test_prototypes_and_gradients_are_taken_a_register_at_a_time(
     assert re.search(rf"movnt\w+ .*%{register}", code["prototypes.cpp"])
 
 
+@pytest.mark.skipif(
+    cpu.native is not None and not cpu.native.has_prototype_linear(), reason="no bf16 products here"
+)
+def test_products_with_prototypes_keep_their_sums_in_registers():
+    """24 of them in the widest loop, which loads no sum and stores none."""
+    loops = [
+        loop
+        for loop in re.split(r"\tj[a-z]+ ", objdump("-d", "-j", ".text"))
+        if len(re.findall(r"vdpbf16ps .*%zmm", loop)) == 24
+    ]
+    assert loops
+    for loop in loops:
+        inner = loop[loop.index("vdpbf16ps") : loop.rindex("vdpbf16ps")]
+        assert not re.search(r"vmov\w+ +%zmm|%zmm\d+,.*\(%rsp", inner)
+
+
 @pytest.mark.parametrize("level", cpu.LEVELS)
 def test_the_exponential_of_fp32_is_no_call(level, functions):
     for file, loop, code in loops(functions, level):

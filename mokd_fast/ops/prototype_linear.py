@@ -20,6 +20,8 @@ from .weight_norm import WeightNormed
 
 OP = "prototype_linear"
 BLOCK = 32  # of which K and D are multiples in the CPU's kernel
+# Rows from which a product with a matrix that is there is oneDNN's: they are worth its order of W.
+MANY = 128
 
 
 def prototype_linear(
@@ -122,6 +124,8 @@ def _library(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> st
         return f"but its own product takes rows, and K and D by multiples of {BLOCK}"
     if normed and any(t.dtype != torch.float32 for t in tensors):
         return f"but it normalises v and g of fp32 itself, not of {tensors[0].dtype}"
+    if not normed and x.numel() >= MANY * D:
+        return f"but from {MANY} rows on oneDNN is as fast with a matrix that is there"
     if not normed and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
         return "but its own product has gradients for a WeightNormed alone"
     return cpu.prototype_linear_why_not()

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
 from bench.timing import calibrate, interleave, keep_memory, machine, write_json
 from mokd_fast.nn.fast import quicken
-from mokd_fast.ops import clip_grad_per_tensor_, cpu, foreach, self_attention, weight_norm
+from mokd_fast.ops import (
+    WeightNormed,
+    clip_grad_per_tensor_,
+    cpu,
+    foreach,
+    prototype_linear,
+    self_attention,
+    weight_norm,
+)
 from mokd_fast.ops.matvec import matvec
 
 K = 65536
@@ -94,6 +103,30 @@ def attention(way: str) -> Pair:
     return lambda: run(self_attention), lambda: run(theirs)
 
 
+def logits(rows: int, width: int) -> Pair:
+    """Of a student's views, from prototypes that a step has just changed."""
+    v, g = torch.randn(K, width, requires_grad=True), torch.ones(K, 1, requires_grad=True)
+    x = F.normalize(torch.randn(rows, width), dim=-1).requires_grad_()
+    grad = torch.randn(rows, K).bfloat16()
+
+    def run(make: Callable[[], Tensor]) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = make()
+        made.backward(grad)
+        v.grad = g.grad = x.grad = None
+
+    return (
+        lambda: run(lambda: prototype_linear(x, WeightNormed(v, g), torch.bfloat16)),
+        lambda: run(lambda: F.linear(x, torch._weight_norm(v, g, 0))),
+    )
+
+
+def made_logits(rows: int, width: int) -> Pair:
+    """Of a teacher's views."""
+    w, x = torch.randn(K, width).bfloat16(), torch.randn(rows, width).bfloat16()
+    return lambda: prototype_linear(x, w), lambda: F.linear(x, w)
+
+
 def clip() -> Pair:
     """Of the gradients of a ViT-S with its prototypes, none of which is too long."""
     block = [(1152, 384), (384, 384), (1536, 384), (384, 1536), *[(384,)] * 8]
@@ -126,6 +159,11 @@ def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
         name = f"self-attention, {list(ATTENTION)}, PyTorch's {way}"
         found[name, "bf16"] = lambda w=way: attention(w)
     found[f"weight_norm, [{K}, 384]", "bf16"] = lambda: prototypes(384)
+    for rows in (40, 320):
+        name = f"logits, [{rows}, 384] and weight_norm of [{K}, 384]"
+        found[name, "bf16"] = lambda rows=rows: logits(rows, 384)
+    name = f"logits, [8, 384] and [{K}, 384], without gradient"
+    found[name, "bf16"] = lambda: made_logits(8, 384)
     matrix, vector = torch.randn(K, 384).bfloat16(), torch.randn(384)
     found[f"matvec of a centre, [{K}, 384]", "bf16"] = lambda: (
         lambda: matvec(matrix, vector),

@@ -12,6 +12,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/distill.h"
+#include "cpu/prototype_linear.h"
 #include "cpu/search.h"
 #ifdef MOKD_CUDA
 #include "cuda/distill.h"
@@ -174,6 +175,19 @@ mokd::cpu::Attention attention(const std::array<uintptr_t, 2>& at, const std::ar
           threads};
 }
 
+struct PrototypeLinear : mokd::cpu::PrototypeLinear {};  // a type of this module alone
+
+// Addresses of x, w, v, g and norms, of which w or the last three are 0; sizes are rows, prototypes and width.
+PrototypeLinear prototype_linear(const std::array<uintptr_t, 5>& at, const std::array<int64_t, 3>& sizes,
+                                 int threads) {
+  if (!mokd::cpu::prototype_linear())
+    throw std::invalid_argument("prototype_linear: this processor has no bf16 products (AVX512-BF16)");
+  if (sizes[0] < 1 || sizes[1] < 1 || sizes[2] < 1 || sizes[1] % 32 || sizes[2] % 32)
+    throw std::invalid_argument("prototype_linear: at least a row, prototypes and width by multiples of 32");
+  return {{pointer<const uint16_t>(at[0]), sizes[0], sizes[1], sizes[2], pointer<const uint16_t>(at[1]),
+           pointer<const float>(at[2]), pointer<const float>(at[3]), pointer<float>(at[4]), threads}};
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -269,6 +283,21 @@ PYBIND11_MODULE(_C, m) {
              kernels.weight_norm_backward(c, pointer<const void>(grad), pointer<float>(for_v),
                                           pointer<float>(for_g));
            });
+  m.def("has_bf16", [] { return mokd::cpu::attention() != nullptr; },
+        "Whether this processor has products of bf16, and the compiler of this module had.");
+  py::class_<PrototypeLinear>(m, "PrototypeLinear")
+      .def(py::init(&prototype_linear))
+      .def("forward",
+           [](const PrototypeLinear& c, uintptr_t logits) {
+             py::gil_scoped_release unlocked;
+             mokd::cpu::prototype_linear()->forward(c, pointer<uint16_t>(logits));
+           })
+      .def("backward",
+           [](const PrototypeLinear& c, uintptr_t grad, uintptr_t for_x, uintptr_t for_v, uintptr_t for_g) {
+             py::gil_scoped_release unlocked;
+             mokd::cpu::prototype_linear()->backward(c, pointer<const uint16_t>(grad), pointer<float>(for_x),
+                                                     pointer<float>(for_v), pointer<float>(for_g));
+           });
   m.def("clip",
         [](const std::vector<uintptr_t>& grads, const std::vector<int64_t>& sizes, float max_norm, uintptr_t norms,
            int threads, const std::string& name) {
@@ -287,8 +316,6 @@ PYBIND11_MODULE(_C, m) {
           kernels.matvec({pointer<const void>(matrix), Type(type), sizes[0], sizes[1],
                           pointer<const float>(vector), pointer<float>(found), threads});
         });
-  m.def("has_bf16", [] { return mokd::cpu::attention() != nullptr; },
-        "Whether this processor has products of bf16, and the module code for them.");
   m.def("attention", [](const std::array<uintptr_t, 2>& at, const std::array<int64_t, 4>& sizes, float scale,
                         int threads, uintptr_t out) {
     const auto call = attention(at, sizes, scale, threads);

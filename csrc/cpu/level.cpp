@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "distill.h"
+#include "prototype_linear.h"
 
 namespace mokd::cpu {
 
@@ -12,6 +13,7 @@ extern const Kernels kernels_v3, kernels_v4;
 #endif
 #ifdef MOKD_BF16
 extern const AttentionKernels attention_kernels_bf16;
+extern const PrototypeLinearKernels prototype_linear_bf16;
 #endif
 
 namespace {
@@ -40,6 +42,10 @@ bool has_v4() {
 #endif
 }
 
+#ifdef MOKD_BF16
+bool has_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 }  // namespace
 
 const Kernels* kernels(const char* forced) {
@@ -59,7 +65,14 @@ const Kernels* kernels(const char* forced) {
 
 const AttentionKernels* attention() {
 #ifdef MOKD_BF16
-  if (has_v4() && __builtin_cpu_supports("avx512bf16")) return &attention_kernels_bf16;
+  if (has_bf16()) return &attention_kernels_bf16;
+#endif
+  return nullptr;
+}
+
+const PrototypeLinearKernels* prototype_linear() {
+#ifdef MOKD_BF16
+  if (has_bf16()) return &prototype_linear_bf16;
 #endif
   return nullptr;
 }

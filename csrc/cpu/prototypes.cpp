@@ -17,18 +17,6 @@ namespace {
 constexpr int64_t ITEM = 64;  // rows that a thread takes at a time
 constexpr int L = LANES<float>;
 
-float dot(const float* a, const float* b, int64_t n) {
-  Vec<float> sum[4] = {};
-  int64_t k = 0;
-  for (; k + 4 * L <= n; k += 4 * L)
-    for (int i = 0; i < 4; ++i) sum[i] += load<Vec<float>>(a + k + i * L) * load<Vec<float>>(b + k + i * L);
-  for (; k < n; k += L) {
-    const int64_t rest = n - k < L ? n - k : L;
-    sum[0] += load_tail(a + k, rest, 0.0f) * load_tail(b + k, rest, 0.0f);
-  }
-  return reduce_add<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 // work(row, room for a row) for every row.
 template <typename Call, typename Work>
 void each_row(const Call& c, const Work& work) {

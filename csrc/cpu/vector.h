@@ -76,6 +76,20 @@ inline A reduce_max(Vec<A> v) {
   return reduce<A, WIDTH>(&v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Sum of a[k] b[k].
+inline float dot(const float* a, const float* b, int64_t n) {
+  constexpr int L = LANES<float>;
+  Vec<float> sum[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * L <= n; k += 4 * L)
+    for (int i = 0; i < 4; ++i) sum[i] += load<Vec<float>>(a + k + i * L) * load<Vec<float>>(b + k + i * L);
+  for (; k < n; k += L) {
+    const int64_t rest = n - k < L ? n - k : L;
+    sum[0] += load_tail(a + k, rest, 0.0f) * load_tail(b + k, rest, 0.0f);
+  }
+  return reduce_add<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 typedef uint32_t Bits __attribute__((vector_size(WIDTH)));
 typedef uint16_t Half __attribute__((vector_size(WIDTH / 2)));
 

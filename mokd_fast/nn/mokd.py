@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
 from ..ops.distill import Pairs
 from ..ops.foreach import ema_update_
+from ..ops.prototype_linear import prototype_linear
 from ..ops.prototype_loss import OP
 from .backbones import Features, features, packed_features
 from .checkpointing import is_statistic
@@ -264,7 +264,7 @@ class MOKD(nn.Module):
             for head in ("mlp", "t"):
                 if (features := getattr(embedding, head)) is not None:
                     matrix = _prototypes(teacher, head).matrix(features)
-                    logits = F.linear(features, matrix) if stored else None
+                    logits = prototype_linear(features, matrix, matrix.dtype) if stored else None
                     rows[f"{head}_{i}"] = HeadRows(features, matrix, logits)
         return rows
 
@@ -315,7 +315,7 @@ class MOKD(nn.Module):
         """All losses of one head: features [V, B, D] with every target."""
         total, terms = prototype_loss(
             features,
-            prototypes.matrix(features),
+            prototypes.normed(),
             list(targets.values()),
             temperature=self.student_temperature,
             backend=way,

@@ -4,14 +4,14 @@ Letters: V student views, T teacher rows, B images, K prototypes, D features.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Center, LinearTarget, cross_view_pairs, ema_update_, prototype_loss
 from ..ops.center import LinearLogits
 from ..ops.distill import Pairs
 from ..ops.linear_distill import product_dtype
-from ..ops.weight_norm import weight_norm
+from ..ops.prototype_linear import prototype_linear
+from ..ops.weight_norm import WeightNormed
 
 
 class Prototypes(nn.Module):
@@ -32,10 +32,14 @@ class Prototypes(nn.Module):
         autocast where it is on.
         """
         dtype = None if like is None else product_dtype(like)
-        return weight_norm(self.weight_v, self.weight_g, dtype)
+        return self.normed().matrix(dtype)
+
+    def normed(self) -> WeightNormed:
+        """The same, not made yet: products may do without."""
+        return WeightNormed(self.weight_v, self.weight_g)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(x))
+        return prototype_linear(x, self.normed(), product_dtype(x))
 
 
 class PrototypeLoss(nn.Module):
@@ -119,7 +123,7 @@ class PrototypeLoss(nn.Module):
         )
         loss, _ = prototype_loss(
             student,
-            self.student.matrix(student),
+            self.student.normed(),
             [target],
             temperature=self.student_temperature,
             backend=self.backend,

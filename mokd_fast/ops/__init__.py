@@ -7,15 +7,17 @@ from .dispatch import explain
 from .distill import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
 from .foreach import clip_grad_per_tensor_, ema_update_
 from .linear_distill import LinearTarget, linear_distill_cross_entropy
+from .prototype_linear import prototype_linear
 from .prototype_loss import prototype_loss
 from .search import feature_search, joint_attention
 from .self_attention import self_attention
-from .weight_norm import weight_norm
+from .weight_norm import WeightNormed, weight_norm
 
 __all__ = [
     "Center",
     "LinearTarget",
     "Target",
+    "WeightNormed",
     "augment_crops",
     "augment_params",
     "clip_grad_per_tensor_",
@@ -28,6 +30,7 @@ __all__ = [
     "joint_attention",
     "linear_distill_cross_entropy",
     "matched_pairs",
+    "prototype_linear",
     "prototype_loss",
     "self_attention",
     "sinkhorn_center",

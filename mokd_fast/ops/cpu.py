@@ -130,6 +130,54 @@ def _weight_norm_call(
     return native.WeightNorm(at, v.shape, TYPES[dtype], torch.get_num_threads()), alive
 
 
+@constant
+def bf16_why_not() -> str | None:
+    """Why the kernels that multiply bf16 cannot run here, or None."""
+    if native is None:
+        return missing
+    if _level() not in ("", LEVELS[-1]):
+        return f"{LEVEL}={_level()} asks for less than bf16 products"
+    if not native.has_bf16():
+        return "this processor, or the compiler, has no bf16 products (AVX512-BF16)"
+    return None
+
+
+def prototype_linear(x: Tensor, w: Tensor) -> Tensor:
+    """Arguments and result as `prototype_linear._product`."""
+    out = w.new_empty(*x.shape[:-1], len(w))
+    call, _alive = _prototype_linear_call(x, w, None, None, None)
+    call.forward(out.data_ptr())
+    return out
+
+
+def normed_linear(x: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `prototype_linear._forward`."""
+    out, norms = v.new_empty(*x.shape[:-1], len(v), dtype=torch.bfloat16), v.new_empty(len(v))
+    call, _alive = _prototype_linear_call(x, None, v, g, norms)
+    call.forward(out.data_ptr())
+    return out, norms
+
+
+def normed_linear_backward(
+    grad: Tensor, x: Tensor, v: Tensor, g: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as `prototype_linear._backward`."""
+    for_x, for_v, for_g = (v.new_empty(t.shape) for t in (x, v, g))
+    grad = grad.contiguous()  # expanded gradients have stride 0
+    call, _alive = _prototype_linear_call(x, None, v, g, norms)
+    call.backward(grad.data_ptr(), *(t.data_ptr() for t in (for_x, for_v, for_g)))
+    return for_x.to(x.dtype), for_v, for_g
+
+
+def _prototype_linear_call(x: Tensor, *matrix: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+    """The native call for x, w, v, g, norms, and the tensors that must live as long as it."""
+    alive = [x.bfloat16().contiguous(), *(None if t is None else t.contiguous() for t in matrix)]
+    at = [0 if t is None else t.data_ptr() for t in alive]
+    prototypes = next(len(t) for t in matrix if t is not None)
+    sizes = x.numel() // x.shape[-1], prototypes, x.shape[-1]
+    return native.PrototypeLinear(at, sizes, torch.get_num_threads()), alive
+
+
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Arguments and result as `matvec.matvec`."""
     matrix, vector = matrix.contiguous(), vector.contiguous()
@@ -146,16 +194,6 @@ def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
     native.clip(at, sizes, max_norm, norms.data_ptr(), torch.get_num_threads(), _level())
     torch.autograd.graph.increment_version(grads)
     return list(norms.unbind())
-
-
-@constant
-def bf16_why_not() -> str | None:
-    """Why the kernels that multiply bf16 cannot run on this processor, or None."""
-    if native is None:
-        return missing
-    if (level := _level()) not in ("", "v4"):
-        return f"it needs AVX-512, {LEVEL}={level} is set"
-    return None if native.has_bf16() else "this processor has no products of bf16 (avx512_bf16)"
 
 
 def attention_forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:

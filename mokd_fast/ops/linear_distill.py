@@ -25,6 +25,7 @@ from . import distill, reference
 from .dispatch import pick, register
 from .distill import Pairs, Target, check_list, check_rows, check_target, check_temperature
 from .linear_chunks import Call, backward_pass, chunk_size, first_kept, forward_pass, row_count
+from .prototype_linear import prototype_linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,8 @@ class LinearTarget:
 
     def stored(self, dtype: torch.dtype) -> Target:
         """The same with its logits, from a product in `dtype`."""
-        with torch.no_grad(), torch.autocast(self.features.device.type, enabled=False):
-            logits = F.linear(self.features.to(dtype), self.prototypes.to(dtype))
+        with torch.no_grad():
+            logits = prototype_linear(self.features, self.prototypes, dtype)
         return Target(
             self.pairs, logits, None, self.temperature, self.center, self.weight, self.row_weight
         )

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import constant, pick, register
@@ -24,6 +23,8 @@ from .linear_distill import (
     linear_distill_cross_entropy,
     product_dtype,
 )
+from .prototype_linear import prototype_linear
+from .weight_norm import WeightNormed
 
 OP = "prototype_loss"
 # A step of MOKD has four such calls alive at once: together they may take a quarter.
@@ -32,7 +33,7 @@ SHARE = 16  # logits of a call may take this fraction of the device's memory
 
 def prototype_loss(
     features: Tensor,
-    weight: Tensor,
+    weight: Tensor | WeightNormed,
     targets: Sequence[LinearTarget | Target],
     *,
     temperature: float | Tensor = 0.1,
@@ -40,10 +41,12 @@ def prototype_loss(
 ) -> tuple[Tensor, Tensor]:
     """`linear_distill_cross_entropy`, with or without stored logits; arguments and results are its.
 
+    weight: may be a `WeightNormed`, which stored logits do without the matrix of.
     backend: "fused", "fused-linear" or "reference" (above); None for the automatic choice, which
         `explain("prototype_loss", features, weight, targets)` gives the reasons of.
     """
-    check_linear(features, weight, targets, temperature)
+    given = weight.v if isinstance(weight, WeightNormed) else weight
+    check_linear(features, given, targets, temperature)
     chosen = pick(OP, features, weight, targets, temperature, backend=backend)
     loss, per_target = chosen.run(features, weight, targets, temperature=temperature)
     return loss, per_target
@@ -51,21 +54,35 @@ def prototype_loss(
 
 def _stored(
     features: Tensor,
-    weight: Tensor,
+    weight: Tensor | WeightNormed,
     targets: Sequence[LinearTarget | Target],
     *,
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     dtype = product_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
-        logits = F.linear(features.to(dtype), weight.to(dtype))
+    logits = prototype_linear(features, weight, dtype)
     stored = [t.stored(dtype) if isinstance(t, LinearTarget) else t for t in targets]
     return distill_cross_entropy(logits, stored, temperature=temperature)
 
 
+def _made(
+    features: Tensor,
+    weight: Tensor | WeightNormed,
+    targets: Sequence[LinearTarget | Target],
+    *,
+    temperature: float | Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    if isinstance(weight, WeightNormed):
+        weight = weight.matrix(product_dtype(features))
+    return linear_distill_cross_entropy(
+        features, weight, targets, temperature=temperature, backend=backend
+    )
+
+
 def _slower(
     features: Tensor,
-    weight: Tensor,
+    weight: Tensor | WeightNormed,
     targets: Sequence[LinearTarget | Target],
     temperature: float | Tensor = 0.1,
 ) -> str | None:
@@ -85,7 +102,7 @@ def _slower(
 
 def _smaller(
     features: Tensor,
-    weight: Tensor,
+    weight: Tensor | WeightNormed,
     targets: Sequence[LinearTarget | Target],
     temperature: float | Tensor = 0.1,
 ) -> str | None:
@@ -113,5 +130,5 @@ def device_memory(kind: str, index: int) -> int:
 
 
 register(OP, "fused", _stored, avoid=_slower)
-register(OP, "fused-linear", linear_distill_cross_entropy, avoid=_smaller)
-register(OP, "reference", partial(linear_distill_cross_entropy, backend="reference"))
+register(OP, "fused-linear", _made, avoid=_smaller)
+register(OP, "reference", partial(_made, backend="reference"))

@@ -6,6 +6,7 @@ one pass reads v and writes 16 bits, and one reads their gradient and v and writ
 For other dtypes the backend of the CPU is PyTorch's operator.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,20 @@ def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tenso
         raise ValueError(f"dtype must be floating, got {dtype}")
     found: Tensor = pick(OP, v, g, dtype).run(v, g, dtype)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class WeightNormed:
+    """The prototypes g * v / |v| of `weight_norm` [K, D], which are not made yet."""
+
+    v: Tensor
+    g: Tensor
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        return weight_norm(self.v, self.g, dtype)
+
+    def __len__(self) -> int:
+        return len(self.v)
 
 
 @torch.library.custom_op("mokd_fast::weight_norm", mutates_args=())

@@ -279,8 +279,8 @@ def test_no_logits_in_a_whole_step(way):
 @pytest.mark.parametrize("way", ["fused-linear", "fused", "reference"])
 def test_prototypes_are_normalised_once_a_head(way, monkeypatch):
     """Two students and two teachers with two heads each; official: at every pass, 14 times."""
-    calls, matrix = [], Prototypes.matrix
-    monkeypatch.setattr(Prototypes, "matrix", lambda *a: calls.append(a[0]) or matrix(*a))
+    calls, normed = [], Prototypes.normed
+    monkeypatch.setattr(Prototypes, "normed", lambda head: calls.append(head) or normed(head))
     mokd = build(small("x", f"loss.prototypes={way}")).train()
     out = mokd(*views(), TAUS)
     torch.stack(out.totals).sum().backward()

@@ -1,0 +1,146 @@
+"""prototype_linear: logits of features and prototypes, x W^T.
+
+A step has few features and many prototypes: oneDNN, which PyTorch's 16-bit products on a CPU are,
+spends as long on the order that it wants W in as on the product. The CPU's own kernel reads W
+once as it lies. Of weight-normed prototypes it makes W, and W's gradient, a few rows at a time in
+the caches, forward and backward: layers.json.
+
+Letters: K prototypes, D features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu, distill
+from .dispatch import pick, register
+from .weight_norm import WeightNormed
+
+OP = "prototype_linear"
+BLOCK = 32  # of which K and D are multiples in the CPU's kernel
+# Rows from which a product with a matrix that is there is oneDNN's: they are worth its order of W.
+MANY = 128
+
+
+def prototype_linear(
+    x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x @ weight.T, differentiable in x and weight (v and g). [.., D] -> [.., K]
+
+    Args:
+        x: floating [.., D]. weight: floating [K, D], made or not.
+        dtype: of the product and its factors, floating, whatever autocast says; None for x's.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dtype that is not floating.
+    """
+    v = weight.v if isinstance(weight, WeightNormed) else weight
+    if v.ndim != 2 or not v.is_floating_point():
+        raise ValueError(f"weight must be floating [K, D], got {v.dtype} of shape {list(v.shape)}")
+    if x.ndim < 1 or x.shape[-1] != v.shape[1] or not x.is_floating_point() or x.device != v.device:
+        raise ValueError(
+            f"x must be floating [.., {v.shape[1]}] on {v.device} for prototypes {list(v.shape)}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    dtype = dtype or x.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating, got {dtype}")
+    found: Tensor = pick(OP, x, weight, dtype).run(x, weight, dtype)
+    return found
+
+
+@torch.library.custom_op("mokd_fast::prototype_linear", mutates_args=())
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """The logits in bf16, of w in bf16; no gradient."""
+    return cpu.prototype_linear(x, w)
+
+
+@_product.register_fake
+def _(x, w):
+    return w.new_empty(*x.shape[:-1], len(w))
+
+
+@torch.library.custom_op("mokd_fast::normed_linear", mutates_args=())
+def _forward(x: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits in bf16, and the norms [K]."""
+    return cpu.normed_linear(x, v, g)
+
+
+@_forward.register_fake
+def _(x, v, g):
+    return v.new_empty(*x.shape[:-1], len(v), dtype=torch.bfloat16), v.new_empty(len(v))
+
+
+@torch.library.custom_op("mokd_fast::normed_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, v: Tensor, g: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu.normed_linear_backward(grad, x, v, g, norms)
+
+
+@_backward.register_fake
+def _(grad, x, v, g, norms):
+    return x.new_empty(x.shape), v.new_empty(v.shape), g.new_empty(g.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    found = _backward(grad, *ctx.saved_tensors)
+    return tuple(t if n else None for t, n in zip(found, ctx.needs_input_grad, strict=True))
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(distill.no_second_derivative(OP))
+
+
+def _cpu(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor:
+    if _library(x, weight, dtype):
+        return _reference(x, weight, dtype)
+    if isinstance(weight, WeightNormed):
+        logits: Tensor = _forward(x, weight.v, weight.g)[0]
+        return logits
+    w = weight.to(dtype)
+    found: Tensor = (cpu.prototype_linear if distill.plain((x, w)) else _product)(x, w)
+    return found
+
+
+def _cpu_why_not(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> str | None:
+    return distill.transformed(x, *_tensors(weight)) or cpu.why_not(x, _tensors(weight))
+
+
+def _library(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> str | None:
+    """Why the product is PyTorch's on the CPU as well, or None."""
+    normed, tensors = isinstance(weight, WeightNormed), _tensors(weight)
+    K, D = tensors[0].shape
+    if dtype != torch.bfloat16:
+        return f"but its own product is one of bf16, not of {dtype}"
+    if not x.numel() or not K or K % BLOCK or D % BLOCK:
+        return f"but its own product takes rows, and K and D by multiples of {BLOCK}"
+    if normed and any(t.dtype != torch.float32 for t in tensors):
+        return f"but it normalises v and g of fp32 itself, not of {tensors[0].dtype}"
+    if not normed and x.numel() >= MANY * D:
+        return f"but from {MANY} rows on oneDNN is as fast with a matrix that is there"
+    if not normed and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+        return "but its own product has gradients for a WeightNormed alone"
+    lacking = cpu.bf16_why_not()
+    return lacking and f"but {lacking}"
+
+
+def _tensors(weight: Tensor | WeightNormed) -> list[Tensor]:
+    return [weight.v, weight.g] if isinstance(weight, WeightNormed) else [weight]
+
+
+def _reference(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor:
+    matrix = weight.matrix(dtype) if isinstance(weight, WeightNormed) else weight.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), matrix)
+
+
+register(OP, "cpu", _cpu, _cpu_why_not, avoid=_library)
+register(OP, "reference", _reference)

@@ -1,0 +1,202 @@
+"""prototype_linear: logits and gradients of bf16 products, against fp64 and PyTorch's own."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mokd_fast.ops import (
+    LinearTarget,
+    WeightNormed,
+    cpu,
+    cross_view_pairs,
+    explain,
+    prototype_linear,
+    prototype_loss,
+)
+from mokd_fast.ops.prototype_linear import _backward, _forward, _product
+
+BF16 = torch.bfloat16
+needs_products = pytest.mark.skipif(
+    cpu.bf16_why_not() is not None,
+    reason="needs the native module and a processor with AVX512-BF16",
+)
+
+
+def inputs(B: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(B + K + D)
+    x = torch.nn.functional.normalize(torch.randn(B, D), dim=-1)
+    return x, torch.randn(K, D) / 8, torch.rand(K, 1) + 0.5
+
+
+def results(x: Tensor, v: Tensor, g: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    x, v, g = (t.detach().requires_grad_() for t in (x, v, g))
+    logits = prototype_linear(x, WeightNormed(v, g), dtype)
+    logits.backward(grad.to(dtype))
+    return [logits.detach(), x.grad, v.grad, g.grad]
+
+
+@needs_products
+@pytest.mark.parametrize(
+    ("B", "K", "D"),  # one block of rows, several, an odd one; chunks and slabs that are cut off
+    [(1, 32, 32), (3, 96, 64), (13, 2144, 96), (40, 640, 192), (41, 4128, 256), (320, 160, 384)],
+)
+def test_error_is_no_larger_than_that_of_the_library(B, K, D, monkeypatch):
+    x, v, g = inputs(B, K, D)
+    grad = torch.randn(B, K).bfloat16() / K
+    exact = results(x.bfloat16().double(), v.double(), g.double(), grad, torch.float64)
+    mine = results(x, v, g, grad, BF16)
+    w = WeightNormed(v, g).matrix(BF16)
+    assert torch.equal(_product(x, w), mine[0])
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
+    theirs = results(x, v, g, grad, BF16)
+    for want, got, other in zip(exact, mine, theirs, strict=True):
+        assert got.dtype == other.dtype and got.shape == other.shape
+        error, allowed = (got.double() - want).norm(), (other.double() - want).norm()
+        assert error <= allowed * 1.01 + 1e-6 * want.norm()
+        assert (got.double() - want).abs().max() <= 2**-7 * want.abs().max()
+
+
+@needs_products
+def test_gradients_of_the_prototypes_are_fp32(monkeypatch):
+    """The library rounds the matrix's gradient to 16 bits before it comes to v."""
+    x, v, g = inputs(40, 320, 64)
+    x = x.bfloat16().float()
+    grad = torch.randn(40, 320).bfloat16()
+    exact = results(x.double(), v.double(), g.double(), grad, torch.float64)
+    mine = results(x, v, g, grad, BF16)
+    for want, got in zip(exact[2:], mine[2:], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6 * want.abs().max())
+
+
+@needs_products
+def test_nan_and_infinity_stay_in_their_rows():
+    x, v, g = inputs(5, 64, 32)
+    x[1, 3], v[7, 2], v[9] = torch.nan, torch.inf, 0
+    logits, dx, dv, _ = results(x, v, g, torch.ones(5, 64), BF16)
+    bad = torch.zeros(5, 64, dtype=torch.bool)
+    bad[1], bad[:, [7, 9]] = True, True
+    assert torch.equal(logits.isnan(), bad)
+    assert dx.isnan().all()  # of all prototypes
+    assert dv.isnan().all()  # of all images
+    x[1, 3] = 0
+    dv = results(x, v, g, torch.ones(5, 64), BF16)[2]
+    assert dv.isnan().any(1).nonzero().flatten().tolist() == [7, 9]
+
+
+@needs_products
+def test_bits_do_not_depend_on_threads_strides_or_defaults():
+    x, v, g = inputs(42, 4160, 64)
+    grad = torch.randn(4160, 42).bfloat16().t()  # transposed
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, matrix in ((1, v), (2, v), (3, v.t().contiguous().t())):
+            torch.set_num_threads(threads)
+            found.append(results(x, matrix, g, grad, BF16))
+        torch.set_default_dtype(torch.float64)
+        found.append(results(x[:, None], v, g, grad[:, None], BF16))
+    finally:
+        torch.set_num_threads(before)
+        torch.set_default_dtype(torch.float32)
+    for other in found[1:]:
+        assert all(torch.equal(a, b.view_as(a)) for a, b in zip(found[0], other, strict=True))
+    one = torch.ones(1, 1).expand(42, 4160)  # stride 0
+    for a, b in zip(
+        results(x, v, g, one, BF16), results(x, v, g, one.contiguous(), BF16), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_it_checks_as_an_operator_compiles_and_refuses_a_second_derivative():
+    x, v, g = (t.requires_grad_() for t in inputs(6, 64, 32))
+    normed = WeightNormed(v, g)
+    if cpu.bf16_why_not() is None:
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(_forward, (x, v, g), test_utils=tests)
+        grad, *plain = (t.detach() for t in (torch.randn(6, 64).bfloat16(), x, v, g))
+        torch.library.opcheck(_backward, (grad, *plain, torch.rand(64)), test_utils=tests)
+        torch.library.opcheck(_product, (plain[0], plain[1].bfloat16()), test_utils=tests)
+        (first,) = torch.autograd.grad(
+            prototype_linear(x, normed, BF16).float().square().sum(), v, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="second"):
+            first.sum().backward()
+    compiled = torch.compile(prototype_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, normed, BF16), prototype_linear(x, normed, BF16))
+    w = v.detach().bfloat16()
+    with torch.no_grad():
+        assert torch.equal(compiled(x, w, BF16), prototype_linear(x, w, BF16))
+
+
+@needs_products
+def test_only_gradients_that_are_needed():
+    x, v, g = inputs(4, 32, 32)
+    frozen = WeightNormed(v.requires_grad_(), g)  # g = 1, DINO's
+    prototype_linear(x, frozen, BF16).float().sum().backward()
+    assert v.grad is not None and x.grad is None and g.grad is None
+
+
+def test_what_the_library_does(monkeypatch):
+    x, v, g = inputs(4, 96, 64)
+    normed, w = WeightNormed(v, g), v.bfloat16()
+    cases = [
+        ((x, normed, torch.float32), "not of torch.float32"),
+        ((x[:0], normed, BF16), "takes rows"),
+        ((x, WeightNormed(v[:95], g[:95]), BF16), "multiples of 32"),
+        ((x[:, :63], WeightNormed(v[:, :63], g), BF16), "multiples of 32"),
+        ((x, WeightNormed(v.double(), g.double()), BF16), "fp32 itself, not of torch.float64"),
+        ((x.repeat(32, 1), w, BF16), "from 128 rows on"),
+        ((x.requires_grad_(), w, BF16), "gradients for a WeightNormed alone"),
+    ]
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")  # no reason to fail
+    for arguments, reason in cases:
+        matrix, dtype = arguments[1], arguments[2]
+        matrix = matrix.matrix(dtype) if isinstance(matrix, WeightNormed) else matrix
+        logits = prototype_linear(*arguments)
+        assert torch.equal(logits, arguments[0].to(dtype) @ matrix.t())
+        if cpu.native is not None:
+            assert "cpu: can run, but" in explain("prototype_linear", *arguments)
+            assert reason in explain("prototype_linear", *arguments)
+
+
+@needs_products
+def test_who_has_bf16_products_takes_them_unless_a_lower_level_is_forced(monkeypatch):
+    x, v, g = inputs(4, 96, 64)
+    for weight in (WeightNormed(v, g), v):
+        for level, said in (("", "chosen"), ("v4", "chosen"), ("v3", "can run, but MOKD_FAST_CPU")):
+            monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
+            assert f"cpu: {said}" in explain("prototype_linear", x, weight, BF16)
+
+
+@needs_products
+@pytest.mark.parametrize("way", ["fused", "fused-linear", "reference"])
+def test_prototype_loss_takes_prototypes_that_are_not_made(way):
+    x, v, g = inputs(12, 96, 64)
+    x, targets = x.view(4, 3, 64), []
+    for rows in (x[:2], x[1:3]):
+        targets.append(LinearTarget(cross_view_pairs(2, 4), rows, v.bfloat16(), 0.1))
+
+    def run(made: bool) -> list[Tensor]:
+        inputs = [t.detach().clone().requires_grad_() for t in (x, v, g)]
+        normed = WeightNormed(*inputs[1:])
+        with torch.autocast("cpu", BF16):
+            weight = normed.matrix(BF16) if made else normed
+            loss, _ = prototype_loss(inputs[0], weight, targets, temperature=0.1, backend=way)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    for have, want in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(have, want, rtol=2**-7, atol=2**-7 * want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "dtype", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(3), None, r"weight must be floating \[K, D\], got"),
+        (torch.ones(2, 3), torch.ones(4, 2), None, r"x must be floating \[.., 2\] on cpu for"),
+        (torch.ones(2, 3).int(), torch.ones(4, 3), None, r"got torch.int32 \[2, 3\]"),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.int32, "dtype must be floating, got"),
+    ],
+)
+def test_bad_input(x, weight, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        prototype_linear(x, weight, dtype)

@@ -16,19 +16,15 @@ def test_rows_have_both_ways(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layers, "K", 64)
     monkeypatch.setattr(layers, "LINEAR", (1024, 64, 192))
     monkeypatch.setattr(layers, "CONVOLUTIONS", [(8, 256, 512, 5, 1, 1), (8, 64, 128, 3, 3, 2)])
+    monkeypatch.setattr(layers, "NORMS", [(2, 32, 5, False), (2, 64, 3, True)])
     monkeypatch.setattr(layers, "keep_memory", lambda: None)  # which starts the program again
     path = tmp_path / "layers.json"
     monkeypatch.setattr("sys.argv", ["layers.py", "--quick", "--json", str(path)])
     layers.main()
     rows = json.loads(path.read_text())["rows"]
     assert [row["dtype"] for row in rows] == [
-        "fp32",
-        "bf16",
-        "fp32",
-        "bf16",
-        "bf16",
-        "bf16",
-        "fp32",
+        *("fp32", "fp32", "bf16", "bf16"),  # a convolution and a norm each
+        *("fp32", "bf16", "bf16", "bf16", "fp32"),
     ]
     said = capsys.readouterr().out
     for row in rows:

@@ -154,6 +154,9 @@ def _cpu(
     y, stats = run(x, weight, bias, added, eps, relu)
     if running_mean is not None and running_var is not None:
         mean, _, var = stats.unbind()
+        if not torch.compiler.is_compiling():
+            # As in PyTorch they move unseen by autograd, which may have kept them for backward.
+            running_mean, running_var = running_mean.data, running_var.data
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var, momentum)
     return y

@@ -165,6 +165,20 @@ def test_running_statistics_move_as_pytorchs():
             torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-7)
 
 
+def test_passes_by_either_way_before_a_backward():
+    """PyTorch keeps running statistics for backward and moves them unseen; so must the kernels."""
+    x, _, weight, bias, _ = case((4, 8, 5, 5), torch.float32)
+    x.requires_grad_()
+    mean, var = torch.zeros(8), torch.ones(8)
+    ways = [x.contiguous(), x, x.contiguous()]
+    found = [batch_norm(t, mean, var, weight, bias, True, relu=True) for t in ways]
+    total = sum(y.square().sum() for y in found)
+    (gradient,) = torch.autograd.grad(total, x)
+    again = batch_norm(x, mean, var, weight, bias, True, relu=True)
+    (want,) = torch.autograd.grad(again.square().sum() * 3, x)
+    torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_pytorchs(monkeypatch):
     """Evaluation, other layouts and dtypes: its bits, also where the CPU backend is asked for."""
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")

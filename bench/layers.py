@@ -23,6 +23,7 @@ from bench.timing import calibrate, interleave, keep_memory, machine, write_json
 from mokd_fast.nn.fast import quicken
 from mokd_fast.ops import (
     WeightNormed,
+    batch_norm,
     clip_grad_per_tensor_,
     cpu,
     foreach,
@@ -46,7 +47,23 @@ CONVOLUTIONS = [
     (32, 512, 512, 3, 3, 1),
 ]
 ATTENTION = (8, 197, 6, 64)  # images, tokens, heads, width of a head
+# BatchNorms of a ResNet-50: images, channels, side, and whether a shortcut is added to them
+NORMS = [
+    (8, 64, 112, False),
+    (8, 64, 56, False),
+    (8, 256, 56, True),
+    (8, 512, 28, True),
+    (8, 256, 14, False),
+    (8, 1024, 14, True),
+    (8, 2048, 7, True),
+    (32, 256, 24, True),
+    (32, 512, 12, True),
+    (32, 256, 6, False),
+    (32, 2048, 3, True),
+]
 LINEAR = (1576, 384, 1536)  # tokens, width in and out: the first layer of a ViT-S block's MLP
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, PyTorch's
 
@@ -67,6 +84,29 @@ def both(layer: nn.Module, x: Tensor, dtype: str, *, gradient: bool = True) -> P
             layer.zero_grad()
 
     return lambda: run(ours), lambda: run(layer)
+
+
+def norm(shape: tuple[int, ...], dtype: torch.dtype, adds: bool) -> Pair:
+    """BatchNorm, with `adds` the sum with a shortcut, and ReLU, as timm's blocks have them."""
+    x, added, grad = (
+        torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3)
+    )
+    numbers = [torch.ones(shape[1]), torch.zeros(shape[1])]
+    running = [t.clone() for t in reversed(numbers)]
+    inputs = [t.requires_grad_() for t in ([x, added] if adds else [x]) + numbers]
+
+    def ours() -> None:
+        more = added if adds else None
+        y = batch_norm(x, *running, *numbers, training=True, added=more, relu=True)
+        torch.autograd.grad(y, inputs, grad)
+
+    def theirs() -> None:
+        y = F.batch_norm(x, *running, *numbers, training=True)
+        if adds:
+            y += added
+        torch.autograd.grad(F.relu(y, inplace=True), inputs, grad)
+
+    return ours, theirs
 
 
 def prototypes(width: int) -> Pair:
@@ -149,6 +189,11 @@ def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
             name += f"{side}] to {out}"
             given = x if dtype == "fp32" else x.bfloat16()
             found[name, dtype] = lambda m=layer, x=given, d=dtype: both(m, x, d)
+        for *size, adds in NORMS[-1 if quick else 0 :]:
+            images, channels, side = size
+            shape, kind = (images, channels, side, side), DTYPES[dtype]
+            name = f"batch norm{' + shortcut' if adds else ''} + ReLU, {list(shape)}"
+            found[name, dtype] = lambda s=shape, k=kind, a=adds: norm(s, k, a)
     tokens, width, out = LINEAR
     x, linear = torch.randn(tokens, width), nn.Linear(width, out)
     name = f"linear layer, [{tokens}, {width}] to {out}"

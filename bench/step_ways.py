@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models.vision_transformer import Attention, Block
-from torch import nn
 
 from bench.timing import Medians, interleave
 from mokd_fast.nn import MOKD
-from mokd_fast.nn.fast import Conv2d, Linear, compile_blocks, quicken
+from mokd_fast.nn.fast import KINDS, compile_blocks, quicken
 from mokd_fast.train import malloc
 from mokd_fast.train.graph import WARMUP
 
@@ -82,16 +81,15 @@ def _stored(mokd: MOKD) -> tuple[Run, Run, Run]:
 
 def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
     mokd = steps.trainer.mokd
+    libraries = {ours: theirs for theirs, ours in KINDS.items()}
 
     def on() -> None:
         quicken(mokd, steps.device, steps.precision)
 
     def off() -> None:
         for module in mokd.modules():
-            if type(module) is Linear:
-                module.__class__ = nn.Linear
-            elif type(module) is Conv2d:
-                module.__class__ = nn.Conv2d
+            if plain := libraries.get(type(module)):
+                module.__class__ = plain
             elif isinstance(module, Attention):
                 module.fused_attn = True  # type: ignore[misc]
 

@@ -188,6 +188,17 @@ PrototypeLinear prototype_linear(const std::array<uintptr_t, 5>& at, const std::
            pointer<const float>(at[2]), pointer<const float>(at[3]), pointer<float>(at[4]), threads}};
 }
 
+struct BatchNorm : mokd::cpu::BatchNorm {};  // a type of this module alone
+
+// Addresses of x, weight, bias and stats; sizes are rows and channels.
+BatchNorm batch_norm(const std::array<uintptr_t, 4>& at, const std::array<int64_t, 2>& sizes, int type, bool relu,
+                     int threads) {
+  if ((type != mokd::F32 && type != mokd::BF16) || sizes[0] < 2 || sizes[1] < 1)
+    throw std::invalid_argument("batch_norm: fp32 or bf16, two rows and a channel");
+  return {{pointer<const void>(at[0]), Type(type), sizes[0], sizes[1], pointer<const float>(at[1]),
+           pointer<const float>(at[2]), pointer<float>(at[3]), relu, threads}};
+}
+
 #ifdef MOKD_CUDA
 namespace cuda = mokd::cuda;
 
@@ -297,6 +308,21 @@ PYBIND11_MODULE(_C, m) {
              py::gil_scoped_release unlocked;
              mokd::cpu::prototype_linear()->backward(c, pointer<const uint16_t>(grad), pointer<float>(for_x),
                                                      pointer<float>(for_v), pointer<float>(for_g));
+           });
+  py::class_<BatchNorm>(m, "BatchNorm")
+      .def(py::init(&batch_norm))
+      .def("forward",
+           [](const BatchNorm& c, double eps, uintptr_t added, uintptr_t y, const std::string& name) {
+             const auto& kernels = *level(name).batch_norm;
+             py::gil_scoped_release unlocked;
+             kernels.forward(c, eps, pointer<const void>(added), pointer<void>(y));
+           })
+      .def("backward",  // addresses of y, masked, dx and the gradients of weight and bias
+           [](const BatchNorm& c, uintptr_t grad, const std::array<uintptr_t, 5>& to, const std::string& name) {
+             const auto& kernels = *level(name).batch_norm;
+             py::gil_scoped_release unlocked;
+             kernels.backward(c, {pointer<const void>(grad), pointer<const void>(to[0]), pointer<void>(to[1]),
+                                  pointer<void>(to[2]), pointer<float>(to[3]), pointer<float>(to[4])});
            });
   m.def("clip",
         [](const std::vector<uintptr_t>& grads, const std::vector<int64_t>& sizes, float max_norm, uintptr_t norms,

@@ -2,6 +2,7 @@
 #pragma once
 #include "../core/distill.h"
 #include "augment.h"
+#include "batch_norm.h"
 #include "clip.h"
 #include "prototypes.h"
 #include "search.h"
@@ -37,6 +38,7 @@ struct Kernels {
   void (*augment)(const Augment&);
   const PrototypeKernels* prototypes;
   void (*clip)(const Clip&);
+  const BatchNormKernels* batch_norm;
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

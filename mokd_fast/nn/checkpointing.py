@@ -71,6 +71,10 @@ class _MovesOnce:
         self.kept = {}
 
 
+def keeps_statistics(hook: Any) -> bool:
+    """Whether a hook is one of these, which look at no result."""
+    return isinstance(getattr(hook, "__self__", None), _MovesOnce)
+
+
 def _moves_once(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), _MovesOnce) for hook in hooks)
+    return any(map(keeps_statistics, module._forward_pre_hooks.values()))

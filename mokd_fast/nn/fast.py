@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import cpu, onednn, self_attention
+from . import batch_norm
 
 # `Conv2d` is a product where its windows have at most FEW pixels and it has MANY weights or more.
 FEW, MANY = 1 << 12, 1 << 16
@@ -112,10 +113,19 @@ class Attention(vit.Attention):
         return self_attention(qkv, scale=self.scale)
 
 
+# How a library's class is fastest. Subclasses, which may do something else, are left alone.
+KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
+    **batch_norm.KINDS,
+}
+
+
 def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
-    Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here.
+    Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here,
+    BatchNorm with a ResNet's sums and ReLUs in its pass (batch_norm.py).
     bf16: attention of timm's blocks by `self_attention`, or by batched products where it has no
     kernel, for PyTorch's fused one is slow there, most of all backward. step.json has what all this
     is worth in a step.
@@ -123,10 +133,9 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     if device.type != "cpu" or precision not in ("fp32", "bf16"):
         return
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-        elif type(module) is nn.Conv2d and _plain(module):
-            module.__class__ = Conv2d
+        kind = KINDS.get(type(module))
+        if kind and (kind is not Conv2d or _plain(module)):  # type: ignore[arg-type]
+            module.__class__ = kind
         elif precision == "bf16" and isinstance(module, vit.Attention):
             module.fused_attn = False  # type: ignore[misc]
             if type(module) is vit.Attention and cpu.bf16_why_not() is None:

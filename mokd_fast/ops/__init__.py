@@ -1,6 +1,7 @@
 """The fused operators. Imports torch only."""
 
 from .augment import augment_crops, augment_params
+from .batch_norm import batch_norm
 from .center import Center, sinkhorn_center
 from .column_mean import column_mean
 from .dispatch import explain
@@ -20,6 +21,7 @@ __all__ = [
     "WeightNormed",
     "augment_crops",
     "augment_params",
+    "batch_norm",
     "clip_grad_per_tensor_",
     "column_mean",
     "cross_view_pairs",

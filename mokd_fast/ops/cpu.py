@@ -178,6 +178,51 @@ def _prototype_linear_call(x: Tensor, *matrix: Tensor | None) -> tuple[Any, list
     return native.PrototypeLinear(at, sizes, torch.get_num_threads()), alive
 
 
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `batch_norm._forward`."""
+    x = _channels_last(x)
+    y, stats = torch.empty_like(x), weight.new_empty(3, len(weight))
+    call, _alive = _batch_norm_call(x, weight, bias, stats, relu)
+    if added is not None:
+        added = _channels_last(added)
+    call.forward(eps, 0 if added is None else added.data_ptr(), y.data_ptr(), _level())
+    return y, stats
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stats: Tensor,
+    y: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results as `batch_norm._backward`."""
+    x, grad = _channels_last(x), _channels_last(grad)  # expanded gradients have stride 0
+    added = x.new_empty(0) if y is None else torch.empty_like(x)
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    call, _alive = _batch_norm_call(x, weight, bias, stats, relu)
+    first = 0 if y is None else y.data_ptr(), added.data_ptr()
+    call.backward(grad.data_ptr(), (*first, *(t.data_ptr() for t in found)), _level())
+    return *found, added
+
+
+def _batch_norm_call(
+    x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, relu: bool
+) -> tuple[Any, list[Tensor]]:
+    """The native call and the tensors that must live as long as it."""
+    alive = [x, weight.contiguous(), bias.contiguous(), stats]
+    at, sizes = [t.data_ptr() for t in alive], (x.numel() // len(weight), len(weight))
+    return native.BatchNorm(at, sizes, TYPES[x.dtype], relu, torch.get_num_threads()), alive
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Arguments and result as `matvec.matvec`."""
     matrix, vector = matrix.contiguous(), vector.contiguous()

@@ -17,13 +17,16 @@ def test_rows_have_both_ways(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layers, "LINEAR", (1024, 64, 192))
     monkeypatch.setattr(layers, "ATTENTION", (2, 20, 2, 32))
     monkeypatch.setattr(layers, "CONVOLUTIONS", [(8, 256, 512, 5, 1, 1), (8, 64, 128, 3, 3, 2)])
+    monkeypatch.setattr(layers, "NORMS", [(2, 32, 5, False), (2, 64, 3, True)])
     monkeypatch.setattr(layers, "keep_memory", lambda: None)  # which starts the program again
     path = tmp_path / "layers.json"
     monkeypatch.setattr("sys.argv", ["layers.py", "--quick", "--json", str(path)])
     layers.main()
     rows = json.loads(path.read_text())["rows"]
-    dtypes = ["fp32", "bf16", "fp32", *["bf16"] * 8, "fp32"]
-    assert [row["dtype"] for row in rows] == dtypes
+    assert [row["dtype"] for row in rows] == [
+        *("fp32", "fp32", "bf16", "bf16"),  # a convolution and a norm each
+        *("fp32", *["bf16"] * 8, "fp32"),
+    ]
     said = capsys.readouterr().out
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline_s"] / row["median_s"])

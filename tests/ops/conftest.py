@@ -27,6 +27,7 @@ def emulate(folder):
         "bindings.cpp",
         "cpu/level.cpp",
         "cpu/augment.cpp",
+        "cpu/batch_norm.cpp",
         "cpu/clip.cpp",
         "cpu/distill.cpp",
         "cpu/search.cpp",

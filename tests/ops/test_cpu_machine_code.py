@@ -33,7 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp", "clip.cpp", "prototypes.cpp")
+FILES = (*LOOPS, "augment.cpp", "batch_norm.cpp", "clip.cpp", "prototypes.cpp")
 
 
 def objdump(*options: str) -> str:
@@ -143,13 +143,14 @@ def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add,
         ("baseline", "xmm", r"\bmulps"),
     ],
 )
-def test_prototypes_and_gradients_are_taken_a_register_at_a_time(
+def test_prototypes_gradients_and_maps_are_taken_a_register_at_a_time(
     level, register, multiply_add, functions
 ):
-    code = dict.fromkeys(("clip.cpp", "prototypes.cpp"), "")
+    files = "batch_norm.cpp", "clip.cpp", "prototypes.cpp"
+    code = dict.fromkeys(files, "")
     for (file, _), found in functions[level].items():
         code[file] = code.get(file, "") + found
-    for file in ("clip.cpp", "prototypes.cpp"):
+    for file in files:
         assert re.search(rf"{multiply_add} .*%{register}", code[file]), file
     assert re.search(rf"\bv?mulps .*%{register}", code["clip.cpp"])  # the scaling
     # Written past the caches:

@@ -23,7 +23,7 @@ namespace {
 constexpr int L = LANES<float>;
 constexpr int64_t UNIT = 32;        // numbers: lines are a multiple of it, at every level
 // Lines at a time: of wide ones fewer, for those lie far apart and share few sets of L1.
-constexpr int64_t NARROW = 64, MANY = 16, FEW = 4;
+constexpr int64_t NARROW = 512, MANY = 16, FEW = 4;  // bytes, lines, lines
 constexpr int64_t FEWEST = 64;      // lines of a piece: its sums are to be much less than they
 constexpr int64_t PIECES = 128;     // at most, in the direction of lines
 constexpr int64_t COLUMNS = 512;    // of a piece
@@ -76,12 +76,12 @@ struct Cut {
   int64_t joined, width, lines;  // rows of a line, its numbers, and how many there are
   int64_t rest;                  // the first row that is in no line
   int64_t height, pieces, columns;
-  int64_t ahead;  // lines to what is fetched
+  int64_t ahead;  // lines at a time, and to what is fetched
 
   explicit Cut(const BatchNorm& c) {
     joined = UNIT / gcd(c.channels, UNIT);
     width = joined * c.channels, lines = c.rows / joined, rest = lines * joined;
-    ahead = width <= 1024 / FEW ? 1024 / width : FEW;
+    ahead = width * item_size(c.type) <= NARROW ? MANY : FEW;
     height = (lines + PIECES - 1) / PIECES;
     height = ((height < FEWEST ? FEWEST : height) + MANY - 1) / MANY * MANY;
     pieces = (lines + height - 1) / height, columns = (width + COLUMNS - 1) / COLUMNS;
@@ -116,7 +116,7 @@ void groups(const Piece& piece, const Work& work) {
 
 template <typename Work>
 void each_group(const Cut& cut, const Piece& piece, const Work& work) {
-  cut.width <= NARROW ? groups<MANY>(piece, work) : groups<FEW>(piece, work);
+  cut.ahead == MANY ? groups<MANY>(piece, work) : groups<FEW>(piece, work);
 }
 
 // Numbers of the channels, in fp64 or of a line in fp32: `rows` arrays.

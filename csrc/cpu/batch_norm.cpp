@@ -22,7 +22,8 @@ namespace {
 
 constexpr int L = LANES<float>;
 constexpr int64_t UNIT = 32;        // numbers: lines are a multiple of it, at every level
-constexpr int64_t GROUP = 16;       // lines that are added up in registers
+// Lines at a time: of wide ones fewer, for those lie far apart and share few sets of L1.
+constexpr int64_t NARROW = 512, MANY = 16, FEW = 4;  // bytes, lines, lines
 constexpr int64_t FEWEST = 64;      // lines of a piece: its sums are to be much less than they
 constexpr int64_t PIECES = 128;     // at most, in the direction of lines
 constexpr int64_t COLUMNS = 512;    // of a piece
@@ -75,12 +76,14 @@ struct Cut {
   int64_t joined, width, lines;  // rows of a line, its numbers, and how many there are
   int64_t rest;                  // the first row that is in no line
   int64_t height, pieces, columns;
+  int64_t ahead;  // lines at a time, and to what is fetched
 
   explicit Cut(const BatchNorm& c) {
     joined = UNIT / gcd(c.channels, UNIT);
     width = joined * c.channels, lines = c.rows / joined, rest = lines * joined;
+    ahead = width * item_size(c.type) <= NARROW ? MANY : FEW;
     height = (lines + PIECES - 1) / PIECES;
-    height = ((height < FEWEST ? FEWEST : height) + GROUP - 1) / GROUP * GROUP;
+    height = ((height < FEWEST ? FEWEST : height) + MANY - 1) / MANY * MANY;
     pieces = (lines + height - 1) / height, columns = (width + COLUMNS - 1) / COLUMNS;
   }
 };
@@ -101,14 +104,19 @@ void each_piece(const BatchNorm& c, const Cut& cut, const Work& work) {
 
 // work(line of the piece, how many, column) for groups of lines and pairs of registers; how many is known
 // to the compiler for all groups but the last.
-template <typename Work>
-void each_group(const Piece& piece, const Work& work) {
+template <int64_t GROUP, typename Work>
+void groups(const Piece& piece, const Work& work) {
   int64_t line = 0;
   for (; line + GROUP <= piece.lines; line += GROUP)
     for (int64_t k = 0; k < piece.columns; k += 2 * L)
       work(line, std::integral_constant<int64_t, GROUP>(), piece.column + k);
   if (line < piece.lines)
     for (int64_t k = 0; k < piece.columns; k += 2 * L) work(line, piece.lines - line, piece.column + k);
+}
+
+template <typename Work>
+void each_group(const Cut& cut, const Piece& piece, const Work& work) {
+  cut.ahead == MANY ? groups<MANY>(piece, work) : groups<FEW>(piece, work);
 }
 
 // Numbers of the channels, in fp64 or of a line in fp32: `rows` arrays.
@@ -144,13 +152,13 @@ struct Moments {
 template <typename T>
 void moments(const T* x, const Cut& cut, const Piece& piece, float* mean, float* squares) {
   x += piece.line * cut.width;
-  each_group(piece, [&](int64_t line, auto count, int64_t k) {
+  each_group(cut, piece, [&](int64_t line, auto count, int64_t k) {
     const int64_t n = count;
     const T* at = x + line * cut.width + k;
     Pair sum = {}, square = {};
     for (int64_t i = 0; i < n; ++i) {
       const Pair v = pair(at + i * cut.width);
-      fetch(at + (i + GROUP) * cut.width);
+      fetch(at + (i + cut.ahead) * cut.width);
       sum.first += v.first, sum.second += v.second;
     }
     const float inverse = 1.0f / float(n);
@@ -227,22 +235,22 @@ void normalise(const BatchNorm& c, const Cut& cut, const T* added, T* y) {
   const T* x = static_cast<const T*>(c.x);
   const Line<T> of(c, cut);
   each_piece(c, cut, [&](const Piece& piece) {
-    each_group(piece, [&](int64_t line, auto count, int64_t k) {
+    each_group(cut, piece, [&](int64_t line, auto count, int64_t k) {
       const Pair mean = pair(of.table[0] + k), scale = pair(of.table[1] + k), bias = pair(of.table[2] + k);
       const int64_t n = count, at = (piece.line + line) * cut.width + k;
       for (int64_t i = 0; i < n; ++i) {
         const Pair v = pair(x + at + i * cut.width);
-        fetch(x + at + (i + GROUP) * cut.width);
+        fetch(x + at + (i + cut.ahead) * cut.width);
         Pair to = {affine(v.first, mean.first, scale.first, bias.first),
                    affine(v.second, mean.second, scale.second, bias.second)};
         if (ADD) {
           const Pair more = pair(added + at + i * cut.width);
-          fetch(added + at + (i + GROUP) * cut.width);
+          fetch(added + at + (i + cut.ahead) * cut.width);
           to.first += more.first, to.second += more.second;
         }
         if (RELU) to = {at_least(0, to.first), at_least(0, to.second)};
         put(y + at + i * cut.width, to);
-        fetch(y + at + (i + GROUP) * cut.width);
+        fetch(y + at + (i + cut.ahead) * cut.width);
       }
     });
   });
@@ -281,7 +289,7 @@ void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const 
   const Table<float> parts(2 * cut.pieces, cut.width);
   each_piece(c, cut, [&](const Piece& piece) {
     float *plain = parts[2 * piece.index], *along = parts[2 * piece.index + 1];
-    each_group(piece, [&](int64_t line, auto count, int64_t k) {
+    each_group(cut, piece, [&](int64_t line, auto count, int64_t k) {
       const Pair mean = pair(of.table[0] + k), scale = pair(of.table[1] + k), bias = pair(of.table[2] + k);
       const int64_t n = count, from = (piece.line + line) * cut.width + k;
       Pair sum = {}, dot = {};
@@ -289,16 +297,16 @@ void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const 
         const int64_t at = from + i * cut.width;
         const Pair v = pair(x + at);
         Pair dz = pair(grad + at);
-        fetch(x + at + GROUP * cut.width), fetch(grad + at + GROUP * cut.width);
+        fetch(x + at + cut.ahead * cut.width), fetch(grad + at + cut.ahead * cut.width);
         if (MASK == FROM_X)
           dz = {masked(dz.first, affine(v.first, mean.first, scale.first, bias.first)),
                 masked(dz.second, affine(v.second, mean.second, scale.second, bias.second))};
         if (MASK == FROM_Y) {
           const Pair result = pair(y + at);
-          fetch(y + at + GROUP * cut.width);
+          fetch(y + at + cut.ahead * cut.width);
           dz = {masked(dz.first, result.first), masked(dz.second, result.second)};
           put_back(out + at, dz);
-          fetch(out + at + GROUP * cut.width);
+          fetch(out + at + cut.ahead * cut.width);
         }
         sum.first += dz.first, sum.second += dz.second;
         dot.first += dz.first * (v.first - mean.first), dot.second += dz.second * (v.second - mean.second);
@@ -338,7 +346,7 @@ void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& 
               const float* mean_dz, const float* mean_dot, T* dx) {
   const T* x = static_cast<const T*>(c.x);
   each_piece(c, cut, [&](const Piece& piece) {
-    each_group(piece, [&](int64_t line, auto count, int64_t k) {
+    each_group(cut, piece, [&](int64_t line, auto count, int64_t k) {
       const Pair mean = pair(of.table[0] + k), scale = pair(of.table[1] + k), bias = pair(of.table[2] + k);
       const Pair plain = pair(means[0] + k), along = pair(means[1] + k);
       const int64_t n = count, from = (piece.line + line) * cut.width + k;
@@ -346,11 +354,11 @@ void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& 
         const int64_t at = from + i * cut.width;
         const Pair v = pair(x + at);
         Pair dz = pair(grad + at);
-        fetch(x + at + GROUP * cut.width), fetch(grad + at + GROUP * cut.width);
+        fetch(x + at + cut.ahead * cut.width), fetch(grad + at + cut.ahead * cut.width);
         if (MASK == FROM_X)
           dz = {masked(dz.first, affine(v.first, mean.first, scale.first, bias.first)),
                 masked(dz.second, affine(v.second, mean.second, scale.second, bias.second))};
-        fetch(dx + at + GROUP * cut.width);
+        fetch(dx + at + cut.ahead * cut.width);
         put(dx + at, {(dz.first - plain.first - (v.first - mean.first) * along.first) * scale.first,
                       (dz.second - plain.second - (v.second - mean.second) * along.second) * scale.second});
       }

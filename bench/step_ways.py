@@ -8,12 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import Attention, Block
+from timm.layers import Mlp as TimmMlp
+from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
 from bench.timing import Medians, interleave
 from mokd_fast.nn import MOKD
-from mokd_fast.nn.fast import Conv2d, Linear, compile_blocks, quicken
+from mokd_fast.nn.fast import Block, Conv2d, Linear, Mlp, compile_blocks, quicken
 from mokd_fast.train import malloc
 from mokd_fast.train.graph import WARMUP
 
@@ -92,6 +94,8 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
                 module.__class__ = nn.Linear
             elif type(module) is Conv2d:
                 module.__class__ = nn.Conv2d
+            elif type(module) in (Block, Mlp):
+                module.__class__ = TimmBlock if type(module) is Block else TimmMlp
             elif isinstance(module, Attention):
                 module.fused_attn = True  # type: ignore[misc]
 
@@ -99,7 +103,7 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
 
 
 def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
-    blocks = [module for module in mokd.modules() if isinstance(module, Block)]
+    blocks = [module for module in mokd.modules() if isinstance(module, TimmBlock)]
     compile_blocks(mokd)
     calls = [block._compiled_call_impl for block in blocks]
 

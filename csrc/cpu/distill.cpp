@@ -594,12 +594,14 @@ extern const SearchKernels MOKD_JOIN(search_kernels_, MOKD_LEVEL);  // of search
 void MOKD_JOIN(augment_, MOKD_LEVEL)(const Augment&);  // of augment.cpp
 void MOKD_JOIN(clip_, MOKD_LEVEL)(const Clip&);        // of clip.cpp
 extern const PrototypeKernels MOKD_JOIN(prototype_kernels_, MOKD_LEVEL);  // of prototypes.cpp
+extern const BlockKernels MOKD_JOIN(block_kernels_, MOKD_LEVEL);          // of block.cpp
 extern const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL);
 const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_forward, run_backward,
                                                   run_column_mean,
                                                   &MOKD_JOIN(search_kernels_, MOKD_LEVEL),
                                                   MOKD_JOIN(augment_, MOKD_LEVEL),
                                                   &MOKD_JOIN(prototype_kernels_, MOKD_LEVEL),
-                                                  MOKD_JOIN(clip_, MOKD_LEVEL)};
+                                                  MOKD_JOIN(clip_, MOKD_LEVEL),
+                                                  &MOKD_JOIN(block_kernels_, MOKD_LEVEL)};
 
 }  // namespace mokd::cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include "../core/distill.h"
 #include "augment.h"
+#include "block.h"
 #include "clip.h"
 #include "prototypes.h"
 #include "search.h"
@@ -37,6 +38,7 @@ struct Kernels {
   void (*augment)(const Augment&);
   const PrototypeKernels* prototypes;
   void (*clip)(const Clip&);
+  const BlockKernels* block;
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

@@ -5,11 +5,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Block
+from timm.layers import LayerNorm
+from timm.layers import Mlp as TimmMlp
+from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops import onednn
+from ..ops import block, onednn
 
 # `Conv2d` is a product where its windows have at most FEW pixels and it has MANY weights or more.
 FEW, MANY = 1 << 12, 1 << 16
@@ -20,6 +23,65 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return onednn.trained_linear(x, self.weight, self.bias)
+
+
+class Mlp(TimmMlp):
+    """timm's, as one operator where a plain GELU stands between its layers (ops/block.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not half_precision(x) or not self._plain():
+            found: Tensor = super().forward(x)
+            return found
+        fc1, fc2 = self.fc1, self.fc2
+        y = block.mlp(x.bfloat16(), (fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
+        dropped: Tensor = self.drop2(y)
+        return dropped
+
+    def _plain(self) -> bool:
+        return (
+            type(self.fc1) is type(self.fc2) is Linear
+            and type(self.act) is nn.GELU
+            and self.act.approximate == "none"
+            and type(self.norm) is nn.Identity
+            and not (self.training and self.drop1.p)
+        )
+
+
+class Block(TimmBlock):
+    """timm's; a residual sum and the LayerNorm after it, with its cast, are one operator."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not half_precision(x) or not (plain_norm(self.norm1) and plain_norm(self.norm2)):
+            found: Tensor = super().forward(x, *args, **kwargs)
+            return found
+        x, normed = add_norm(x, None, self.norm1, torch.bfloat16)
+        y = self.drop_path1(self.ls1(self.attn(normed, *args, **kwargs)))
+        x, normed = add_norm(x, y, self.norm2, torch.bfloat16)
+        return x + self.drop_path2(self.ls2(self.mlp(normed)))
+
+
+def half_precision(x: Tensor) -> bool:
+    """Whether layers of x work in bf16 by autocast, on a CPU that has products of it."""
+    return (
+        x.is_cpu
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()  # Inductor fuses by itself
+        and onednn.usable("cpu", torch.bfloat16)
+    )
+
+
+def plain_norm(norm: nn.Module) -> bool:
+    """Whether `add_norm` takes it."""
+    kinds = (nn.LayerNorm, LayerNorm)
+    return type(norm) in kinds and norm.bias is not None and not getattr(norm, "_fast_norm", False)
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + y, and its LayerNorm in `dtype` (ops/block.py)."""
+    return block.add_norm(x, y, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[arg-type]
 
 
 class Conv2d(nn.Conv2d):
@@ -54,7 +116,9 @@ class Conv2d(nn.Conv2d):
         return fits and pixels <= FEW and self.weight.numel() >= MANY
 
     def _product(self, x: Tensor) -> Tensor:
-        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy where it is channels_last
+        half = half_precision(x) and torch.is_grad_enabled()
+        weight = onednn.half(self.weight) if half else self.weight
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # no copy where it is channels_last
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             down, right = self.stride
             rows = x[:, :, ::down, ::right].permute(0, 2, 3, 1)
@@ -94,8 +158,8 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
     Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here.
-    bf16: attention of timm's blocks by batched products, for PyTorch's fused one is slow there,
-    most of all backward. step.json has what all this is worth in a step.
+    bf16: timm's blocks as `Block` and `Mlp`, their attention by batched products, for PyTorch's
+    fused one is slow there, most of all backward. step.json has what all this is worth in a step.
     """
     if device.type != "cpu" or precision not in ("fp32", "bf16"):
         return
@@ -106,6 +170,8 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
             module.__class__ = Conv2d
         elif precision == "bf16" and isinstance(module, Attention):
             module.fused_attn = False  # type: ignore[misc]
+        elif precision == "bf16" and type(module) in (TimmMlp, TimmBlock):
+            module.__class__ = Mlp if type(module) is TimmMlp else Block
 
 
 def _plain(conv: nn.Conv2d) -> bool:
@@ -121,7 +187,7 @@ def compile_blocks(model: nn.Module) -> int:
     """
     # Students, teachers and searches, with gradient and without, in many sizes: each is compiled.
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
+    blocks = [module for module in model.modules() if isinstance(module, TimmBlock)]
+    for each in blocks:
+        each.compile(fullgraph=True, dynamic=False)
     return len(blocks)

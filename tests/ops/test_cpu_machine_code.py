@@ -33,7 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp", "clip.cpp", "prototypes.cpp")
+FILES = (*LOOPS, "augment.cpp", "block.cpp", "clip.cpp", "prototypes.cpp")
 
 
 def objdump(*options: str) -> str:

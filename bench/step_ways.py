@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block
 
 from bench.timing import Medians, interleave
-from mokd_fast.nn import MOKD
+from mokd_fast.nn import MOKD, blocks
 from mokd_fast.nn.fast import KINDS, compile_blocks, quicken
 from mokd_fast.train import malloc
 from mokd_fast.train.graph import WARMUP
@@ -81,7 +81,7 @@ def _stored(mokd: MOKD) -> tuple[Run, Run, Run]:
 
 def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
     mokd = steps.trainer.mokd
-    libraries = {ours: theirs for theirs, ours in KINDS.items()}
+    libraries = {ours: theirs for theirs, ours in (KINDS | blocks.KINDS).items()}
 
     def on() -> None:
         quicken(mokd, steps.device, steps.precision)
@@ -90,22 +90,22 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
         for module in mokd.modules():
             if plain := libraries.get(type(module)):
                 module.__class__ = plain
-            elif isinstance(module, Attention):
+            if isinstance(module, Attention):
                 module.fused_attn = True  # type: ignore[misc]
 
     return on, off, on
 
 
 def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
-    blocks = [module for module in mokd.modules() if isinstance(module, Block)]
+    found = [module for module in mokd.modules() if isinstance(module, Block)]
     compile_blocks(mokd)
-    calls = [block._compiled_call_impl for block in blocks]
+    calls = [block._compiled_call_impl for block in found]
 
     def choose(impls: list[Any]) -> None:
-        for block, impl in zip(blocks, impls, strict=True):
+        for block, impl in zip(found, impls, strict=True):
             block._compiled_call_impl = impl
 
-    on, off = partial(choose, calls), partial(choose, [None] * len(blocks))
+    on, off = partial(choose, calls), partial(choose, [None] * len(found))
     on()
     run()
     graphs = _graphs()

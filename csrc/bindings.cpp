@@ -155,6 +155,52 @@ void augment_crops(const std::tuple<uintptr_t, int64_t, int64_t>& crops, const s
   kernels.augment(a);
 }
 
+// Addresses: 0 is none. Sizes are rows and width.
+void bind_block(py::module_& m) {
+  using Sizes = std::array<int64_t, 2>;
+  m.def("gelu", [](uintptr_t u, uintptr_t g, const Sizes& sizes, int threads, const std::string& name) {
+    const auto& kernels = *level(name).block;
+    py::gil_scoped_release unlocked;
+    kernels.gelu({sizes[0], sizes[1], threads}, pointer<const uint16_t>(u), pointer<uint16_t>(g));
+  });
+  m.def("gelu_backward", [](const std::array<uintptr_t, 5>& at, const Sizes& sizes, int threads,
+                            const std::string& name) {
+    const auto& kernels = *level(name).block;
+    py::gil_scoped_release unlocked;
+    kernels.gelu_backward({sizes[0], sizes[1], threads}, pointer<const uint16_t>(at[0]),
+                          pointer<const uint16_t>(at[1]), pointer<uint16_t>(at[2]), pointer<uint16_t>(at[3]),
+                          pointer<float>(at[4]));
+  });
+  m.def("sum_rows", [](uintptr_t x, uintptr_t sums, const Sizes& sizes, int threads, const std::string& name) {
+    const auto& kernels = *level(name).block;
+    py::gil_scoped_release unlocked;
+    kernels.sum_rows({sizes[0], sizes[1], threads}, pointer<const uint16_t>(x), pointer<float>(sums));
+  });
+  // At x, y, weight, bias, and what comes out: sum, normed, stats.
+  m.def("add_norm", [](const std::array<uintptr_t, 7>& at, int type, float eps, const std::array<int64_t, 3>& sizes,
+                       int threads, const std::string& name) {
+    if (type != mokd::BF16 && type != mokd::F32) throw std::invalid_argument("add_norm: y in fp32 or bf16");
+    if (sizes[1] < 1 || sizes[2] < 1) throw std::invalid_argument("add_norm: at least one number and one row");
+    const auto& kernels = *level(name).block;
+    py::gil_scoped_release unlocked;
+    kernels.add_norm({pointer<const float>(at[0]), pointer<const void>(at[1]), Type(type),
+                      pointer<const float>(at[2]), pointer<const float>(at[3]), eps, sizes[0], sizes[1], sizes[2],
+                      threads},
+                     pointer<float>(at[4]), pointer<uint16_t>(at[5]), pointer<mokd::cpu::NormStats>(at[6]));
+  });
+  // At the sum, weight, stats, dsum, dnormed, and what comes out: dx, dy, dweight, dbias.
+  m.def("add_norm_backward", [](const std::array<uintptr_t, 9>& at, const Sizes& sizes, int threads,
+                                const std::string& name) {
+    const auto& kernels = *level(name).block;
+    py::gil_scoped_release unlocked;
+    kernels.add_norm_backward({pointer<const float>(at[0]), nullptr, Type::F32, pointer<const float>(at[1]),
+                               nullptr, 0, sizes[0], sizes[1], sizes[0], threads},
+                              pointer<const mokd::cpu::NormStats>(at[2]), pointer<const float>(at[3]),
+                              pointer<const uint16_t>(at[4]), pointer<float>(at[5]), pointer<uint16_t>(at[6]),
+                              pointer<float>(at[7]), pointer<float>(at[8]));
+  });
+}
+
 struct WeightNorm : mokd::cpu::WeightNorm {};  // a type of this module alone
 
 // Addresses of v, g and norms; sizes are rows and width.
@@ -279,6 +325,7 @@ PYBIND11_MODULE(_C, m) {
           kernels.column_mean({rows(row), count, columns, pointer<void>(mean), threads});
         });
   m.def("augment_crops", &augment_crops);
+  bind_block(m);
   py::class_<WeightNorm>(m, "WeightNorm")
       .def(py::init(&weight_norm))
       .def("forward",

@@ -3,6 +3,7 @@
 #include "../core/distill.h"
 #include "augment.h"
 #include "batch_norm.h"
+#include "block.h"
 #include "clip.h"
 #include "prototypes.h"
 #include "search.h"
@@ -39,6 +40,7 @@ struct Kernels {
   const PrototypeKernels* prototypes;
   void (*clip)(const Clip&);
   const BatchNormKernels* batch_norm;
+  const BlockKernels* block;
 };
 
 // The kernels of the best level this processor runs, or of the one called `forced`; null when that

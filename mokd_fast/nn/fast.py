@@ -9,18 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops import cpu, onednn, self_attention
-from . import batch_norm
+from ..ops import cpu, onednn
+from . import batch_norm, blocks
+from .blocks import Linear, half_precision
 
 # `Conv2d` is a product where its windows have at most FEW pixels and it has MANY weights or more.
 FEW, MANY = 1 << 12, 1 << 16
-
-
-class Linear(nn.Linear):
-    """nn.Linear whose products are oneDNN's (ops/onednn.py says when and why)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return onednn.trained_linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -55,7 +49,9 @@ class Conv2d(nn.Conv2d):
         return fits and pixels <= FEW and self.weight.numel() >= MANY
 
     def _product(self, x: Tensor) -> Tensor:
-        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy where it is channels_last
+        half = half_precision(x) and torch.is_grad_enabled()
+        weight = onednn.half(self.weight) if half else self.weight
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # no copy where it is channels_last
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             down, right = self.stride
             rows = x[:, :, ::down, ::right].permute(0, 2, 3, 1)
@@ -91,28 +87,6 @@ class _Windows(torch.autograd.Function):
         return inner.to(grad.dtype).permute(0, 3, 1, 2), None, None, None
 
 
-class Attention(vit.Attention):
-    """timm's, by `ops.self_attention` where `fused_attn`, which means PyTorch's, is off."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
-        if masked or not self.plain():
-            found: Tensor = super().forward(x, *args, **kwargs)
-            return found
-        heard = self.attend(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)))
-        return self.proj_drop(self.proj(self.norm(heard.flatten(2))))
-
-    def plain(self) -> bool:
-        """Whether queries, keys and values are used as the layer gives them, and nothing else."""
-        if self.fused_attn or self.gate is not None or (self.training and self.attn_drop.p):
-            return False
-        return type(self.q_norm) is type(self.k_norm) is nn.Identity
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """[B, N, 3, H, d] -> [B, N, H, d]"""
-        return self_attention(qkv, scale=self.scale)
-
-
 # How a library's class is fastest. Subclasses, which may do something else, are left alone.
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
@@ -125,21 +99,21 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
     Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here,
-    BatchNorm with a ResNet's sums and ReLUs in its pass (batch_norm.py).
-    bf16: attention of timm's blocks by `self_attention`, or by batched products where it has no
-    kernel, for PyTorch's fused one is slow there, most of all backward. step.json has what all this
-    is worth in a step.
+    BatchNorm with a ResNet's sums and ReLUs in its pass (batch_norm.py). bf16: timm's blocks as in
+    blocks.py, their attention by a kernel of its own, or by batched products where there is none:
+    PyTorch's fused one is slow there, most of all backward. step.json has what all this is worth.
     """
     if device.type != "cpu" or precision not in ("fp32", "bf16"):
         return
+    kinds = KINDS | (blocks.KINDS if precision == "bf16" else {})
+    if cpu.bf16_why_not() is not None:
+        kinds.pop(vit.Attention, None)
     for module in model.modules():
-        kind = KINDS.get(type(module))
+        if precision == "bf16" and isinstance(module, vit.Attention):
+            module.fused_attn = False  # type: ignore[misc]
+        kind = kinds.get(type(module))
         if kind and (kind is not Conv2d or _plain(module)):  # type: ignore[arg-type]
             module.__class__ = kind
-        elif precision == "bf16" and isinstance(module, vit.Attention):
-            module.fused_attn = False  # type: ignore[misc]
-            if type(module) is vit.Attention and cpu.bf16_why_not() is None:
-                module.__class__ = Attention
 
 
 def _plain(conv: nn.Conv2d) -> bool:
@@ -155,7 +129,7 @@ def compile_blocks(model: nn.Module) -> int:
     """
     # Students, teachers and searches, with gradient and without, in many sizes: each is compiled.
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-    blocks = [module for module in model.modules() if isinstance(module, vit.Block)]
-    for block in blocks:
+    found = [module for module in model.modules() if isinstance(module, vit.Block)]
+    for block in found:
         block.compile(fullgraph=True, dynamic=False)
-    return len(blocks)
+    return len(found)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..ops import feature_search, joint_attention, onednn, self_attention
 from . import packed
 from .backbones import resize_positions
+from .blocks import add_norm
 from .prototypes import Prototypes
 
 
@@ -91,9 +92,14 @@ class Layers:
 
     def block(self, block: nn.Module, x: Tensor, found: Tensor) -> Tensor:
         """What a block makes of x [..., D] once its heads have found something."""
-        x = x + self(block.attn.proj, found)  # type: ignore[union-attr, arg-type]
+        y = self(block.attn.proj, found)  # type: ignore[union-attr, arg-type]
+        x, normed = add_norm(x, y, block.norm2, self.dtype)  # type: ignore[arg-type]
         # No name for what lies between: it is the largest tensor here, and gone before the sum.
-        return x + self(block.mlp.fc2, self(block.mlp.fc1, block.norm2(x), gelu=True))  # type: ignore
+        return x + self(block.mlp.fc2, self(block.mlp.fc1, normed, gelu=True))  # type: ignore
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """A LayerNorm of x, for a product."""
+        return add_norm(x, None, norm, self.dtype)[1]
 
 
 class THead(nn.Module):
@@ -308,7 +314,7 @@ class THead(nn.Module):
         [.., .., D] -> [end - first, .., .., H, d]"""
         D = x.shape[-1]
         only = slice(first * D, end * D)
-        qkv = layers(block.attn.qkv, block.norm1(x), only=only)  # type: ignore
+        qkv = layers(block.attn.qkv, layers.norm(block.norm1, x), only=only)  # type: ignore
         return qkv.unflatten(2, (end - first, self.heads, -1)).movedim(2, 0)
 
     def join(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..ops import (
     Target,
     column_mean,
     cross_view_pairs,
+    onednn,
     prototype_loss,
 )
 from ..ops.center import LinearLogits
@@ -199,6 +200,16 @@ class MOKD(nn.Module):
                 forward pass, so that of one model alone activations are alive at a time (graphs of
                 students are disjoint). `totals` have no gradient then.
         """
+        with onednn.copies_kept():
+            return self._forward(global_views, local_views, temperatures, backward)
+
+    def _forward(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        temperatures: Sequence[Temperatures],
+        backward: Callable[[int, Tensor], None] | None,
+    ) -> StepLosses:
         self.centers.wait()  # the last update holds prototypes, which may go now
         found = self._teach(global_views)
         groups = [views for views in (global_views, local_views) if views is not None]

@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from .fast import Attention
+from .blocks import Attention
 
 Groups = list[tuple[int, int]]  # B and N of each
 _XFORMERS = find_spec("xformers") is not None  # looked for once: it takes as long as a launch

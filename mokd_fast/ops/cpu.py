@@ -46,6 +46,13 @@ def why_not(student: Tensor, rows: Sequence[Tensor] = ()) -> str | None:
     return None
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether the kernels see these tensors' memory: no subclass, and nothing that is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
 def distill_forward(
     student: Tensor, rows: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,6 +237,66 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     given = matrix.data_ptr(), TYPES[matrix.dtype], matrix.shape, vector.data_ptr()
     native.matvec(*given, found.data_ptr(), threads, _level())
     return found
+
+
+def gelu(u: Tensor) -> Tensor:
+    """GELU of bf16 [.., D]."""
+    u = u.contiguous()
+    found, sizes = torch.empty_like(u), (u.numel() // u.shape[-1], u.shape[-1])
+    native.gelu(u.data_ptr(), found.data_ptr(), sizes, torch.get_num_threads(), _level())
+    return found
+
+
+def gelu_backward(u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of bf16 rows [R, D]: the gradient for u, GELU once more, and the gradient's sum [D] over the
+    rows in fp32."""
+    u, grad = u.contiguous(), grad.contiguous()
+    found = torch.empty_like(u), torch.empty_like(u), u.new_empty(u.shape[1], dtype=torch.float32)
+    at = [t.data_ptr() for t in (u, grad, *found)]
+    native.gelu_backward(at, u.shape, torch.get_num_threads(), _level())
+    return found
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum [D] over bf16 rows [R, D], in fp32."""
+    x = x.contiguous()
+    found = x.new_empty(x.shape[1], dtype=torch.float32)
+    native.sum_rows(x.data_ptr(), found.data_ptr(), x.shape, torch.get_num_threads(), _level())
+    return found
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + y in fp32 (x where y is None), its LayerNorm in bf16, and of each row mean and scale."""
+    D, period = x.shape[-1], x.numel() // x.shape[-1]
+    if y is not None and x.ndim > 2 and x.stride(0) == 0 and x[0].is_contiguous():
+        period //= len(x)  # expanded: its rows are read again and again
+    else:
+        x = x.contiguous()
+    y = y if y is None else y.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    sums = x if y is None else x.new_empty(x.shape)
+    normed = x.new_empty(x.shape, dtype=torch.bfloat16)
+    stats = x.new_empty(*x.shape[:-1], 2)
+    at = [0 if t is None else t.data_ptr() for t in (x, y, weight, bias, sums, normed, stats)]
+    kind, sizes = TYPES[torch.float32 if y is None else y.dtype], (stats.numel() // 2, D, period)
+    native.add_norm(at, kind, eps, sizes, torch.get_num_threads(), _level())
+    return sums, normed, stats
+
+
+def add_norm_backward(
+    dsum: Tensor | None, dnormed: Tensor, sums: Tensor, weight: Tensor, stats: Tensor, half: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients for x, the same in bf16 if `half`, for the weight and for the bias."""
+    dsum = dsum if dsum is None else dsum.contiguous()
+    given = sums, weight.contiguous(), stats, dsum, dnormed.contiguous()
+    dx, dweight, dbias = (torch.empty_like(t) for t in (sums, weight, weight))
+    dy = torch.empty_like(sums, dtype=torch.bfloat16) if half else None
+    at = [0 if t is None else t.data_ptr() for t in (*given, dx, dy, dweight, dbias)]
+    sizes = stats.numel() // 2, sums.shape[-1]
+    native.add_norm_backward(at, sizes, torch.get_num_threads(), _level())
+    return dx, dy, dweight, dbias
 
 
 def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:

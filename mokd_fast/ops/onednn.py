@@ -3,6 +3,10 @@
 That takes about twice as long (linear_parts.json, by `bench/linear_distill.py --parts`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +33,11 @@ def usable(device: str, dtype: torch.dtype) -> bool:
 @constant
 def _takes_bf16() -> bool:
     """Whether oneDNN has products of bf16 for this processor: it wants AVX-512."""
+    return _asked()
+
+
+@cache
+def _asked() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -44,11 +53,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     return found
 
 
+_kept: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def copies_kept() -> Iterator[None]:
+    """Within it, `half` makes one copy of a weight that is trained, as autocast does for PyTorch's
+    own operators. Nothing may change weights in it: to be left before an optimizer's step.
+
+    All that use a copy then share a node of the graph: their gradients are added in bf16 and cast
+    once."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def half(weight: Tensor) -> Tensor:
+    """A weight in bf16, with gradient."""
+    kept = _kept.get()
+    if kept is None or weight.dtype == torch.bfloat16 or not torch.is_grad_enabled():
+        return weight.bfloat16()
+    if id(weight) not in kept:
+        kept[id(weight)] = weight, weight.bfloat16()  # with the weight: ids are given again
+    return kept[id(weight)][1]
+
+
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias) with its gradients (of first order), of any device, dtype and size.
 
     Where that is faster, on the CPU, oneDNN makes it: fp32 both ways, and what bf16 autocast makes
-    without gradient, for F.linear adds the bias in a pass of its own there.
+    without gradient, for F.linear adds the bias in a pass of its own there. (With gradient a
+    Function of Python's takes as long as that pass.)
     """
     kind = x.device.type
     if x.ndim > 1 and x.numel() * len(weight) >= ENOUGH:

@@ -1,22 +1,32 @@
 """Library layers as they are fastest on the CPU: the same numbers, keys and gradients."""
 
 import copy
+import statistics
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
-from mokd_fast.nn import Temperatures, fast
-from mokd_fast.nn.fast import FEW, MANY, Conv2d, Linear, compile_blocks, quicken
-from mokd_fast.ops import onednn
+from mokd_fast.nn import Temperatures, blocks, fast
+from mokd_fast.nn.blocks import Block, Linear, Mlp
+from mokd_fast.nn.fast import FEW, MANY, Conv2d, compile_blocks, quicken
+from mokd_fast.ops import block, cpu, ema_update_, onednn
 from mokd_fast.train.networks import build
 from tests.train.recipes import small
 
 CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(
     not onednn.usable("cpu", torch.float32), reason="this torch has no oneDNN"
+)
+
+needs_bf16 = pytest.mark.skipif(
+    cpu.native is None or not onednn.usable("cpu", torch.bfloat16),
+    reason="the native module and oneDNN's products of bf16 are needed",
 )
 
 
@@ -116,8 +126,10 @@ def test_attention_in_bf16_is_as_exact_as_the_fused_one(options, kernel, monkeyp
     if not kernel:
         monkeypatch.setattr(fast.cpu, "bf16_why_not", lambda: "this processor has none")
     calls = []
-    attend = fast.self_attention
-    monkeypatch.setattr(fast, "self_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    attend = blocks.self_attention
+    monkeypatch.setattr(
+        blocks, "self_attention", lambda *a, **k: calls.append(1) or attend(*a, **k)
+    )
     torch.manual_seed(0)
     exact = Attention(64, 4, qkv_bias=True, norm_layer=nn.LayerNorm, **options).double()
     x = torch.randn(3, 50, 64)
@@ -126,7 +138,7 @@ def test_attention_in_bf16_is_as_exact_as_the_fused_one(options, kernel, monkeyp
         model = copy.deepcopy(exact).float()
         if name == "quick":
             quicken(model, CPU, "bf16")
-            assert isinstance(model, fast.Attention) == (fast.cpu.bf16_why_not() is None)
+            assert isinstance(model, blocks.Attention) == (fast.cpu.bf16_why_not() is None)
         if "attn_drop" in options:
             model.eval(), exact.eval()
         with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +149,7 @@ def test_attention_in_bf16_is_as_exact_as_the_fused_one(options, kernel, monkeyp
             model.qkv.weight.grad.isfinite().all().item(),
         ]
     assert errors["quick"][1] and errors["quick"][0] <= 1.5 * errors["fused"][0] + 1e-3
-    plain = isinstance(model, fast.Attention) and not set(options) & {"qk_norm", "gated"}
+    plain = isinstance(model, blocks.Attention) and not set(options) & {"qk_norm", "gated"}
     assert len(calls) == plain
     if plain:  # what timm's attention knows beside is timm's
         model.train()
@@ -327,6 +339,8 @@ def test_compiled_blocks_are_one_graph_and_not_compiled_again(precision, monkeyp
     import torch._dynamo.utils as dynamo
 
     monkeypatch.setattr(onednn, "ENOUGH", 1)
+    # What runs uncompiled is then the library's blocks, as what is compiled.
+    monkeypatch.setattr(blocks, "half_precision", lambda x: False)
     monkeypatch.setattr(  # Inductor takes minutes for what is tested here: a slow test has it
         nn.Module, "compile",
         lambda self, f=nn.Module.compile, **k: f(self, backend="aot_eager", **k),
@@ -337,7 +351,7 @@ def test_compiled_blocks_are_one_graph_and_not_compiled_again(precision, monkeyp
     for mokd in models:
         quicken(mokd, CPU, precision)
     assert compile_blocks(models[1]) == len(
-        [m for m in models[1].modules() if type(m).__name__ == "Block"]
+        [m for m in models[1].modules() if isinstance(m, TimmBlock)]
     )
     taus, found, graphs = [Temperatures(0.04, 0.04, 0.04)] * 2, [], []
     views = torch.randn(2, 4, 1, 28, 28), torch.randn(2, 4, 1, 14, 14)
@@ -355,3 +369,116 @@ def test_compiled_blocks_are_one_graph_and_not_compiled_again(precision, monkeyp
     for mine, theirs in zip(found[1], found[0], strict=True):
         if theirs is not None:
             torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+def vit_blocks(**options) -> list[nn.Sequential]:
+    """Blocks in fp64, as timm has them, and quickened, with equal weights."""
+    torch.manual_seed(0)
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    made = (TimmBlock(64, 2, qkv_bias=True, norm_layer=norm, **options) for _ in range(2))
+    exact = nn.Sequential(*made).double()
+    plain = copy.deepcopy(exact).float()
+    fast = copy.deepcopy(plain)
+    quicken(fast, CPU, "bf16")
+    return [exact, plain, fast]
+
+
+def trained(model: nn.Module, inputs: list[torch.Tensor], *, autocast: bool) -> list[torch.Tensor]:
+    dtype, found = next(model.parameters()).dtype, []
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), onednn.copies_kept():
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        found = [model(x) for x in given]
+    sum(y.square().sum() for y in found).backward()
+    return [
+        *(y.detach() for y in found),
+        *(x.grad for x in given),
+        *(p.grad for p in model.parameters()),
+    ]
+
+
+@needs_bf16
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.5}, {"proj_bias": False}])
+def test_blocks_in_bf16_are_as_exact_as_the_library(options, monkeypatch):
+    monkeypatch.setattr(onednn, "ENOUGH", 1)
+    calls, own = [], block._Mlp.apply
+    monkeypatch.setattr(block._Mlp, "apply", lambda *a: calls.append(1) or own(*a))
+    exact, plain, fast = vit_blocks(**options)
+    assert all(type(b) is Block and type(b.mlp) is Mlp for b in fast)
+    inputs = [torch.randn(3, 50, 64), torch.randn(5, 17, 64)]
+    want = trained(exact, inputs, autocast=False)
+    theirs, mine = (trained(m, inputs, autocast=True) for m in (plain, fast))
+    assert len(calls) == 4
+    ratios = []
+    for got, other, right in zip(mine, theirs, want, strict=True):
+        assert got.dtype == other.dtype == torch.float32
+        ratios.append(((got - right).norm() / (other - right).norm()).item())
+    # Of one tensor of 64 numbers that is chance: of them all it is not.
+    assert max(ratios) <= 1.5 and statistics.geometric_mean(ratios) <= 1.03
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        teacher = fast(inputs[0])
+        assert (teacher.double() - want[0]).norm() <= 1.15 * (theirs[0].double() - want[0]).norm()
+
+
+@needs_bf16
+def test_blocks_with_drops_and_checkpoints(monkeypatch):
+    monkeypatch.setattr(onednn, "ENOUGH", 1)
+    x = torch.randn(6, 10, 64)
+    for options in ({"drop_path": 0.5}, {"proj_drop": 0.5}):
+        _, plain, fast = vit_blocks(**options)
+        found = []
+        for model in (plain, fast):
+            torch.manual_seed(1)
+            found.append(trained(model, [x], autocast=True)[0])
+        torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.05)
+    _, _, fast = vit_blocks()
+    cut = copy.deepcopy(fast)
+    kept = trained(fast, [x], autocast=True)
+    cut.forward = lambda x: checkpoint_seq(list(cut), x)
+    for got, want in zip(trained(cut, [x], autocast=True), kept, strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_bf16
+@pytest.mark.parametrize("change", ["fused", "foreach", "ema", "load", "in place", "data"])
+def test_no_copy_of_a_weight_outlives_its_change(change, monkeypatch):
+    """Copies live from a forward pass to its end: whatever then changes a weight is seen."""
+    monkeypatch.setattr(onednn, "ENOUGH", 1)
+    _, plain, fast = vit_blocks()
+    x = torch.randn(3, 20, 64)
+    first = trained(fast, [x], autocast=True)[0]
+    trained(plain, [x], autocast=True)
+    target = [torch.randn_like(p) * 0.2 for p in fast.parameters()]
+    for theirs, mine in zip(plain.parameters(), fast.parameters(), strict=True):
+        mine.grad = theirs.grad.clone()
+    for model in (plain, fast):
+        parameters = list(model.parameters())
+        if change in ("fused", "foreach"):
+            torch.optim.AdamW(parameters, lr=0.1, **{change: True}).step()
+        elif change == "ema":
+            ema_update_(parameters, target, 0.5)
+        elif change == "load":
+            names = model.state_dict().keys()
+            model.load_state_dict(dict(zip(names, target, strict=True)))
+        for p, new in zip(parameters, target, strict=True):
+            if change == "in place":
+                with torch.no_grad():
+                    p.copy_(new)
+            elif change == "data":
+                p.data.copy_(new)
+    theirs, mine = (trained(m, [x], autocast=True)[0] for m in (plain, fast))
+    assert (mine - first).norm() > 0.1 * first.norm()
+    assert (mine - theirs).norm() < 0.02 * theirs.norm()
+    assert onednn._kept.get() is None and not any(map(vars(fast[0].mlp.fc1).get, ("kept", "half")))
+
+
+@needs_bf16
+def test_copies_are_made_once_while_they_are_kept():
+    weight = nn.Parameter(torch.randn(4, 4))
+    assert onednn.half(weight) is not onednn.half(weight)
+    with onednn.copies_kept():
+        assert onednn.half(weight) is onednn.half(weight) and onednn.half(weight).requires_grad
+        with torch.no_grad():
+            assert not onednn.half(weight).requires_grad
+    (onednn.half(weight) * 2).sum().backward()
+    assert weight.grad.dtype == torch.float32 and (weight.grad == 2).all()

@@ -33,7 +33,7 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp", "batch_norm.cpp", "clip.cpp", "prototypes.cpp")
+FILES = (*LOOPS, "augment.cpp", "batch_norm.cpp", "block.cpp", "clip.cpp", "prototypes.cpp")
 
 
 def objdump(*options: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
@@ -31,6 +32,7 @@ from mokd_fast.ops import (
     self_attention,
     weight_norm,
 )
+from mokd_fast.ops.block import add_norm
 from mokd_fast.ops.matvec import matvec
 
 K = 65536
@@ -167,6 +169,22 @@ def made_logits(rows: int, width: int) -> Pair:
     return lambda: prototype_linear(x, w), lambda: F.linear(x, w)
 
 
+def sum_and_norm(width: int) -> Pair:
+    """A residual sum, and its LayerNorm in bf16, of ATTENTION's tokens."""
+    x, dsum = torch.randn(2, *ATTENTION[:2], width)
+    y, dnormed = torch.randn(2, *ATTENTION[:2], width).bfloat16()
+    inputs = [t.requires_grad_() for t in (x, y, torch.ones(width), torch.zeros(width))]
+
+    def theirs() -> tuple[Tensor, Tensor]:
+        sums = x + y
+        return sums, F.layer_norm(sums, (width,), *inputs[2:], 1e-6).bfloat16()
+
+    def run(make: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        torch.autograd.grad(make(), inputs, (dsum, dnormed))
+
+    return lambda: run(lambda: add_norm(*inputs, 1e-6, torch.bfloat16)), lambda: run(theirs)
+
+
 def clip() -> Pair:
     """Of the gradients of a ViT-S with its prototypes, none of which is too long."""
     block = [(1152, 384), (384, 384), (1536, 384), (384, 1536), *[(384,)] * 8]
@@ -200,6 +218,11 @@ def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
     found[name, "fp32"] = lambda: both(linear, x, "fp32")
     teacher = f"{name}, without gradient"
     found[teacher, "bf16"] = lambda: both(linear, x.bfloat16(), "bf16", gradient=False)
+    name = f"residual sum, LayerNorm and cast, [{ATTENTION[0]}, {ATTENTION[1]}, {width}]"
+    found[name, "bf16"] = lambda: sum_and_norm(width)
+    mlp = Mlp(width, out)
+    name = f"MLP with GELU, [{tokens}, {width}] to {out} and back"
+    found[name, "bf16"] = lambda: both(mlp, x.bfloat16(), "bf16")
     for way in ("fused", "products"):
         name = f"self-attention, {list(ATTENTION)}, PyTorch's {way}"
         found[name, "bf16"] = lambda w=way: attention(w)

@@ -74,6 +74,9 @@ def backends() -> dict[str, str]:
         "joint_attention": explain("joint_attention", *maps, *asked),
         "column_mean": explain("column_mean", student),
         "weight_norm": explain("weight_norm", prototypes, prototypes[:, :1], torch.bfloat16),
+        "self_attention": explain(
+            "self_attention", torch.zeros(1, 4, 3, 2, 64, device=device).bfloat16()
+        ),
         "prototype_linear": explain("prototype_linear", student, prototypes, torch.bfloat16),
         "batch_norm": explain("batch_norm", student[None], None, None, training=True),
         "clip_grad_per_tensor_": explain("clip_grad_per_tensor_", [prototypes], 3.0),

@@ -421,6 +421,18 @@ def test_blocks_in_bf16_are_as_exact_as_the_library(options, monkeypatch):
 
 
 @needs_bf16
+def test_hooks_on_the_parts_of_a_block_are_called():
+    block = TimmBlock(64, 2, qkv_bias=True)
+    quicken(block, CPU, "bf16")
+    names = ["norm1", "norm2", "attn", "attn.attn_drop", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2"]
+    called = []
+    for name in names:
+        block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(2, 20, 64))
+    assert sorted(called) == sorted(names)
+
+
 def test_blocks_with_drops_and_checkpoints(monkeypatch):
     monkeypatch.setattr(onednn, "ENOUGH", 1)
     x = torch.randn(6, 10, 64)

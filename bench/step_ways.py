@@ -40,7 +40,7 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
     found["channels_last"] = _row(interleave({"with": run, "without": plain}, ROUNDS))
     found["freed memory kept"] = _row(_turns(run, *_malloc(run)))
     if steps.device.type == "cuda":
-        found["forward and backward as a CUDA graph"] = _recorded(steps, run)
+        found["the step as a CUDA graph"] = _recorded(steps, run)
     return found
 
 

@@ -3,7 +3,9 @@
 Each names its own way to that end. `KINDS` in optim.py lists them all, apex.py has NVIDIA's.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ class Adapter(ABC):
     by_layer: ClassVar[bool] = False
     # Steps are counted a group, so tensors that start later need a group of their own.
     counts_groups: ClassVar[bool] = False
+    # Whether a CUDA graph can have its step in it: `Fused.rates_on_device`.
+    recordable: ClassVar[bool] = False
 
     torch: torch.optim.Optimizer
 
@@ -63,23 +67,107 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-class _Fused(Adapter):
+class Rates(NamedTuple):
+    """Of a parameter group, 0-d tensors on the device."""
+
+    lr: Tensor  # fp32, as PyTorch's fused ones want it
+    decay: Tensor | None  # fp64, see `Fused._decay_number`; None for a group that has none
+
+
+class Fused(Adapter):
     """torch's fused ones take the flag as GradScaler's `found_inf`, counters included."""
 
+    recordable = True
+    rates: Sequence[Rates] = ()
+
+    def rates_on_device(self, decayed: Sequence[bool]) -> None:
+        """From now on `step` takes the rates from tensors, and so does a CUDA graph of it: one
+        that has recorded numbers would repeat them. `fill_rates` brings them in."""
+        device = self.torch.param_groups[0]["params"][0].device
+
+        def number(dtype: torch.dtype) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        self.rates = [
+            Rates(number(torch.float32), number(torch.float64) if has else None) for has in decayed
+        ]
+
+    def _groups(self) -> Iterable[tuple[dict[str, Any], Rates]]:
+        return zip(self.torch.param_groups, self.rates, strict=True) if self.rates else ()
+
+    def fill_rates(self) -> None:
+        """Those of the groups into the tensors, without a wait; nothing where there are none."""
+        for group, rates in self._groups():
+            rates.lr.fill_(group["lr"])
+            if rates.decay is not None:
+                rates.decay.fill_(self._decay_number(group["lr"], group["weight_decay"]))
+
+    @torch.no_grad()
     def step(self, skip: Tensor) -> None:
         start_momentum(self.torch)
         self.torch.found_inf = skip.float()  # type: ignore[attr-defined]
-        self.torch.step()
+        for group, rates in self._groups():
+            moved: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            if rates.decay is not None and moved:
+                self._decay(moved, rates.decay, skip)
+        with self._given_rates():
+            self.torch.step()
+
+    @contextlib.contextmanager
+    def _given_rates(self) -> Iterator[None]:
+        """The groups with rates on the device, and no decay: a tensor of it torch does not take.
+        After it they have numbers again, as in every checkpoint."""
+        before = [dict(group) for group in self.torch.param_groups]
+        for group, rates in self._groups():
+            group.update(lr=rates.lr, weight_decay=0.0)
+            if "capturable" in group:  # torch refuses a recording without, and warns elsewhere
+                group["capturable"] = rates.lr.is_cuda and torch.cuda.is_current_stream_capturing()
+        try:
+            yield
+        finally:
+            for group, numbers in zip(self.torch.param_groups, before, strict=True):
+                group.update(numbers)
+
+    @staticmethod
+    @abstractmethod
+    def _decay_number(lr: float, decay: float) -> float:
+        """What `_decay` needs of them."""
+
+    @staticmethod
+    @abstractmethod
+    def _decay(moved: list[Tensor], number: Tensor, skip: Tensor) -> None:
+        """What the step itself would do with a weight decay, before it."""
 
 
-class SGD(_Fused):
+class SGD(Fused):
+    """g + decay * w in the place of g."""
+
     def __init__(self, rows: list[Row], config: OptimizerConfig) -> None:
         self.torch = torch.optim.SGD(groups_of(rows), lr=0.0, momentum=config.momentum, fused=True)
 
+    @staticmethod
+    def _decay_number(lr: float, decay: float) -> float:
+        return decay
 
-class AdamW(_Fused):
+    @staticmethod
+    def _decay(moved: list[Tensor], number: Tensor, skip: Tensor) -> None:
+        grads = [p.grad for p in moved if p.grad is not None]  # a skipped step throws them away
+        torch._foreach_add_(grads, torch._foreach_mul(moved, number.to(moved[0].dtype)))
+
+
+class AdamW(Fused):
+    """w *= 1 - lr * decay."""
+
     def __init__(self, rows: list[Row], config: OptimizerConfig) -> None:
         self.torch = torch.optim.AdamW(groups_of(rows), lr=0.0, fused=True)
+
+    @staticmethod
+    def _decay_number(lr: float, decay: float) -> float:
+        return 1 - lr * decay
+
+    @staticmethod
+    def _decay(moved: list[Tensor], number: Tensor, skip: Tensor) -> None:
+        torch._foreach_mul_(moved, number.masked_fill(skip, 1).to(moved[0].dtype))
 
 
 class Lars(Adapter):

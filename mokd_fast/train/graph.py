@@ -1,32 +1,44 @@
-"""train.cuda_graph: forward and backward of a step as one CUDA graph, launched by one call.
+"""train.cuda_graph: an optimizer step as one CUDA graph, launched by one call.
 
 A graph repeats launches with the addresses and host numbers they were recorded with. So all that
 changes from step to step reaches it through tensors that stay where they are:
 
-    crops, temperatures           copied and filled into tensors of the graph's own
-    centres                       `Center` makes new tensors: copied back into the first ones
-    weights, BatchNorm, scalers   changed in place, by everybody
-    gradients, losses, outputs    tensors of the graph, overwritten by the next step
+    crops, temperatures, EMA momentum    copied and filled into tensors of the graph's own
+    learning rates, weight decays        filled into tensors of the optimizers: adapters.Fused
+    centres                              `Center` makes new tensors: copied back into the first ones
+    weights, their optimizer state,      changed in place, by everybody
+    BatchNorm, scalers
+    losses, diagnostics                  tensors of the graph, copied after every launch
 
-Clip, optimizer, EMA and centres stay outside: their rates are host numbers (PyTorch's fused
-optimizers take no other weight decay), and they are a few launches for all tensors together, where
-forward and backward are thousands.
+What the host decides makes a `Kind` of step, and each kind is a recording of its own.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..nn import MOKD, Temperatures
-from ..nn.mokd import StepLosses
 from .memory import out_of_memory
+from .meter import StepResult
+from .optim import KINDS
 from .recipe import Recipe
 
 T = TypeVar("T")
-Run = Callable[[Tensor, Tensor | None, Sequence[Temperatures]], StepLosses]
+Batch = tuple[Tensor, Tensor | None]  # global and local views on the device
+
+
+class Kind(NamedTuple):
+    """What steps do not have in common."""
+
+    frozen: bool  # the last layers have no gradients
+    logged: bool  # there are diagnostics
+
+
+Run = Callable[[Iterable[Batch], Sequence[Temperatures], Tensor, Kind], StepResult]
+Recording = tuple[StepResult, Callable[[], object]]  # what a replay fills, and the replay
 
 # Steps that run as ever before one is recorded: libraries load their kernels and make their
 # workspaces, autotuning measures. PyTorch's notes take three.
@@ -39,6 +51,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()  # one, so that warm-up steps share their memory
+        # One for all recordings too: none needs what another one leaves there.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], T]) -> T:
         """Runs as ever, where it would be recorded."""
@@ -52,78 +66,90 @@ class Recorder:
         """What `run` returns, tensors without numbers yet, and what gives them some: a replay."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's threads pin memory meanwhile, which "global" would refuse.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             found = run()
         return found, graph.replay
 
 
 class StepGraph:
-    """`run` (forward and backward of `mokd`) for batches of one size, recorded after WARMUP steps.
+    """`run` (a whole step of `mokd`) for batches of one size, recorded after WARMUP steps.
 
-    Called like it, once a step, when the students have no gradients (a graph would add to them in
-    every replay). Its gradients and outputs hold until the next call; `totals` and `terms` stay. A
-    batch of another size than the first one's runs as ever. UserError where the networks do what no
-    graph can record.
+    Called like it, once a step, with one batch. The first step of a kind runs as ever (it may make
+    optimizer state, which a replay would make again), and so does a batch of another size than the
+    first one's. UserError where the networks do what no graph can record.
     """
 
     def __init__(self, mokd: MOKD, run: Run, recorder: Recorder) -> None:
         self._mokd, self._run, self._recorder = mokd, run, recorder
         self._warm = 0  # steps
+        self._seen: set[Kind] = set()
+        self._recorded: dict[Kind, Recording] = {}
         self._views: list[Tensor | None] = []
-        self._replay: Callable[[], object] | None = None
 
     def __call__(
-        self, global_views: Tensor, local_views: Tensor | None, taus: Sequence[Temperatures]
-    ) -> StepLosses:
-        views = [global_views, local_views]
+        self,
+        batches: Iterable[Batch],
+        taus: Sequence[Temperatures],
+        momentum: Tensor,
+        kind: Kind,
+    ) -> StepResult:
+        (views,) = batches
         if not self._views:
-            self._settle(views, taus)
+            self._settle(views, taus, momentum)
         if [x is not None and x.shape for x in views] != self._sizes:
-            return self._run(global_views, local_views, taus)
-        self._fill(views, taus)
-        if self._warm < WARMUP:
+            return self._whole(views, taus, momentum, kind)
+        self._fill(views, taus, momentum)
+        if self._warm < WARMUP or kind not in self._seen:
             self._warm += 1
-            return self._recorder.warm_up(self._forward)
-        (self._replay or self._record())()
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        totals, terms = self._out.totals, self._out.terms
-        numbers = torch.stack([*totals, *terms.values()]).unbind()  # the caller may keep them
-        mine = dict(zip(terms, numbers[len(totals) :], strict=True))
-        return self._out._replace(totals=list(numbers[: len(totals)]), terms=mine)
+            self._seen.add(kind)
+            return self._recorder.warm_up(lambda: self._inside(kind))
+        if kind not in self._recorded:
+            self._recorded[kind] = self._record(kind)
+        found, replay = self._recorded[kind]
+        replay()
+        # The caller may keep them.
+        return StepResult(_copies(found.losses), found.skipped.clone(), _copies(found.diagnostics))
 
-    def _settle(self, views: list[Tensor | None], taus: Sequence[Temperatures]) -> None:
+    def _settle(self, views: Batch, taus: Sequence[Temperatures], momentum: Tensor) -> None:
         """The tensors through which a step's numbers come in."""
         self._sizes = [x is not None and x.shape for x in views]
         self._views = [None if x is None else torch.empty_like(x) for x in views]
-        assert views[0] is not None
         places = torch.empty(len(taus), 3, device=views[0].device)
         self._taus = [Temperatures(*row.unbind()) for row in places]
+        self._momentum = torch.empty_like(momentum)
+        self._mokd.centers.wait()
         self._centers = dict(self._mokd.centers.named_buffers())
 
-    def _fill(self, views: list[Tensor | None], taus: Sequence[Temperatures]) -> None:
+    def _fill(self, views: Batch, taus: Sequence[Temperatures], momentum: Tensor) -> None:
         for place, x in zip(self._views, views, strict=True):
             if place is not None and x is not None:
                 place.copy_(x)
         for places, row in zip(self._taus, taus, strict=True):
             for number, tau in zip(places, row, strict=True):
                 number.fill_(tau)  # type: ignore[union-attr]  # copies from the host would wait
-        centers = self._mokd.centers
-        centers.wait()
-        for name, now in dict(centers.named_buffers()).items():
-            if (place := self._centers[name]) is not now:
-                setattr(centers, name, place.copy_(now))
+        self._momentum.copy_(momentum)
 
-    def _forward(self) -> StepLosses:
+    def _inside(self, kind: Kind) -> StepResult:
         global_views, local_views = self._views
         assert global_views is not None
-        return self._run(global_views, local_views, self._taus)
+        return self._whole((global_views, local_views), self._taus, self._momentum, kind)
 
-    def _record(self) -> Callable[[], object]:
-        """Its replay."""
-        students = list(self._mokd.students.parameters())
+    def _whole(
+        self, views: Batch, taus: Sequence[Temperatures], momentum: Tensor, kind: Kind
+    ) -> StepResult:
+        """With the centres where they were."""
+        result = self._run([views], taus, momentum, kind)
+        centers = self._mokd.centers
+        centers.wait()
+        for name, place in self._centers.items():
+            setattr(centers, name, place.copy_(centers.get_buffer(name)))
+        return result
+
+    def _record(self, kind: Kind) -> Recording:
         try:
-            self._out, self._replay = self._recorder.record(self._forward)
+            return self._recorder.record(lambda: self._inside(kind))
         except RuntimeError as error:
             found = [error.__context__ or error, error]  # the end of one that broke off fails too
             if out_of_memory(found[0]):
@@ -133,8 +159,13 @@ class StepGraph:
                 f"train.cuda_graph=true: a step of these networks cannot be recorded ({reason}); "
                 "set train.cuda_graph=false and the run goes on"
             ) from error
-        self._gradients = [(p, p.grad) for p in students if p.grad is not None]
-        return self._replay
+
+
+def _copies(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of 0-d tensors of one dtype, by one launch."""
+    if not numbers:
+        return {}
+    return dict(zip(numbers, torch.stack(list(numbers.values())).unbind(), strict=True))
 
 
 def refuse_graph(recipe: Recipe, device: torch.device, processes: int) -> None:
@@ -149,3 +180,11 @@ def refuse_graph(recipe: Recipe, device: torch.device, processes: int) -> None:
             f"train.cuda_graph=true is for one process, there are {processes}, whose gradients "
             f"DistributedDataParallel averages: {remedy}, or start one"
         )
+    for i, model in enumerate(recipe.models):
+        name = model.optimizer.name
+        if not KINDS[name].recordable:
+            fit = ", ".join(kind for kind, adapter in KINDS.items() if adapter.recordable)
+            raise UserError(
+                f"models.{i}.optimizer.name={name} takes rates as numbers of the host, which the "
+                f"graph of train.cuda_graph=true would repeat: choose one of {fit}, or {remedy}"
+            )

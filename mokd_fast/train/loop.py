@@ -1,7 +1,7 @@
 """The pre-training loop: plain PyTorch, one process a GPU."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import Temperatures
 from ..nn.mokd import StepLosses
-from ..ops import Target, clip_grad_per_tensor_, cross_view_pairs, explain
+from ..ops import clip_grad_per_tensor_, explain
 from ..ops.center import LinearLogits
-from ..ops.dispatch import pick
 from ..ops.foreach import Snapshot
 from ..ops.prototype_loss import OP
 from . import apex
 from .alarms import Alarms
 from .check import check_pictures
 from .checkpoint import find_checkpoint, kept, load_checkpoint, save_checkpoint, way_out
+from .device import check_backend, choose_device
 from .diagnose import diagnose
 from .distributed import World
 from .fit import fit
 from .folder import RunLock, write_whole
-from .graph import Recorder, StepGraph, refuse_graph
+from .graph import Batch, Kind, Recorder, StepGraph, refuse_graph
 from .meter import BadFiles, Meter, StepResult, accumulate
 from .networks import make_networks
 from .online import OnlineKNN
@@ -113,12 +113,12 @@ class Trainer:
             )
         if data.root is None:
             raise UserError("data.root is not set: data.root=/path/to/pictures, or fashion-mnist")
-        self.device = _device(train.device)
+        self.device = choose_device(train.device)
         refuse_graph(recipe, self.device, self.world.size)
         self.precision, reason = choose_precision(train.precision, self.device)
         if reason:
             self.note(f"train.precision=auto: {self.precision} ({reason})")
-        _check_backend(recipe, self.device)
+        check_backend(recipe, self.device)
         for i, model in enumerate(recipe.models):
             apex.check(f"models.{i}.optimizer.name", model.optimizer.name, self.device)
         self.source = open_source(data.root)
@@ -231,7 +231,7 @@ class Trainer:
             self.save()  # as well: the files may be gone or others by then
         self.network = self.world.share(self.mokd, self.device)
         recorded = recipe.train.cuda_graph
-        self.graph = StepGraph(self.mokd, self._losses, Recorder()) if recorded else None
+        self.graph = StepGraph(self.mokd, self._step, Recorder()) if recorded else None
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         path = self.run / "recipe.yaml"
         try:
@@ -249,6 +249,8 @@ class Trainer:
             ScheduledOptimizer(config, model, total=total, warmup=warmup, lr_scale=scale)
             for config, model in zip(recipe.models, self.mokd.students, strict=True)
         ]
+        for optimizer in self.optimizers if train.cuda_graph else []:
+            optimizer.rates_on_device()
         self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)
         self.alarms = Alarms(recipe.prototypes, 2 * (train.batch // self.share), warmup)
         self.every = max(in_steps(train.checkpoint_every, per_epoch, total), 1)
@@ -304,19 +306,29 @@ class Trainer:
         skips its own optimizer alone and looks on for its scale (a loss that is not finite halves
         it too); only below a scale of 1 is the gradient at fault.
         """
-        parts = self.recipe.train.accumulate
+        for optimizer in self.optimizers:
+            optimizer.schedule(k)
         taus = [Temperatures(*(float(t[k]) for t in rows)) for rows in self.temperatures]
+        momentum = torch.full((), float(self.momentum[k]), dtype=torch.float64, device=self.device)
+        kind = Kind(frozen=k < self.frozen_steps, logged=self.is_logged(k + 1))
+        views = (self.to_device(next(batches)) for _ in range(self.recipe.train.accumulate))
+        return (self.graph or self._step)(views, taus, momentum, kind)
+
+    def _step(
+        self, batches: Iterable[Batch], taus: Sequence[Temperatures], momentum: Tensor, kind: Kind
+    ) -> StepResult:
+        """What a CUDA graph records: all after the crops are on the device."""
+        parts = self.recipe.train.accumulate
         losses: dict[str, Tensor] = {}
         means: dict[str, Tensor] = {}
         diagnostics: dict[str, Tensor] = {}
         prototypes: dict[str, Tensor] = {}
         self.statistics.take()
-        for part in range(parts):
+        for part, views in enumerate(batches):
             prototypes.clear()  # the next micro-batch makes the same again
-            global_views, local_views = self.to_device(next(batches))
             with self.world.apart(self.network, part < parts - 1):
-                out = (self.graph or self._losses)(global_views, local_views, taus)
-            if self.is_logged(k + 1):
+                out = self._losses(*views, taus)
+            if kind.logged:
                 accumulate(diagnostics, diagnose(out, self.mokd, taus), parts)
             if self.network is not self.mokd:
                 totals = [self._part(i, total) for i, total in enumerate(out.totals)]
@@ -329,15 +341,15 @@ class Trainer:
             del out  # or the teachers' logits would live on into the next micro-batch
         losses = self.world.mean(losses)
         skip = ~torch.stack(list(losses.values())).isfinite().all()
-        skip = self._update_students(k, skip)
-        momentum = torch.full_like(skip, float(self.momentum[k]), dtype=torch.float64)
-        self.mokd.update_teachers(momentum.masked_fill_(skip, 1))
+        skip = self._update_students(kind, skip)
+        self.mokd.update_teachers(momentum.masked_fill(skip, 1))
         logits = {head: LinearLogits(mean, prototypes[head]) for head, mean in means.items()}
         self.mokd.centers.update(logits, skip=skip)
         self.statistics.restore_(skip)
         if diagnostics:
             for i in range(len(self.scalers)):
-                diagnostics[f"grad_scale_{i + 1}"] = self._scaled(i, torch.ones_like(momentum))
+                one = torch.ones((), device=self.device)
+                diagnostics[f"grad_scale_{i + 1}"] = self._scaled(i, one)
         return StepResult(losses, skip, diagnostics)
 
     def _losses(
@@ -362,8 +374,8 @@ class Trainer:
     def _scaled(self, i: int, x: Tensor) -> Tensor:
         return self.scalers[i].scale(x) if self.scalers else x
 
-    def _update_students(self, k: int, skip: Tensor) -> Tensor:
-        """Clip, freeze and optimizer step k; whether to skip the step, with the gradients seen."""
+    def _update_students(self, kind: Kind, skip: Tensor) -> Tensor:
+        """Clip, freeze and optimizers; whether to skip the step, with the gradients seen."""
         overflows = []
         for i, (config, student) in enumerate(
             zip(self.recipe.models, self.mokd.students, strict=True)
@@ -376,10 +388,10 @@ class Trainer:
             if self.scalers:
                 overflow = overflow & (self._scaled(i, torch.ones_like(norms[0])) < 1)
             skip = skip | overflow
-            if k < self.frozen_steps:
+            if kind.frozen:
                 freeze_last_layers(student.named_parameters())
         for optimizer, overflow in zip(self.optimizers, overflows, strict=True):
-            optimizer.step(k, skip | overflow)
+            optimizer.update(skip | overflow)
         for scaler in self.scalers:
             scaler.update()
         return skip
@@ -423,22 +435,3 @@ class Trainer:
         path = self.world.decide(write)
         self.saved = self.done
         return path
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda but this torch sees no CUDA device; set cpu or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    # By its number: DDP and DALI take another process's GPU for one without.
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def _check_backend(recipe: Recipe, device: torch.device) -> None:
-    """Finds out before the first step that a forced backend does not exist or cannot run."""
-    logits = torch.empty(2, 1, recipe.prototypes, device=device)
-    target = Target(cross_view_pairs(2, 2), logits)
-    try:
-        pick("distill_cross_entropy", logits, [target], recipe.loss.student_temperature)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{error}. Unset MOKD_FAST_BACKEND or choose another") from error

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import adapters, apex
-from .adapters import Adapter, Row
+from .adapters import Adapter, Fused, Row
 from .recipe import ModelConfig
 from .schedule import Schedule, cosine
 
@@ -46,6 +46,13 @@ class ScheduledOptimizer:
             group["lr"] = float(lr[step])
             if decay is not None:
                 group["weight_decay"] = float(decay[step])
+        if isinstance(self._adapter, Fused):
+            self._adapter.fill_rates()
+
+    def rates_on_device(self) -> None:
+        """For a CUDA graph of `update`, which takes the rates of the last `schedule` then."""
+        assert isinstance(self._adapter, Fused)  # refuse_graph refuses the others
+        self._adapter.rates_on_device([decay is not None for _, decay in self.schedules])
 
     def step(self, step: int, skip: Tensor) -> None:
         """Optimizer step number `step` from 0, then no gradients. Moves nothing if `skip` is set.
@@ -53,6 +60,10 @@ class ScheduledOptimizer:
         `skip` (0-d bool) is read on the device.
         """
         self.schedule(step)
+        self.update(skip)
+
+    def update(self, skip: Tensor) -> None:
+        """`step` at the rates of the last `schedule`."""
         self._adapter.step(skip)
         for group in self.torch.param_groups:  # apex's zero_grad takes no set_to_none
             for parameter in group["params"]:

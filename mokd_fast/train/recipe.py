@@ -125,7 +125,7 @@ class TrainConfig(Config):
     channels_last: bool = True
     compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
     pack_crops: bool = False  # a ViT's global and local crops in one pass; likewise
-    cuda_graph: bool = False  # forward and backward recorded once, then launched by one call
+    cuda_graph: bool = False  # the step recorded, then launched by one call; sgd and adamw alone
     checkpoint_activations: bool = False  # true: less memory, more time, the same bits
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10

@@ -2,10 +2,12 @@
 the tensors they take and give. A replay calls them again with the same tensors and numbers.
 
 It is as strict as the real one, and for the same reasons: nothing that happens between operators
-(Python, the host) is repeated, what comes from elsewhere is read where it was, and the pass that is
-recorded leaves nothing behind, neither in weights and statistics nor in what it returns.
+(Python, the host) is repeated, what comes from elsewhere is read where it was, the pass that is
+recorded leaves nothing behind, neither in weights, statistics and optimizer state nor in what it
+returns, and a replay spoils what another recording made.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,7 +39,14 @@ class _Notes(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.alive = list(known)  # or another tensor could get the memory of one that went
-        self.known = {_memory(tensor) for tensor in known}
+        self.lasting = frozenset(map(_memory, known))
+        self.known = set(self.lasting)
+
+    def spoil(self) -> None:
+        """NaN into all memory of the recording's own."""
+        for tensor in self.alive:
+            if _memory(tensor) not in self.lasting:
+                tensor.untyped_storage().fill_(0xFF)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,16 +71,21 @@ class StandIn:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.warm = self.replays = 0
+        self._notes: list[_Notes] = []
 
     def warm_up(self, run: Any) -> Any:
         self.warm += 1
         return run()
 
     def _known(self) -> list[Tensor]:
-        """Tensors that stay where they are: of the networks, the graph's own, the scales."""
+        """Tensors that stay where they are: of the networks, the optimizers, the graph's own, the
+        scalers'."""
         trainer, graph = self._trainer, self._trainer.graph
         assert graph is not None
-        own = [graph._views, graph._taus, [scaler._scale for scaler in trainer.scalers]]
+        own: list[Any] = [graph._views, graph._taus, graph._momentum]
+        own += [(scaler._scale, scaler._growth_tracker) for scaler in trainer.scalers]
+        for optimizer in trainer.optimizers:
+            own += [list(optimizer._adapter.rates), list(optimizer.torch.state.values())]  # type: ignore
         return [*trainer.mokd.parameters(), *trainer.mokd.buffers(), *_tensors(own)]
 
     def record(self, run: Any) -> Any:
@@ -84,18 +98,17 @@ class StandIn:
             with torch.no_grad():
                 for tensor, value in zip(known, before, strict=True):
                     tensor.copy_(value)
-        self._calls = notes.calls
-        self._alive = notes.alive
-        lasting = set(map(_memory, known))
-        for tensor in _tensors([call[1:] for call in self._calls]):
-            if _memory(tensor) not in lasting:
-                tensor.untyped_storage().fill_(0xFF)  # NaN: nothing has been computed yet
-        return out, self.replay
+        notes.spoil()  # nothing has been computed yet
+        self._notes.append(notes)
+        return out, partial(self.replay, notes)
 
     @torch.no_grad()
-    def replay(self) -> None:
+    def replay(self, notes: _Notes) -> None:
         self.replays += 1
-        for func, args, kwargs, recorded in self._calls:
+        for other in self._notes:  # all have their memory in one pool
+            if other is not notes:
+                other.spoil()
+        for func, args, kwargs, recorded in notes.calls:
             again = func(*args, **kwargs)
             taken = set(map(_memory, _tensors((args, kwargs))))
             for new, place in zip(_tensors(again), _tensors(recorded), strict=True):
@@ -106,6 +119,10 @@ class StandIn:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     """train.cuda_graph=true runs here, with a stand-in for each trainer, in this list."""
+    return stand_ins(monkeypatch)
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     made: list[StandIn] = []
 
     def graph(mokd: MOKD, run: Any, recorder: None) -> StepGraph:

@@ -67,10 +67,17 @@ def gradients(student, value=None):
             p.grad = torch.randn_like(p) if value is None else torch.full_like(p, value)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_skipped_step_moves_nothing(name, stand_in):
+RECORDABLE = [name for name, kind in KINDS.items() if kind.recordable]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_device"), [*((name, False) for name in KINDS), *((n, True) for n in RECORDABLE)]
+)
+def test_a_skipped_step_moves_nothing(name, on_device, stand_in):
     student = build(small("x")).students[0].to(memory_format=torch.channels_last)
     optimizer = optimizer_of(name, student)
+    if on_device:
+        optimizer.rates_on_device()
     for step, skip in enumerate((SKIP, GO, SKIP, GO)):
         before = copy.deepcopy((student.state_dict(), optimizer.torch.state_dict()))
         gradients(student, torch.nan if skip else 1.0)

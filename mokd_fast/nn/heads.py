@@ -53,10 +53,10 @@ class MLPHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
 
-# Numbers of all queries' tokens that a search works on at a time, on the CPU and on a GPU. Of 512
-# tokens of width 384 all that a block makes stays in the caches, and products are as fast as for
-# 1600 (linear_parts.json); no GPU has measured the other.
-GROUP = {"cpu": 512 * 384, "cuda": 65536 * 384}
+# Bytes of all queries' tokens that a search works on at a time, on the CPU and on a GPU: few enough
+# for all that a block makes to stay in the caches, enough for products to be as fast as of more
+# (linear_parts.json); no GPU has measured the other.
+GROUP = {"cpu": 600 << 10, "cuda": 48 << 20}
 
 Memory = list[tuple[Tensor, Tensor]]  # keys and values of each block, [B, H, N, d] of B maps
 
@@ -72,7 +72,8 @@ class Layers:
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.onednn = plain and onednn.usable(kind, self.dtype)
         self.cast: dict[nn.Module, list[Tensor]] = {}
-        self.group = max(1, GROUP.get(kind, GROUP["cuda"]) // x.shape[-1])  # tokens
+        width = x.shape[-1] * self.dtype.itemsize
+        self.group = max(1, GROUP.get(kind, GROUP["cuda"]) // width)  # tokens
 
     def __call__(
         self, layer: nn.Linear, x: Tensor, *, gelu: bool = False, only: slice = slice(None)

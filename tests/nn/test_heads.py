@@ -137,7 +137,7 @@ def test_joint_search_is_the_literal_one(depth, grid, dtype, within, monkeypatch
     queries = torch.randn(3, 5, 48, dtype=dtype)
     expected = literal(head, tokens, grid, queries)
     scale = expected.abs().max()
-    for group in (1, 40 * 48, 65536):
+    for group in (1, 40 * 48 * dtype.itemsize, 1 << 20):
         monkeypatch.setitem(heads.GROUP, "cpu", group)
         found = head.search(tokens, grid, queries)
         assert (found - expected).abs().max() <= within * scale

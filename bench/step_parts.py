@@ -55,7 +55,7 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
         (mokd, "_rows", PROTOTYPES),
         (mokd, "_losses", LOSSES),
         (our_module, "clip_grad_per_tensor_", "clip"),
-        *((optimizer, "update", "optimizers") for optimizer in step.optimizers),
+        *((optimizer, "step", "optimizers") for optimizer in step.optimizers),
         (mokd, "update_teachers", "EMA"),
         (mokd.centers, "update", "centres"),
         (mokd.centers, "wait", "centres"),

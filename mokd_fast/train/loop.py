@@ -391,7 +391,7 @@ class Trainer:
             if kind.frozen:
                 freeze_last_layers(student.named_parameters())
         for optimizer, overflow in zip(self.optimizers, overflows, strict=True):
-            optimizer.update(skip | overflow)
+            optimizer.step(skip | overflow)
         for scaler in self.scalers:
             scaler.update()
         return skip

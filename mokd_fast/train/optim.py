@@ -41,7 +41,7 @@ class ScheduledOptimizer:
         self.torch = self._adapter.torch
 
     def schedule(self, step: int) -> None:
-        """Sets lr and weight decay for this optimizer step."""
+        """Sets lr and weight decay for optimizer step number `step` from 0."""
         for group, (lr, decay) in zip(self.torch.param_groups, self.schedules, strict=True):
             group["lr"] = float(lr[step])
             if decay is not None:
@@ -50,20 +50,13 @@ class ScheduledOptimizer:
             self._adapter.fill_rates()
 
     def rates_on_device(self) -> None:
-        """For a CUDA graph of `update`, which takes the rates of the last `schedule` then."""
+        """For a CUDA graph of `step`, which takes the rates of the last `schedule` then."""
         assert isinstance(self._adapter, Fused)  # refuse_graph refuses the others
         self._adapter.rates_on_device([decay is not None for _, decay in self.schedules])
 
-    def step(self, step: int, skip: Tensor) -> None:
-        """Optimizer step number `step` from 0, then no gradients. Moves nothing if `skip` is set.
-
-        `skip` (0-d bool) is read on the device.
-        """
-        self.schedule(step)
-        self.update(skip)
-
-    def update(self, skip: Tensor) -> None:
-        """`step` at the rates of the last `schedule`."""
+    def step(self, skip: Tensor) -> None:
+        """A step at the rates of the last `schedule`, then no gradients. Moves nothing if `skip`
+        (0-d bool, read on the device) is set."""
         self._adapter.step(skip)
         for group in self.torch.param_groups:  # apex's zero_grad takes no set_to_none
             for parameter in group["params"]:

@@ -79,13 +79,15 @@ def test_frozen_layers_do_not_move():
             for p in student.parameters():
                 p.grad = torch.ones_like(p)
             freeze_last_layers(student.named_parameters())
-            optimizer.step(step, GO)
+            optimizer.schedule(step)
+            optimizer.step(GO)
         for name, parameter in student.named_parameters():
             frozen = ".last_layer." in name
             assert torch.equal(parameter, before[name]) == frozen, name
         for p in student.parameters():
             p.grad = torch.ones_like(p)
-        optimizer.step(2, GO)  # momentum of some tensors only, since the others were frozen
+        optimizer.schedule(2)
+        optimizer.step(GO)  # momentum of some tensors only, since the others were frozen
         for name, parameter in student.named_parameters():
             if parameter.requires_grad:
                 assert not torch.equal(parameter, before[name]), name
@@ -109,7 +111,8 @@ def test_fused_sgd_is_the_ordinary_one():
         if step < 2:
             freeze_last_layers(student.named_parameters())
             freeze_last_layers(twin.named_parameters())
-        optimizer.step(step, GO)
+        optimizer.schedule(step)
+        optimizer.step(GO)
         plain.schedule(step)
         plain.torch.step()
         for p, q in zip(student.parameters(), twin.parameters(), strict=True):

@@ -4,8 +4,8 @@ same weights, crops and schedules; where its time goes, and what each of its mea
     python bench/step.py [--quick] [--full] [--json FILE]
 
 --quick times the demo's pair alone; --full adds ResNet-50 + ViT-S, which needs 20 GB. Each in fp32,
-and in bf16 where the processor has products of it. malloc keeps freed memory in all of them, though
-only our trainer sees to that by itself.
+and in bf16 where the processor has products of it. In all of them malloc keeps freed memory, in huge
+pages, though only our trainer sees to that by itself.
 """
 
 import argparse
@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 from bench.baseline.best import BestStep
 from bench.baseline.official import OfficialStep
 from bench.step_parts import breakdown, flops
-from bench.step_ways import ways
-from bench.timing import calibrate, interleave, machine, peak_bytes, write_json
+from bench.step_ways import ROUNDS, ways
+from bench.timing import Medians, calibrate, interleave, machine, peak_bytes, write_json
 from bench.twin import official_step
 from mokd_fast.ops import onednn
 from mokd_fast.train.loop import Trainer
-from mokd_fast.train.malloc import freed_memory_kept
+from mokd_fast.train.malloc import freed_memory_kept, huge_pages
 from mokd_fast.train.precision import choose_precision
 from mokd_fast.train.recipe import load_recipe
 
@@ -117,12 +117,15 @@ def time_step(name: str, precision: str, folder: Path) -> dict[str, Any]:
     rates = products(DTYPES[precision], steps.device)
     with freed_memory_kept():
         interleave(runs | rates, 1, 1, before)  # until the heap has its size
+        small = interleave({"ours": runs["ours"]} | rates, ROUNDS)
+        huge_pages()
         times = interleave(runs | rates, steps.rounds, 1, before)
         fastest = min(ways_to_attend, key=lambda key: times[key])
         before[fastest]()
         runs["best"] = best
         peaks = {key: peak_bytes(run) for key, run in runs.items() if key not in before}
         others = ways(steps)
+    others["heap in huge pages"] = _in_huge_pages(small, times)
     gemm = {key: PRODUCTS * 2 * SIDE**3 / times[key] / 1e9 for key in rates}
     steps.trainer.mokd.prototype_loss = "fused"  # whose products are seen: none is made twice
     made, theirs = flops(runs["ours"]), flops(runs["official"])
@@ -161,6 +164,13 @@ def time_step(name: str, precision: str, folder: Path) -> dict[str, Any]:
         "rounds": steps.rounds,
         "discarded_rounds": times.discarded,
     }
+
+
+def _in_huge_pages(small: Medians, huge: Medians) -> dict[str, float]:
+    """As `ways`. Pages do not go back and forth between turns, so the two are compared by the
+    matrix rate beside each, which huge pages raise a little as well."""
+    without_s = small["ours"] * huge["torch.mm"] / small["torch.mm"]
+    return {"with_s": huge["ours"], "without_s": without_s, "ratio": without_s / huge["ours"]}
 
 
 def products(dtype: torch.dtype, device: torch.device) -> dict[str, Run]:

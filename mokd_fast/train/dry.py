@@ -11,7 +11,7 @@ from rich.console import Console
 from .distributed import World
 from .graph import WARMUP
 from .loop import Trainer
-from .malloc import freed_memory_kept
+from .malloc import freed_memory_kept, huge_pages
 from .meter import Meter
 from .recipe import Recipe
 from .state import capture
@@ -63,6 +63,8 @@ def _measure(trainer: Trainer) -> dict[str, float]:
     begin = time.perf_counter()
     for k in range(steps):
         if k == untimed:
+            if not cuda:
+                huge_pages()
             begin = _now(cuda)
             meter = Meter(batches)
         meter.add(k + 1, trainer.step(k, meter))

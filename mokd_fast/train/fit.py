@@ -12,7 +12,7 @@ from . import memory
 from .alarms import replay
 from .checkpoint import kept
 from .log import RunLog
-from .malloc import freed_memory_kept
+from .malloc import freed_memory_kept, huge_pages
 from .meter import Meter, StepResult
 from .stop import StopSignals
 
@@ -50,6 +50,7 @@ def _steps(trainer: Trainer) -> None:
     batches = _Counted(trainer.loader.batches(trainer.done * parts, total * parts))
     meter = Meter(batches, trainer.skipped)
     trainer.mokd.train()
+    grown = trainer.done + 2  # steps, after which the heap has its size
     log = RunLog(trainer.run, trainer.done, total, trainer.console, trainer.wandb)
     with StopSignals() as stop, log:
         replay(trainer.alarms, trainer.run / "metrics.jsonl")
@@ -62,6 +63,8 @@ def _steps(trainer: Trainer) -> None:
         while trainer.done < total:
             result = _try_step(trainer, meter, batches, log)
             trainer.done += 1
+            if trainer.done == grown and trainer.device.type == "cpu":
+                huge_pages()
             meter.add(trainer.done, result)
             log.advance()
             # One look: a signal may come at any time.

@@ -82,7 +82,7 @@ def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
         assert {*step_parts.NETWORKS, step_parts.PROTOTYPES, step_parts.LOSSES} <= parts.keys()
         assert min(parts.values()) > -1e-4, name  # what is nested was taken from what it lies in
         assert sum(parts[key] for key in step_parts.NETWORKS) > 0.3 * sum(parts.values())
-    assert len(row["ways"]) == 7 and all(way["ratio"] > 0 for way in row["ways"].values())
+    assert len(row["ways"]) == 8 and all(way["ratio"] > 0 for way in row["ways"].values())
     assert row["ways"]["transformer blocks compiled"]["recompiled"] == 0
     step.say(row)
 

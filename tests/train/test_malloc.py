@@ -36,9 +36,9 @@ print(*found)
 """
 
 
-def run(**env: str) -> list[int]:
+def run(code: str = FAULTS, **env: str) -> list[int]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", FAULTS]
+    command = [sys.executable, "-c", code]
     found = subprocess.run(command, env=clean | env, capture_output=True, text=True, check=True)
     return [int(word) for word in found.stdout.split()]
 
@@ -54,6 +54,45 @@ def test_page_faults():
 @glibc
 def test_what_the_user_chose_stays():
     assert run(MALLOC_TOP_PAD_="0")[3] > 16000
+
+
+HUGE = """
+import torch
+from mokd_fast.train.malloc import freed_memory_kept, huge_pages
+
+torch.set_num_threads(1)
+with freed_memory_kept():
+    for _ in range(2):
+        kept = torch.ones(1 << 26)  # 256 MiB
+    asked, heap, mine = huge_pages(), False, 0
+    for line in open("/proc/self/smaps"):
+        heap = line.rstrip().endswith("[heap]") if "-" in line.split()[0] else heap
+        mine += int(line.split()[1]) << 10 if heap and line.startswith("AnonHugePages") else 0
+    assert (kept == 1).all()
+print(asked, mine)
+"""
+
+
+@glibc
+@pytest.mark.skipif(
+    not malloc._TRANSPARENT.exists() or "[never]" in malloc._TRANSPARENT.read_text(),
+    reason="this Linux gives no huge pages",
+)
+def test_the_heap_in_huge_pages():
+    asked, mine = run(HUGE)
+    assert asked >= 256 << 20
+    if tuple(map(int, platform.release().split(".")[:2])) >= (6, 1):
+        assert mine >= 128 << 20  # what is fragmented stays small
+    assert run(HUGE, MALLOC_TOP_PAD_="0") == [0, 0]
+
+
+def test_no_huge_pages_where_the_user_wants_none(tmp_path, monkeypatch):
+    never = tmp_path / "enabled"
+    never.write_text("always madvise [never]\n")
+    monkeypatch.setattr(malloc, "_TRANSPARENT", never)
+    assert malloc.huge_pages() == 0
+    monkeypatch.setattr(malloc, "_TRANSPARENT", tmp_path / "missing")
+    assert malloc.huge_pages() == 0
 
 
 @glibc

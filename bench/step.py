@@ -4,8 +4,8 @@ same weights, crops and schedules; where its time goes, and what each of its mea
     python bench/step.py [--quick] [--full] [--json FILE]
 
 --quick times the demo's pair alone; --full adds ResNet-50 + ViT-S, which needs 20 GB. Each in fp32,
-and in bf16 where the processor has products of it. In all of them malloc keeps freed memory, in huge
-pages, though only our trainer sees to that by itself.
+and in bf16 where the processor has products of it. In all of them malloc keeps freed memory, in
+huge pages, though only our trainer sees to that by itself.
 """
 
 import argparse

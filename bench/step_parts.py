@@ -180,7 +180,22 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     def search(q: Any, k: Any, *_: Any, **__: Any) -> int:
         return 4 * torch.Size(q).numel() * int(k[2])
 
+    def own_attention(qkv: Any, *_: Any, **__: Any) -> int:
+        B, N, _three, H, d = qkv
+        return int(4 * B * H * N * N * d)
+
+    def own_attention_backward(grad: Any, qkv: Any, *_: Any, **__: Any) -> int:
+        return 2 * own_attention(qkv)  # four products; the scores, made again, do not count
+
+    def normed_backward(grad: Any, x: Any, v: Any, *_: Any, **__: Any) -> int:
+        return 2 * linear(x, v)
+
     return {
+        torch.ops.mokd_fast.attention_forward: own_attention,
+        torch.ops.mokd_fast.attention_backward: own_attention_backward,
+        torch.ops.mokd_fast.prototype_linear: linear,
+        torch.ops.mokd_fast.normed_linear: linear,
+        torch.ops.mokd_fast.normed_linear_backward: normed_backward,
         torch.ops.mkldnn._linear_pointwise: linear,
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,

@@ -135,8 +135,9 @@ void unscore(const Head& g, const float* s, const float* dp, const float* stats,
         p[r] = e[r] = _mm512_setzero_ps();
         continue;
       }
-      p[r] = _mm512_maskz_mov_ps(
-          own, exp2_of(_mm512_fmsub_ps(vec(s + r * columns + k), rate, _mm512_set1_ps(stats[r]))));
+      // Of large scores the exponent is as coarse as they are: no share is more than 1.
+      const __m512 e2 = _mm512_fmsub_ps(vec(s + r * columns + k), rate, _mm512_set1_ps(stats[r]));
+      p[r] = _mm512_maskz_mov_ps(own, exp2_of(_mm512_min_ps(_mm512_setzero_ps(), e2)));
       e[r] = _mm512_maskz_mul_ps(own, p[r], _mm512_sub_ps(vec(dp + r * columns + k), _mm512_set1_ps(delta[r])));
       store_bf16(ds + r * columns + k, e[r]);
     }

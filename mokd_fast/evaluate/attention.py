@@ -4,14 +4,16 @@ Letters: B images, N tokens of a map, C and D widths, Q queries, H attention hea
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..nn import features
+from ..nn import blocks, features
 from ..nn.heads import THead
+from ..nn.packed import PackedAttention
 
 
 def block_attention(block: nn.Module, x: Tensor) -> Tensor:
@@ -20,8 +22,8 @@ def block_attention(block: nn.Module, x: Tensor) -> Tensor:
     Each row sums to 1. Raises UserError for attention that is computed otherwise (windows,
     relative positions): its weights are not these.
     """
-    attn = getattr(block, "attn", None)
-    if type(attn) is not Attention:
+    attn: Any = getattr(block, "attn", None)
+    if type(attn) not in (Attention, blocks.Attention, PackedAttention):
         raise UserError(
             f"attention maps are known for timm's plain ViT blocks, not for {type(block).__name__} "
             f"with {type(attn).__name__}"

@@ -10,7 +10,7 @@ import timm.models.vision_transformer as vit
 import torch
 from torch import Tensor, nn
 
-from ..ops import block, onednn, self_attention
+from ..ops import block, cpu, onednn, self_attention
 
 
 class Linear(nn.Linear):
@@ -32,8 +32,12 @@ class Attention(vit.Attention):
         return self.proj_drop(self.proj(self.norm(heard.flatten(2))))
 
     def plain(self) -> bool:
-        """Whether queries, keys and values are used as the layer gives them, and nothing else."""
-        if self.fused_attn or self.gate is not None or (self.training and self.attn_drop.p):
+        """Whether queries, keys and values are used as the layer gives them and nothing else, and
+        there is a kernel for them."""
+        gated = getattr(self, "gate", None) is not None  # timm has it from 1.0.25 on
+        if self.fused_attn or gated or (self.training and self.attn_drop.p):
+            return False
+        if self.head_dim % 16 or cpu.bf16_why_not() is not None:
             return False
         norms = type(self.q_norm) is type(self.k_norm) is nn.Identity
         return norms and unhooked(self.q_norm, self.k_norm, self.attn_drop)
@@ -70,7 +74,7 @@ class Block(vit.Block):
     """timm's; a residual sum and the LayerNorm after it, with its cast, are one operator."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not half_precision(x) or not (plain_norm(self.norm1) and plain_norm(self.norm2)):
+        if not half_precision(x) or not self._plain(x):
             found: Tensor = super().forward(x, *args, **kwargs)
             return found
         x, normed = add_norm(x, None, self.norm1, torch.bfloat16)
@@ -78,11 +82,17 @@ class Block(vit.Block):
         x, normed = add_norm(x, y, self.norm2, torch.bfloat16)
         return x + self.drop_path2(self.ls2(self.mlp(normed)))
 
+    def _plain(self, x: Tensor) -> bool:
+        """Whether what follows the norms takes bf16 as well as what they give."""
+        known = isinstance(self.attn, vit.Attention) and isinstance(self.mlp, timm.layers.Mlp)
+        return known and plain_norm(self.norm1, x) and plain_norm(self.norm2, x)
+
 
 def half_precision(x: Tensor) -> bool:
     """Whether layers of x work in bf16 by autocast, on a CPU that has products of it."""
     return (
         x.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16)
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.compiler.is_compiling()  # Inductor fuses by itself
@@ -90,10 +100,11 @@ def half_precision(x: Tensor) -> bool:
     )
 
 
-def plain_norm(norm: nn.Module) -> bool:
-    """Whether `add_norm` takes it."""
-    kinds = (nn.LayerNorm, timm.layers.LayerNorm)
-    plain = type(norm) in kinds and norm.bias is not None and not getattr(norm, "_fast_norm", False)
+def plain_norm(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `add_norm` takes it for x."""
+    if type(norm) not in (nn.LayerNorm, timm.layers.LayerNorm) or norm.bias is None:
+        return False
+    plain = norm.normalized_shape == x.shape[-1:] and not getattr(norm, "_fast_norm", False)
     return plain and unhooked(norm)
 
 

@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..ops import feature_search, joint_attention, onednn, self_attention
+from ..ops import cpu, feature_search, joint_attention, onednn, self_attention
 from . import packed
 from .backbones import resize_positions
 from .blocks import add_norm
@@ -86,6 +86,11 @@ class Layers:
             return onednn.linear(x, *parameters, gelu=gelu)
         y = F.linear(x, *parameters)
         return F.gelu(y) if gelu else y
+
+    def attends(self, qkv: Tensor) -> bool:
+        """Whether `self_attention` has a kernel for heads [.., d]."""
+        fits = qkv.dtype == torch.bfloat16 and not qkv.shape[-1] % 16
+        return self.onednn and fits and cpu.bf16_why_not() is None
 
     def forget(self) -> None:
         """Before another block: of one block's weights 16-bit copies are alive at a time."""
@@ -302,7 +307,7 @@ class THead(nn.Module):
     def _attend(self, layers: "Layers", block: nn.Module, x: Tensor, first: int = 0) -> Tensor:
         """What the heads find where each token asks, from number `first` on. -> [.., N, D]"""
         qkv = self._qkv(layers, block, x)  # [3, .., N, H, d]
-        if layers.onednn and qkv.dtype == torch.bfloat16:  # where self_attention has a kernel
+        if layers.attends(qkv):
             return self_attention(qkv.movedim(0, 2))[:, first:].flatten(2)
         q, k, v = qkv.transpose(2, 3)  # [.., H, N, d]
         found: Tensor = feature_search(q[:, :, first:].permute(2, 0, 1, 3), k, v)

@@ -26,18 +26,27 @@ def add_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """x + y, and its LayerNorm over the last dimension in `dtype`. Differentiable in all tensors.
+    """x + y, and its LayerNorm over the last dimension in `dtype`. Of first order differentiable in
+    all tensors.
 
     Args:
         x: [.., D], what a residual sum has so far. y: [.., D], what a layer adds; None for nothing.
         weight, bias: [D].
+
+    Raises ValueError for a weight or bias of another shape.
     """
+    if not weight.shape == bias.shape == x.shape[-1:]:
+        raise ValueError(
+            f"weight and bias must be {list(x.shape[-1:])} for x of shape {list(x.shape)}, "
+            f"got {list(weight.shape)} and {list(bias.shape)}"
+        )
     sums, normed = pick(NORM, x, y, weight, bias, eps, dtype).run(x, y, weight, bias, eps, dtype)
     return sums, normed
 
 
 def mlp(x: Tensor, fc1: tuple[Tensor, Tensor | None], fc2: tuple[Tensor, Tensor | None]) -> Tensor:
-    """GELU(x @ w1.T + b1) @ w2.T + b2, the GELU of the error function, products in x's dtype.
+    """GELU(x @ w1.T + b1) @ w2.T + b2, the GELU of the error function, products in x's dtype. Of
+    first order differentiable in all tensors.
 
     x [.., D]; fc1, fc2: weight and bias of the layers. Backward makes the GELU again: of the two
     large tensors between the products one is kept.
@@ -78,10 +87,11 @@ class _AddNorm(torch.autograd.Function):
 def _norm_cpu(
     x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    fits = dtype == torch.bfloat16 and x.numel() and cpu.plain(x, weight, bias)
+    given = [x, weight, bias] if y is None else [x, weight, bias, y]
+    fits = dtype == torch.bfloat16 and x.numel() and _here(given)
     fits = fits and x.dtype == weight.dtype == bias.dtype == torch.float32
     if y is not None:
-        fits = fits and y.shape == x.shape and y.dtype in _SUMMANDS and cpu.plain(y)
+        fits = fits and y.shape == x.shape and y.dtype in _SUMMANDS
     if not fits:
         return _norm_reference(x, y, weight, bias, eps, dtype)
     if torch.is_grad_enabled():
@@ -91,6 +101,11 @@ def _norm_cpu(
 
 
 _SUMMANDS = (torch.float32, torch.bfloat16)
+
+
+def _here(tensors: list[Tensor]) -> bool:
+    """Whether the kernels see the numbers of these."""
+    return distill.plain(tensors) and all(t.is_cpu and not t.is_neg() for t in tensors)
 
 
 def _norm_reference(
@@ -140,7 +155,7 @@ def _mlp_cpu(
     (w1, b1), (w2, b2) = fc1, fc2
     tensors = [t for t in (x, w1, b1, w2, b2) if t is not None]
     enough = x.ndim > 1 and x.numel() * len(w1) >= onednn.ENOUGH
-    takes = enough and x.dtype == torch.bfloat16 and cpu.plain(*tensors)
+    takes = enough and x.dtype == torch.bfloat16 and _here(tensors)
     if not takes or not onednn.usable("cpu", x.dtype):
         return _mlp_reference(x, fc1, fc2)
     halves = onednn.half(w1), onednn.half(w2)

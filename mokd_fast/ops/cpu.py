@@ -46,13 +46,6 @@ def why_not(student: Tensor, rows: Sequence[Tensor] = ()) -> str | None:
     return None
 
 
-def plain(*tensors: Tensor) -> bool:
-    """Whether the kernels see these tensors' memory: no subclass, and nothing that is traced."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
-
-
 def distill_forward(
     student: Tensor, rows: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,6 +110,8 @@ def _cpu_why_not(qkv: Tensor, scale: float | None = None) -> str | None:
         return f"it takes bf16, this is {qkv.dtype}"
     if qkv.shape[-1] % 16:
         return f"it takes heads of whole vectors (16 numbers), these are {qkv.shape[-1]} wide"
+    if scale is not None and not scale >= 0:
+        return f"it takes a scale of 0 or more, this is {scale}"
     found: str | None = cpu.bf16_why_not()
     return found
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import step, step_parts, step_ways, timing
+from mokd_fast.ops import WeightNormed, prototype_linear, self_attention
 
 
 def test_interleave_takes_turns_and_leaves_the_first_round_out(monkeypatch):
@@ -113,3 +114,21 @@ def test_parts_add_up_and_a_backward_counts_with_its_forward():
         step_parts.LOSSES: 30 - 12 + 9 - 6 - 3, step_parts.PROTOTYPES: 6 + 3,
         "backward of networks": 15 + 2,
     }  # fmt: skip
+
+
+def test_our_kernels_count_as_the_products_they_are(monkeypatch):
+    """Of a step: what the reference's products count."""
+    qkv = torch.randn(2, 40, 3, 2, 32).bfloat16().requires_grad_()
+    x, v, g = torch.randn(12, 64), torch.randn(96, 64), torch.ones(96, 1)
+    inputs = [t.requires_grad_() for t in (x, v, g)]
+
+    def run():
+        self_attention(qkv).float().sum().backward()
+        prototype_linear(x, WeightNormed(v, g), torch.bfloat16).float().sum().backward()
+        with torch.no_grad():
+            prototype_linear(x, v.bfloat16(), torch.bfloat16)
+
+    mine = step_parts.flops(run)
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
+    assert mine == step_parts.flops(run) > 0
+    assert all(t.grad is not None for t in inputs)

@@ -182,3 +182,11 @@ def test_transforms_and_other_dtypes_take_the_reference():
     for dtype in (torch.float32, torch.float64):
         got = block.add_norm(*(t.to(dtype) for t in (x, x, w, b)), 1e-6, dtype)
         assert torch.equal(got[0], (x + x).to(dtype)) and got[1].dtype == dtype
+
+
+def test_weights_of_another_width_are_refused():
+    x = torch.randn(4, 64)
+    for sizes in ((8, 8), (1, 64), (64, 128)):
+        weight, bias = (torch.ones(size) for size in sizes)
+        with pytest.raises(ValueError, match=r"weight and bias must be \[64\] for x of shape"):
+            block.add_norm(x, None, weight, bias, 1e-6, BF16)

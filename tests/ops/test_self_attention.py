@@ -114,6 +114,11 @@ def test_nan_and_infinity_come_through():
     assert results(kernel, qkv, grad)[1][0, 7, 0, 1].isnan().all()
     large = torch.full((1, 17, 3, 1, 16), 1e4).bfloat16()  # scores of 4e8
     assert torch.equal(kernel(large), large[:, :, 2])
+    # Backward too: shares of rows whose scores are known to a few units in 2^28 stay below 1.
+    grad = torch.randn(1, 17, 1, 16).bfloat16()
+    for qkv in (large, 1e4 * torch.randn(large.shape).bfloat16()):
+        _, found = results(kernel, qkv, grad)
+        assert found[:, :, 2].abs().sum() <= 17 * 1.01 * grad.float().abs().sum()
 
 
 @needs_kernel
@@ -158,6 +163,11 @@ def test_what_the_kernel_does_not_take(monkeypatch):
         assert explain("self_attention", qkv).startswith("cpu: chosen")
     assert "takes bf16" in explain("self_attention", qkv.float())
     assert "whole vectors" in explain("self_attention", qkv[..., :12])
+    assert "scale of 0 or more" in explain("self_attention", qkv, scale=-1.0)
+    below = self_attention(qkv.double(), scale=-0.5, backend="reference")
+    torch.testing.assert_close(
+        self_attention(qkv, scale=-0.5).double(), below, rtol=0.05, atol=0.02
+    )
     monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", "v3")
     if cpu.native is not None:
         assert "MOKD_FAST_CPU_LEVEL=v3" in explain("self_attention", qkv)

@@ -7,6 +7,7 @@
 // broadcast and b's from panels of 32 columns. This file is compiled for AVX512-BF16 alone.
 #include "prototype_linear.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "vector.h"
@@ -19,7 +20,8 @@ constexpr int PANEL = 32;      // columns of a product at a time: two registers
 constexpr int HEIGHT = 12;     // rows of it at most: 24 sums
 constexpr int64_t CHUNK = 64;  // prototypes between two visits of dx's sums
 constexpr int64_t PART = 16;   // prototypes whose dw is there at a time
-constexpr int64_t SLABS = 32;  // parts of K that sum dx alone, so that bits do not depend on threads
+// Parts of K that sum dx alone, so that bits do not depend on threads: as many, or what memory takes.
+constexpr int64_t SLABS = 32, MEMORY = 32 << 20;
 
 // Two bf16 numbers: neighbouring terms of a sum, the first in the lower half.
 using Pair = uint32_t;
@@ -191,7 +193,8 @@ void unnormalise(const PrototypeLinear& c, int64_t first, const float* dw, float
 
 void backward(const PrototypeLinear& c, const uint16_t* grad, float* for_x, float* for_v, float* for_g) {
   const int64_t D = c.width, K = c.prototypes, panels = D / PANEL, terms = (c.rows + 1) / 2;
-  const int64_t slab = ((K + CHUNK - 1) / CHUNK + SLABS - 1) / SLABS * CHUNK, slabs = (K + slab - 1) / slab;
+  const int64_t most = std::max(int64_t(2), std::min(SLABS, MEMORY / (c.rows * D * 4)));
+  const int64_t slab = ((K + CHUNK - 1) / CHUNK + most - 1) / most * CHUNK, slabs = (K + slab - 1) / slab;
   const int threads = c.threads > 1 ? c.threads : 1;
   const Room room(c);
   const Buffer memory(room.bytes * threads), x_pairs(terms * D * 4), parts(slabs * c.rows * D * 4);

@@ -12,6 +12,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from ..ops import batch_norm
+from .blocks import watched
 from .checkpointing import keeps_statistics
 
 ACTIVATIONS = ("act1", "act2", "act3", "relu")
@@ -125,7 +126,7 @@ def _takes_more(norm: nn.Module | None) -> bool:
 
 def _is(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether it is of this very class and has no hooks but those of checkpointing."""
-    if type(module) is not kind:
+    if type(module) is not kind or watched():
         return False
     if module._backward_hooks or module._backward_pre_hooks:
         return False

@@ -9,6 +9,7 @@ import timm.layers
 import timm.models.vision_transformer as vit
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
 from ..ops import block, cpu, onednn, self_attention
 
@@ -108,9 +109,14 @@ def plain_norm(norm: nn.Module, x: Tensor) -> bool:
     return plain and unhooked(norm)
 
 
+def watched() -> bool:
+    """Whether somebody looks at all modules."""
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
+
+
 def unhooked(*modules: nn.Module) -> bool:
     """Whether nobody asked to be told when these run."""
-    return not any(
+    return not watched() and not any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in modules
     )

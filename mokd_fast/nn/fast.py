@@ -41,6 +41,8 @@ class Conv2d(nn.Conv2d):
     def _few_windows(self, x: Tensor) -> bool:
         if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
             return False
+        if self.groups > 1:
+            return False
         (down, across), (rows, columns) = self.kernel_size, cast(tuple[int, int], self.padding)
         height = (x.shape[2] + 2 * rows - down) // self.stride[0] + 1
         width = (x.shape[3] + 2 * columns - across) // self.stride[1] + 1
@@ -118,7 +120,7 @@ def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
 
 def _plain(conv: nn.Conv2d) -> bool:
     numbers = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return numbers and conv.groups == 1 and set(conv.dilation) == {1}
+    return numbers and set(conv.dilation) == {1}
 
 
 def compile_blocks(model: nn.Module) -> int:

@@ -33,7 +33,8 @@ def batch_norm(
     added: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`F.batch_norm`, + `added`, and with `relu` no less than 0. Of x's shape and dtype.
+    """`F.batch_norm`, + `added`, and with `relu` no less than 0. Of x's shape, and dtype (as of
+    x + `added`).
 
     Gradients of first order, of x, weight, bias and added. The kernels round a bf16 result once,
     after the sum. In bf16 numbers from 2^111 on may become infinite or NaN.
@@ -43,8 +44,11 @@ def batch_norm(
         added: of x's shape and device, a residual; or None.
 
     Raises:
-        ValueError: one value a channel in training, `added` of another shape or device.
+        ValueError: one value a channel in training, `added` of another shape or device, in training
+            an eps that is not positive.
     """
+    if training and not eps > 0:
+        raise ValueError(f"eps must be positive in training, got {eps}")
     if added is not None and (added.shape != x.shape or added.device != x.device):
         raise ValueError(
             f"added must be {list(x.shape)} on {x.device} as x is, "
@@ -174,6 +178,10 @@ def _fits(x: Tensor, added: Tensor | None, *of_channels: Tensor | None) -> bool:
     if weight is None or bias is None or (running[0] is None) != (running[1] is None):
         return False
     given = [t for t in of_channels if t is not None]
+    if not torch.compiler.is_compiling() and any(
+        t.is_neg() for t in (x, x if added is None else added, *given)
+    ):
+        return False  # its numbers are not those in memory
     return all(t.shape == x.shape[1:2] and t.dtype == torch.float32 for t in given)
 
 

@@ -180,6 +180,10 @@ class Center(nn.Module):
                 mean = _mean_logits(mean, weight)
             setattr(self, name, moved_center(self.get_buffer(name), mean, self.momentum))
 
+    def forget(self) -> None:
+        """Drops the last update, if it has not been applied yet."""
+        self._pending = None
+
     def _fault(self, name: str) -> str | None:
         """Why no buffer can have this name, or None. The properties are not read: there is no
         head yet."""

@@ -102,10 +102,11 @@ _backward.register_autograd(distill.no_second_derivative(OP))
 def _cpu(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor:
     if _library(x, weight, dtype):
         return _reference(x, weight, dtype)
+    x = x.resolve_neg()
     if isinstance(weight, WeightNormed):
-        logits: Tensor = _forward(x, weight.v, weight.g)[0]
+        logits: Tensor = _forward(x, weight.v.resolve_neg(), weight.g.resolve_neg())[0]
         return logits
-    w = weight.to(dtype)
+    w = weight.to(dtype).resolve_neg()
     found: Tensor = (cpu.prototype_linear if distill.plain((x, w)) else _product)(x, w)
     return found
 

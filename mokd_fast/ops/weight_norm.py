@@ -29,13 +29,7 @@ def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tenso
     Raises:
         ValueError: v or g of another shape, dtype or device, a dtype that is not floating.
     """
-    if v.ndim != 2 or not v.is_floating_point():
-        raise ValueError(f"v must be floating [K, D], got {v.dtype} of shape {list(v.shape)}")
-    if g.shape != (len(v), 1) or g.dtype != v.dtype or g.device != v.device:
-        raise ValueError(
-            f"g must be {v.dtype} [{len(v)}, 1] on {v.device} as v is, "
-            f"got {g.dtype} {list(g.shape)} on {g.device}"
-        )
+    _check(v, g)
     dtype = dtype or v.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating, got {dtype}")
@@ -43,12 +37,25 @@ def weight_norm(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return found
 
 
+def _check(v: Tensor, g: Tensor) -> None:
+    if v.ndim != 2 or not v.is_floating_point():
+        raise ValueError(f"v must be floating [K, D], got {v.dtype} of shape {list(v.shape)}")
+    if g.shape != (len(v), 1) or g.dtype != v.dtype or g.device != v.device:
+        raise ValueError(
+            f"g must be {v.dtype} [{len(v)}, 1] on {v.device} as v is, "
+            f"got {g.dtype} {list(g.shape)} on {g.device}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class WeightNormed:
-    """The prototypes g * v / |v| of `weight_norm` [K, D], which are not made yet."""
+    """The prototypes g * v / |v| of `weight_norm` [K, D], which are not made yet; its errors."""
 
     v: Tensor
     g: Tensor
+
+    def __post_init__(self) -> None:
+        _check(self.v, self.g)
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         return weight_norm(self.v, self.g, dtype)

@@ -151,6 +151,10 @@ class StepGraph:
         try:
             return self._recorder.record(lambda: self._inside(kind))
         except RuntimeError as error:
+            # Nothing has run: no update of the centres waits, and none of them has moved.
+            self._mokd.centers.forget()
+            for name, place in self._centers.items():
+                setattr(self._mokd.centers, name, place)
             found = [error.__context__ or error, error]  # the end of one that broke off fails too
             if out_of_memory(found[0]):
                 raise found[0] from None

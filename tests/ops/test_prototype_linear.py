@@ -188,6 +188,12 @@ def test_prototype_loss_takes_prototypes_that_are_not_made(way):
         torch.testing.assert_close(have, want, rtol=2**-7, atol=2**-7 * want.abs().max())
 
 
+def test_norms_that_do_not_fit_are_refused():
+    for g in (torch.ones(3, 1), torch.ones(96), torch.ones(96, 1).double()):
+        with pytest.raises(ValueError, match=r"g must be torch.float32 \[96, 1\] on cpu"):
+            WeightNormed(torch.randn(96, 64), g)
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "dtype", "message"),
     [

@@ -297,6 +297,26 @@ def test_where_it_cannot_be_used(run, data, tmp_path):
         refuse_graph(lars, torch.device("cuda"), 1)
 
 
+def test_a_recording_that_breaks_off_late_moves_nothing(data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811
+    """After the centres of a step that never ran: the checkpoint knows nothing of it."""
+    recipe = recipe_of(data, GRAPH)
+    broken_off(recipe_of(data, f"train.checkpoint_every={WARMUP}it", GRAPH), tmp_path / "x", WARMUP)
+    restore, calls = Snapshot.restore_, []
+
+    def broken(self, flag):
+        calls.append(1)
+        if len(calls) == WARMUP + 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return restore(self, flag)
+
+    monkeypatch.setattr(Snapshot, "restore_", broken)
+    with pytest.raises(UserError, match="cannot be recorded"):
+        pretrain(recipe, run=tmp_path / "run", console=silent())
+    found, want = (newest(tmp_path / name)[1] for name in ("run", "x"))
+    assert found["step"] == want["step"] == WARMUP
+    assert all(torch.equal(value, found["model"][key]) for key, value in want["model"].items())
+
+
 def test_networks_that_cannot_be_recorded(data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811
     """A layer that reads a number: the run says so, and goes on without; no step is lost."""
     make = loop.make_networks

@@ -20,8 +20,17 @@ from mokd_fast.train.loop import Trainer
 
 PROTOTYPES, LOSSES, BACKWARD = "prototype layers", "losses", "backward of networks"
 NETWORKS = ("teachers", "students", BACKWARD)
-# Products, wherever they are in a loss, are its prototype layer's.
-PRODUCTS = {"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "mkldnn::_linear_pointwise"}
+# Products and weight norms, wherever they are in a loss, are its prototype layer's.
+_OWN = [
+    f"GeneratedBackwardFor_mokd_fast_{name}_default" for name in ("weight_norm", "normed_linear")
+]
+PRODUCTS = {
+    *(f"aten::{name}" for name in ("linear", "mm", "addmm", "matmul", "_weight_norm")),
+    "aten::_weight_norm_interface_backward",
+    "mkldnn::_linear_pointwise",
+    *_OWN,
+    *(f"{name}Backward" for name in _OWN),
+}
 PREFIX, WHOLE = "part: ", "part: other"
 NODE = "autograd::engine::evaluate_function"
 WARM = 3  # steps seen before: what the profiler keeps takes up memory that a step had

@@ -28,6 +28,7 @@ def emulate(folder):
         "cpu/level.cpp",
         "cpu/augment.cpp",
         "cpu/batch_norm.cpp",
+        "cpu/block.cpp",
         "cpu/clip.cpp",
         "cpu/distill.cpp",
         "cpu/search.cpp",

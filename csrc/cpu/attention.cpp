@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "pairs.h"
+#include "product.h"
 #include "work.h"
 
 namespace mokd::cpu {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "product.h"
+#include "vector.h"
 
 namespace mokd::cpu {
 namespace {
@@ -31,51 +31,57 @@ inline int64_t vectors(int64_t n) { return (n + L - 1) / L; }
 
 inline const Pair* pairs(const void* at) { return static_cast<const Pair*>(at); }
 
+// 16 rows of 16 numbers of 32 bits, in place.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8)
+    for (int k = 0; k < 4; ++k) {
+      t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
+      t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
+    }
+  for (int k = 0; k < 8; ++k) {
+    r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88);
+    r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
+  }
+}
+
 // [n] columns wide, from rows of n0 numbers: to[j][i] = the pair j of row i; zeros up to whole vectors of rows.
 void transposed(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
   const int64_t columns = vectors(n) * L, half = width / 2;
   for (int64_t i0 = 0; i0 < n; i0 += L)
     for (int64_t j0 = 0; j0 < half; j0 += L) {
-      __m512i r[16], t[16];
-      for (int i = 0; i < 16; ++i) {
-        const __mmask16 own = half - j0 < L ? (1u << (half - j0)) - 1 : 0xffff;
+      const __mmask16 own = half - j0 < L ? (1u << (half - j0)) - 1 : 0xffff;
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i)
         r[i] = i0 + i < n ? _mm512_maskz_loadu_epi32(own, rows + (i0 + i) * step + 2 * j0) : _mm512_setzero_si512();
-      }
-      for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-      }
-      for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-      }
-      for (int i = 0; i < 16; i += 8)
-        for (int k = 0; k < 4; ++k) {
-          t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
-          t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
-        }
-      for (int k = 0; k < 8; ++k) {
-        r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88);
-        r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
-      }
+      transpose(r);
       for (int j = 0; j < 16 && j0 + j < half; ++j) _mm512_storeu_si512(to + (j0 + j) * columns + i0, r[j]);
     }
 }
 
-// to[i][:] = rows 2 i and 2 i + 1 beside each other; after an odd row zeros.
-void paired(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
-  for (int64_t i = 0; i < n; i += 2)
+// Rows 2 i and 2 i + 1 beside each other, 16 pairs at a time, to to(i, column); after an odd row zeros.
+template <typename To>
+void paired(const uint16_t* rows, int64_t step, int64_t n, int64_t width, const To& to) {
+  const auto wide = [](const uint16_t* at) { return _mm512_cvtepu16_epi32(load<__m256i>(at)); };
+  for (int64_t i = 0; 2 * i < n; ++i, rows += 2 * step)
     for (int64_t k = 0; k < width; k += L) {
-      const uint16_t* at = rows + i * step + k;
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-      __m512i both = low;
-      if (i + 1 < n) {
-        const __m512i high =
-            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + step)));
-        both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      }
-      _mm512_storeu_si512(to + i / 2 * width + k, both);
+      __m512i both = wide(rows + k);
+      if (2 * i + 1 < n) both = _mm512_or_si512(both, _mm512_slli_epi32(wide(rows + step + k), 16));
+      _mm512_storeu_si512(to(i, k), both);
     }
+}
+
+// ... to a matrix.
+void paired(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
+  paired(rows, step, n, width, [&](int64_t i, int64_t k) { return to + i * width + k; });
 }
 
 inline void store_bf16(uint16_t* to, __m512 v) {

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vector.h"
+#include "pairs.h"
 #include "work.h"
 
 namespace mokd::cpu {
@@ -23,8 +23,6 @@ constexpr int64_t PART = 16;   // prototypes whose dw is there at a time
 // Parts of K that sum dx alone, so that bits do not depend on threads: as many, or what memory takes.
 constexpr int64_t SLABS = 32, MEMORY = 32 << 20;
 
-// Two bf16 numbers: neighbouring terms of a sum, the first in the lower half.
-using Pair = uint32_t;
 using Floats = Vec<float>;
 
 // c[i][:] = or += sum_p a(i, p) . b[p][:], the pair a(i, p) at a + i * row + p * term; in fp32.
@@ -95,41 +93,12 @@ void multiply(Product p, int64_t panels, Next then = {nullptr, 0}) {
 // 32 numbers, rounded to nearest.
 inline __m512i bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// Rows 2p and 2p + 1 of a [rows, columns] as pairs, in panels: b(p, c) = a[2p][c], a[2p + 1][c].
-// Columns are a multiple of 16; behind the last of odd rows are zeros.
-template <typename To>
-void interleave(const uint16_t* a, int64_t step, int64_t rows, int64_t columns, const To& to) {
-  for (int64_t p = 0; 2 * p < rows; ++p, a += 2 * step)
-    for (int64_t c = 0; c < columns; c += 16) {
-      __m512i pair = _mm512_cvtepu16_epi32(load<__m256i>(a + c));
-      if (2 * p + 1 < rows)
-        pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(a + step + c)), 16));
-      _mm512_storeu_si512(to(p, c), pair);
-    }
-}
-
 // 16 rows of 16 pairs, transposed into half a panel.
-inline void transpose(const uint16_t* a, int64_t step, Pair* to) {
-  __m512i r[16], t[16];
+inline void transpose_into(const uint16_t* a, int64_t step, Pair* to) {
+  __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(a + i * step);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)  // r[i + q]: column q of each four, of rows i to i + 3
-    for (int h = 0; h < 2; ++h) {
-      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + 2 + h]);
-      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + 2 + h]);
-    }
-  for (int q = 0; q < 4; ++q) {
-    const __m512i a0 = _mm512_shuffle_i32x4(r[q], r[4 + q], 0x88), a1 = _mm512_shuffle_i32x4(r[q], r[4 + q], 0xdd);
-    const __m512i b0 = _mm512_shuffle_i32x4(r[8 + q], r[12 + q], 0x88),
-                  b1 = _mm512_shuffle_i32x4(r[8 + q], r[12 + q], 0xdd);
-    _mm512_storeu_si512(to + q * PANEL, _mm512_shuffle_i32x4(a0, b0, 0x88));
-    _mm512_storeu_si512(to + (4 + q) * PANEL, _mm512_shuffle_i32x4(a1, b1, 0x88));
-    _mm512_storeu_si512(to + (8 + q) * PANEL, _mm512_shuffle_i32x4(a0, b0, 0xdd));
-    _mm512_storeu_si512(to + (12 + q) * PANEL, _mm512_shuffle_i32x4(a1, b1, 0xdd));
-  }
+  transpose(r);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * PANEL, r[i]);
 }
 
 // A row g v / |v| in bf16.
@@ -156,7 +125,7 @@ void forward(const PrototypeLinear& c, uint16_t* logits) {
           normalised(v, c.g[k] / c.norms[k], D, made + (k - first) * D);
         }
       const uint16_t* w = c.w ? c.w + first * D : made;
-      for (int64_t d = 0; d < D; d += 32) transpose(w + d, D, b + d / 2 * PANEL + 16 * half);
+      for (int64_t d = 0; d < D; d += 32) transpose_into(w + d, D, b + d / 2 * PANEL + 16 * half);
     }
     const int64_t done = (item + 1) * PANEL * D, size = PANEL * D;
     const Next next = c.w ? Next{c.w + done, size * 2} : Next{c.v + done, size * 4};
@@ -199,7 +168,7 @@ void backward(const PrototypeLinear& c, const uint16_t* grad, float* for_x, floa
   const Room room(c);
   const Buffer memory(room.bytes * threads), x_pairs(terms * D * 4), parts(slabs * c.rows * D * 4);
   Pair* xp = reinterpret_cast<Pair*>(x_pairs.get());
-  interleave(c.x, D, c.rows, D, [&](int64_t p, int64_t d) { return xp + (d / PANEL * terms + p) * PANEL + d % PANEL; });
+  paired(c.x, D, c.rows, D, [&](int64_t p, int64_t d) { return xp + (d / PANEL * terms + p) * PANEL + d % PANEL; });
   parallel(c.threads, slabs, [&](int64_t item, int thread) {
     char* own = memory.get() + room.bytes * thread;
     Pair *b = reinterpret_cast<Pair*>(own), *gp = reinterpret_cast<Pair*>(own + room.pairs + room.two);
@@ -213,12 +182,12 @@ void backward(const PrototypeLinear& c, const uint16_t* grad, float* for_x, floa
       for (int64_t k = 0; k < count; k += 2) {
         for (int i = 0; i < 2; ++i)
           normalised(c.v + (k0 + k + i) * D, c.g[k0 + k + i] / c.norms[k0 + k + i], D, two + i * D);
-        interleave(two, D, 2, D, [&](int64_t, int64_t d) {
+        paired(two, D, 2, D, [&](int64_t, int64_t d) {
           return b + (d / PANEL * (count / 2) + k / 2) * PANEL + d % PANEL;
         });
       }
       multiply<true>({grad + k0, K, 2, c.rows, count / 2, b, dx, D}, panels, {c.v + (k0 + count) * D, CHUNK * D * 4});
-      interleave(grad + k0, K, c.rows, count, [&](int64_t p, int64_t k) { return gp + p * CHUNK + k; });
+      paired(grad + k0, K, c.rows, count, [&](int64_t p, int64_t k) { return gp + p * CHUNK + k; });
       for (int64_t k = 0; k < count; k += PART) {
         multiply<false>({reinterpret_cast<uint16_t*>(gp + k), 2, 2 * CHUNK, PART, terms, xp, dw, D}, panels);
         unnormalise(c, k0 + k, dw, for_v, for_g);

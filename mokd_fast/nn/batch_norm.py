@@ -1,22 +1,20 @@
-"""BatchNorm layers and residual blocks of timm and torchvision, whose sum and ReLU are made in the
-pass that normalises (ops/batch_norm.py). Modules, keys and hooks stay the libraries' own: `quicken`
-changes classes, and what a class here cannot do as one it does as the library.
+"""BatchNorm layers and timm's residual blocks, whose sum and ReLU are made in the pass that
+normalises (ops/batch_norm.py). Modules, keys and hooks stay timm's own: `quicken` changes classes,
+and what a class here cannot do as one it does as timm.
 """
 
 from typing import Any
 
 import timm.layers
-import timm.models.resnet as timm_resnet
-import torchvision.models.resnet as torchvision_resnet
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, resnet
 from torch import Tensor, nn
 
 from ..ops import batch_norm
 from .blocks import watched
 from .checkpointing import keeps_statistics
 
-ACTIVATIONS = ("act1", "act2", "act3", "relu")
-NOTHING = ("drop_block", "aa")  # of timm's blocks: nn.Identity unless asked for
+ACTIVATIONS = ("act1", "act2", "act3")
+NOTHING = ("drop_block", "aa")  # nn.Identity unless asked for
 OPTIONAL = ("se", "drop_path")  # and None
 
 
@@ -72,23 +70,15 @@ class _Residual:
         return result
 
 
-class TimmBasicBlock(_Residual, timm_resnet.BasicBlock):
+class BasicBlock(_Residual, resnet.BasicBlock):
     pass
 
 
-class TimmBottleneck(_Residual, timm_resnet.Bottleneck):
+class Bottleneck(_Residual, resnet.Bottleneck):
     pass
 
 
-class BasicBlock(_Residual, torchvision_resnet.BasicBlock):
-    pass
-
-
-class Bottleneck(_Residual, torchvision_resnet.Bottleneck):
-    pass
-
-
-class ResNet(timm_resnet.ResNet):
+class ResNet(resnet.ResNet):
     """timm's, whose stem has a BatchNorm and a ReLU as well."""
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -137,9 +127,7 @@ def _is(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     timm.layers.BatchNormAct2d: BatchNormAct2d,
-    timm_resnet.BasicBlock: TimmBasicBlock,
-    timm_resnet.Bottleneck: TimmBottleneck,
-    timm_resnet.ResNet: ResNet,
-    torchvision_resnet.BasicBlock: BasicBlock,
-    torchvision_resnet.Bottleneck: Bottleneck,
+    resnet.BasicBlock: BasicBlock,
+    resnet.Bottleneck: Bottleneck,
+    resnet.ResNet: ResNet,
 }

@@ -35,7 +35,7 @@ class Attention(vit.Attention):
     def plain(self) -> bool:
         """Whether queries, keys and values are used as the layer gives them and nothing else, and
         there is a kernel for them."""
-        gated = getattr(self, "gate", None) is not None  # timm has it from 1.0.25 on
+        gated = getattr(self, "gate", None) is not None  # not every timm has it
         if self.fused_attn or gated or (self.training and self.attn_drop.p):
             return False
         if self.head_dim % 16 or cpu.bf16_why_not() is not None:

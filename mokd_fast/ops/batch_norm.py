@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import cpu, distill
 from .dispatch import pick, register
+from .eager import with_autograd
 
 OP = "batch_norm"
 
@@ -100,39 +101,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, weight, bias, stats, y if ctx.adds and ctx.relu else None)
 
 
-def _gradients(backward: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *found, for_added = backward(grad, *ctx.saved_tensors, ctx.relu)
-    if not ctx.adds:
-        for_added = None
-    elif not ctx.relu:
-        for_added = grad
-    return *found, for_added, None, None
+def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, ctx.relu
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    return _gradients(_backward, ctx, grad)
+def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    *own, for_added = found
+    if ctx.adds and not ctx.relu:
+        for_added = grads[0]
+    return *own, for_added if ctx.adds else None, None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(distill.no_second_derivative(OP))
-
-
-class _Eager(torch.autograd.Function):
-    """The same two operators without torch.library's way to them (as in distill)."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        # Not by setup_context: a signature bound in Python takes longer than a small map does.
-        output = cpu.batch_norm(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        # With create_graph the gradient must carry the refusal of `_backward`.
-        return _gradients(
-            _backward if torch.is_grad_enabled() else cpu.batch_norm_backward, ctx, grad
-        )
+_KERNELS = cpu.batch_norm, cpu.batch_norm_backward
+_eager = with_autograd(OP, (_forward, _backward), _KERNELS, _setup, _arguments, _gradients)
 
 
 def _cpu(
@@ -147,13 +128,12 @@ def _cpu(
     added: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    channels = weight, bias, running_mean, running_var
-    if not training or not _fits(x, added, *channels):
-        numbers = training, momentum, eps
-        return _reference(x, running_mean, running_var, weight, bias, *numbers, added, relu)
+    arguments = x, running_mean, running_var, weight, bias, training, momentum, eps, added, relu
+    if _library(*arguments):
+        return _reference(*arguments)
     run: Any = _forward
-    if distill.plain(t for t in (x, added, *channels) if t is not None):
-        run = _Eager.apply if torch.is_grad_enabled() else cpu.batch_norm
+    if distill.plain(t for t in arguments if isinstance(t, Tensor)):
+        run = _eager if torch.is_grad_enabled() else cpu.batch_norm
     y: Tensor
     y, stats = run(x, weight, bias, added, eps, relu)
     if running_mean is not None and running_var is not None:
@@ -166,23 +146,35 @@ def _cpu(
     return y
 
 
-def _fits(x: Tensor, added: Tensor | None, *of_channels: Tensor | None) -> bool:
-    """Whether the kernels take these: layout and dtypes."""
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16) or x.numel() <= x.shape[1]:
-        return False  # one value a channel: PyTorch says what is wrong
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return False
+def _library(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    added: Tensor | None = None,
+    relu: bool = False,
+) -> str | None:
+    """Why the CPU takes PyTorch's operators as well, or None."""
+    if not training:
+        return "but its kernels are of training"
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"but its kernels take [B, C, H, W] in fp32 or bf16, this is {x.dtype}"
+    if x.numel() <= x.shape[1] or not x.is_contiguous(memory_format=torch.channels_last):
+        return "but its kernels take several values a channel, the channels innermost"
     if added is not None and added.dtype != x.dtype:
-        return False
-    weight, bias, *running = of_channels
-    if weight is None or bias is None or (running[0] is None) != (running[1] is None):
-        return False
-    given = [t for t in of_channels if t is not None]
-    if not torch.compiler.is_compiling() and any(
-        t.is_neg() for t in (x, x if added is None else added, *given)
-    ):
-        return False  # its numbers are not those in memory
-    return all(t.shape == x.shape[1:2] and t.dtype == torch.float32 for t in given)
+        return f"but its kernels add {x.dtype} to {x.dtype}, this is {added.dtype}"
+    of_channels = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    missing = weight is None or bias is None or (running_mean is None) != (running_var is None)
+    if missing or any(t.shape != x.shape[1:2] or t.dtype != torch.float32 for t in of_channels):
+        return "but its kernels take a weight and a bias, and statistics or none, [C] in fp32"
+    given = [x, *of_channels] if added is None else [x, added, *of_channels]
+    if not torch.compiler.is_compiling() and any(t.is_neg() for t in given):
+        return "but its kernels read memory, where a negative view's numbers are others"
+    return None
 
 
 def _cpu_why_not(x: Tensor, *rest: Any, **options: Any) -> str | None:
@@ -198,5 +190,5 @@ def _reference(x: Tensor, *rest: Any) -> Tensor:
     return F.relu(y) if relu else y
 
 
-register(OP, "cpu", _cpu, _cpu_why_not)
+register(OP, "cpu", _cpu, _cpu_why_not, avoid=_library)
 register(OP, "reference", _reference)

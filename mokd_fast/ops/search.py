@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import attention, cpu, cuda, reference  # noqa: F401  (attention registers its backends)
 from .dispatch import pick, register
-from .distill import no_second_derivative, plain, transformed, triton_why_not
+from .distill import plain, transformed, triton_why_not
+from .eager import differentiable, with_autograd
 
 WIDTHS = (16, 128)  # of a head, that the kernels take
 
@@ -167,7 +168,7 @@ def _search_arguments(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...
     return grad, *ctx.saved_tensors, ctx.backend
 
 
-def _search_gradients(found: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _search_gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Any, ...]:
     dx, dk, dv = found
     return dx, dk.transpose(1, 2), dv.transpose(1, 2), None, None
 
@@ -182,56 +183,27 @@ def _joint_arguments(ctx: Any, tokens: Tensor, query: Tensor, *unused: Tensor) -
     return tokens, query, *ctx.saved_tensors, ctx.backend
 
 
-def _joint_gradients(found: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _joint_gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return *(t.transpose(1, 2) for t in found[:3]), *found[3:], None
 
 
-def with_autograd(
-    op: str, forward: Any, backward: Any, name: str, save: Any, arguments: Any, back: Any
-) -> Any:
-    """Registers the derivative of an operator; returns it without torch.library's way to it, for
-    eager use (`distill._Eager` says why)."""
-
-    def through_operator(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gradients: tuple[Any, ...] = back(backward(*arguments(ctx, *grads)))
-        return gradients
-
-    forward.register_autograd(through_operator, setup_context=save)
-    backward.register_autograd(no_second_derivative(op))
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:  # setup_context would cost 12 us a call
-            output = getattr(_kernels(inputs[-1]), f"{name}_forward")(*inputs[:-1])
-            save(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            if torch.is_grad_enabled():  # with create_graph: the gradient carries the refusal
-                return through_operator(ctx, *grads)
-            *given, backend = arguments(ctx, *grads)
-            found = getattr(_kernels(backend), f"{name}_backward")(*given)
-            gradients: tuple[Any, ...] = back(found)
-            return gradients
-
-    return Eager.apply
+def _kernel(name: str) -> Any:
+    """A function of the backend's module, whose name comes last."""
+    return lambda *inputs: getattr(_kernels(inputs[-1]), name)(*inputs[:-1])
 
 
 _eager_search = with_autograd(
     "feature_search",
-    _search,
-    _search_backward,
-    "search",
+    (_search, _search_backward),
+    (_kernel("search_forward"), _kernel("search_backward")),
     _save_search,
     _search_arguments,
     _search_gradients,
 )
 _eager_joint = with_autograd(
     "joint_attention",
-    _joint,
-    _joint_backward,
-    "joint",
+    (_joint, _joint_backward),
+    (_kernel("joint_forward"), _kernel("joint_backward")),
     _save_joint,
     _joint_arguments,
     _joint_gradients,
@@ -245,10 +217,6 @@ def _kernels(backend: str) -> Any:
 
         return search
     return {"cpu": cpu, "cuda": cuda}[backend]
-
-
-def differentiable(tensors: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _run_search(

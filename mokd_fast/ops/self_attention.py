@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cpu, distill, reference
 from .dispatch import pick, register
-from .search import differentiable, with_autograd
+from .eager import differentiable, with_autograd
 
 OP = "self_attention"
 
@@ -53,52 +53,51 @@ def self_attention(
 
 
 @torch.library.custom_op("mokd_fast::attention_forward", mutates_args=())
-def _forward(qkv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The result [B, N, H, d], and of each row log2 of its sum of exponentials [B, H, N], fp32."""
     return cpu.attention_forward(qkv, scale)
 
 
 @_forward.register_fake
-def _(qkv, scale, backend):
+def _(qkv, scale):
     B, N, _, H, d = qkv.shape
     return qkv.new_empty(B, N, H, d), qkv.new_empty(B, H, N, dtype=torch.float32)
 
 
 @torch.library.custom_op("mokd_fast::attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float, backend: str
-) -> Tensor:
+def _backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float) -> Tensor:
     return cpu.attention_backward(grad, qkv, out, stats, scale)
 
 
 @_backward.register_fake
-def _(grad, qkv, out, stats, scale, backend):
+def _(grad, qkv, out, stats, scale):
     return torch.empty_like(qkv)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.scale, ctx.backend = inputs
+    qkv, ctx.scale = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    return grad, *ctx.saved_tensors, ctx.scale, ctx.backend
+    return grad, *ctx.saved_tensors, ctx.scale
 
 
-def _gradients(found: Tensor) -> tuple[Any, ...]:
-    return found, None, None
+def _gradients(ctx: Any, grads: Any, found: Tensor) -> tuple[Tensor, None]:
+    return found, None
 
 
-_eager = with_autograd(OP, _forward, _backward, "attention", _save, _arguments, _gradients)
+_KERNELS = cpu.attention_forward, cpu.attention_backward
+_eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _gradients)
 
 
 def _cpu(qkv: Tensor, scale: float) -> Tensor:
     qkv = qkv.resolve_neg().contiguous()
     if not distill.plain((qkv,)):
-        return _forward(qkv, scale, "cpu")[0]
+        return _forward(qkv, scale)[0]
     if differentiable((qkv,)):
-        out: Tensor = _eager(qkv, scale, "cpu")[0]
+        out: Tensor = _eager(qkv, scale)[0]
         return out
     return cpu.attention_forward(qkv, scale)[0]
 

@@ -64,8 +64,8 @@ RESNETS = {
         lambda: timm.create_model("resnet50", num_classes=0, zero_init_last=False),
         (1 + 32, 16, 4),
     ),
-    "torchvision 18": (lambda: torchvision.models.resnet18(), (8, 8, 1 + 3)),
-    "torchvision 50": (lambda: torchvision.models.resnet50(), (32, 16, 1 + 4)),
+    # torchvision's blocks stay its own: of its norms none takes more.
+    "torchvision 18": (lambda: torchvision.models.resnet18(), (0, 0, 1 + 16 + 3)),
 }
 
 
@@ -93,7 +93,7 @@ def test_a_resnet_in_training_is_as_exact_as_the_librarys(name, calls):
         torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["timm 18", "torchvision 50"])
+@pytest.mark.parametrize("name", ["timm 18", "timm 50"])
 def test_in_bf16_the_errors_are_of_one_size(name):
     plain, fast = networks(RESNETS[name][0])
     exact = copy.deepcopy(plain).double()
@@ -142,7 +142,7 @@ def test_hooks_see_what_they_saw(calls):
     look = lambda module, inputs, y: seen.append(y.clone())  # noqa: E731
     for name in ("bn1", "act1", "bn2", "act2"):
         block, fast = residual()
-        assert type(fast) is batch_norm.TimmBasicBlock
+        assert type(fast) is batch_norm.BasicBlock
         seen.clear()
         for net in (block, fast):
             net.get_submodule(name).register_forward_hook(look)

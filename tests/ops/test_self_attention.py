@@ -144,9 +144,9 @@ def test_autograd_twice_autocast_and_default_dtype():
 @needs_kernel
 def test_operators_are_sound_and_compile_whole():
     qkv, grad = given(2, 9, 2, 16)
-    torch.library.opcheck(_forward, (qkv.clone().requires_grad_(), 0.25, "cpu"))
-    out, stats = _forward(qkv.detach(), 0.25, "cpu")
-    torch.library.opcheck(_backward, (grad, qkv.detach(), out, stats, 0.25, "cpu"))
+    torch.library.opcheck(_forward, (qkv.clone().requires_grad_(), 0.25))
+    out, stats = _forward(qkv.detach(), 0.25)
+    torch.library.opcheck(_backward, (grad, qkv.detach(), out, stats, 0.25))
     whole = torch.compile(self_attention, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, results(whole, qkv, grad), results(kernel, qkv, grad)))
 

@@ -61,7 +61,8 @@ class Run:
         while not condition():
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                assert status == 0, log.read_text()
+                said = [file.read_text() for file in self.folder.glob("*.txt")]
+                assert status == 0, said
                 return False
             assert time.monotonic() < end, log.read_text()
         time.sleep(pause)

@@ -1,5 +1,5 @@
 """For every test: one thread, for on a busy machine the barriers of tiny operators cost far more;
-a cache folder of its own. The command line in this process."""
+a process that can be forked; a cache folder of its own. The command line in this process."""
 
 import sys
 
@@ -12,6 +12,13 @@ from mokd_fast import cli
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forks_can_train():
+    """A FakeTensorMode tells torch of a GPU that is not there, and the first backward pass after it
+    starts threads for that one: a forked child could not train then. So one comes first."""
+    torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True, scope="session")

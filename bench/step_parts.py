@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import bench.baseline.step as official_module
+import mokd_fast.ops.update as update_module
 import mokd_fast.train.loop as our_module
 from bench.baseline.layers import WeightNormLinear
 from bench.baseline.step import OfficialStep
@@ -63,9 +64,10 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
         *((m, "matrix", PROTOTYPES) for m in mokd.modules() if isinstance(m, Prototypes)),
         (mokd, "_rows", PROTOTYPES),
         (mokd, "_losses", LOSSES),
-        (our_module, "clip_grad_per_tensor_", "clip"),
+        (our_module, "grad_norms", "clip"),
+        (update_module.Clip, "apply", "clip"),
         *((optimizer, "step", "optimizers") for optimizer in step.optimizers),
-        (mokd, "update_teachers", "EMA"),
+        (update_module.Ema, "apply", "EMA"),
         (mokd.centers, "update", "centres"),
         (mokd.centers, "wait", "centres"),
     ]

@@ -12,7 +12,6 @@ intervals. The pictures are loaded beforehand, as the demo loads them in a proce
 
 import argparse
 import itertools
-import math
 import resource
 import sys
 import tempfile
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 from bench.timing import calibrate, machine, write_json
 from mokd_fast.data.batches import Views
 from mokd_fast.nn import Temperatures
-from mokd_fast.ops import clip_grad_per_tensor_
+from mokd_fast.ops import Clip, grad_norms, update_
 from mokd_fast.train.loop import Trainer
 from mokd_fast.train.meter import Meter
 from mokd_fast.train.recipe import load_recipe
@@ -71,14 +70,12 @@ def bare_step(trainer: Trainer, k: int, batches: Iterator[Views]) -> Tensor:
     values = torch.stack([*out.terms.values(), *(total.detach() for total in out.totals)])
     means = out.center_means
     del out
-    for config, student in zip(trainer.recipe.models, trainer.mokd.students, strict=True):
-        clip_grad_per_tensor_(student.parameters(), config.clip or math.inf)
-    for optimizer in trainer.optimizers:
-        optimizer.torch.found_inf = None  # type: ignore[attr-defined]
+    emas = trainer.mokd.emas(float(trainer.momentum[k]))
+    for config, optimizer, ema in zip(trainer.recipe.models, trainer.optimizers, emas, strict=True):
+        clip = Clip(grad_norms(ema.student), config.clip) if config.clip else None
         optimizer.schedule(k)
-        optimizer.torch.step()
+        update_(optimizer.torch, clip, ema)
         optimizer.torch.zero_grad(set_to_none=True)
-    trainer.mokd.update_teachers(float(trainer.momentum[k]))
     trainer.mokd.centers.update(means)
     return values
 

@@ -381,6 +381,24 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release unlocked;
           kernels.clip({at.data(), sizes.data(), int64_t(at.size()), max_norm, pointer<float>(norms), threads});
         });
+  m.def("update",  // a tensor: its size, seven addresses in the order of `Moved`, its group
+        [](const std::vector<std::array<int64_t, 9>>& tensors, const std::vector<std::array<double, 5>>& groups,
+           float max_norm, uintptr_t skip, uintptr_t momentum, int threads, const std::string& name) {
+          std::vector<mokd::cpu::Moved> moved;
+          for (const auto& t : tensors) {
+            if (t[2] && !(0 <= t[8] && t[8] < int64_t(groups.size())))
+              throw std::invalid_argument("update: a tensor of no group");
+            moved.push_back({t[0], pointer<float>(t[1]), pointer<const float>(t[2]), pointer<float>(t[3]),
+                             pointer<float>(t[4]), pointer<float>(t[5]), pointer<float>(t[6]),
+                             pointer<const float>(t[7]), t[8]});
+          }
+          std::vector<mokd::cpu::Group> of;
+          for (const auto& g : groups) of.push_back({g[0], g[1], g[2], g[3], g[4]});
+          const auto& kernels = level(name);
+          py::gil_scoped_release unlocked;
+          kernels.update({moved.data(), int64_t(moved.size()), of.data(), max_norm, pointer<const bool>(skip),
+                          pointer<const double>(momentum), threads});
+        });
   m.def("matvec",
         [](uintptr_t matrix, int type, const std::array<int64_t, 2>& sizes, uintptr_t vector, uintptr_t found,
            int threads, const std::string& name) {

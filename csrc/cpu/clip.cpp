@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t BLOCK = 1 << 14;  // numbers: 64 KiB
 constexpr int64_t CHAIN = 1 << 10;  // numbers that are added up in fp32
+constexpr int64_t AHEAD = 1 << 9;   // numbers that are fetched before they are needed
 constexpr int L = LANES<float>;
 
 struct Block {
@@ -28,6 +29,7 @@ double sum_of_squares(const float* x, int64_t n) {
     int64_t k = from;
     for (; k + 4 * L <= end; k += 4 * L)
       for (int i = 0; i < 4; ++i) {
+        __builtin_prefetch(x + k + i * L + AHEAD);
         const Vec<float> v = load<Vec<float>>(x + k + i * L);
         sum[i] += v * v;
       }
@@ -54,12 +56,13 @@ void clip(const Clip& c) {
   std::vector<float> scales(c.count);
   for (int64_t i = 0; i < c.count; ++i) {
     c.norms[i] = float(std::sqrt(squares[i]));
-    scales[i] = c.max_norm / (c.norms[i] + 1e-6f);
+    scales[i] = clip_scale(c.norms[i], c.max_norm);
   }
+  if (std::isinf(c.max_norm)) return;
   parallel(c.threads, int64_t(blocks.size()), [&](int64_t b, int) {
     const Block& block = blocks[b];
     const float scale = scales[block.grad];
-    if (scale >= 1) return;  // NaN goes on: it is to be seen
+    if (scale == 1) return;
     float* x = c.grads[block.grad] + block.begin;
     for (int64_t k = 0; k < block.size; ++k) x[k] *= scale;
   });

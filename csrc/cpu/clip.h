@@ -4,12 +4,19 @@
 
 namespace mokd::cpu {
 
+// What a gradient of this norm is multiplied with: 1, or less where the norm exceeds the maximum. NaN goes on: it
+// is to be seen.
+inline float clip_scale(float norm, float max_norm) {
+  const float scale = max_norm / (norm + 1e-6f);
+  return scale >= 1 ? 1 : scale;
+}
+
 // Gradients of a model, each `sizes[i]` numbers side by side.
 struct Clip {
   float* const* grads;
   const int64_t* sizes;
   int64_t count;
-  float max_norm;
+  float max_norm;   // infinity: the norms alone
   float* norms;  // [count], of before
   int threads;
 };

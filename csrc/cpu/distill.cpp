@@ -593,6 +593,7 @@ void run_backward(const Distill& d, const Backward& io) {
 extern const SearchKernels MOKD_JOIN(search_kernels_, MOKD_LEVEL);  // of search.cpp
 void MOKD_JOIN(augment_, MOKD_LEVEL)(const Augment&);  // of augment.cpp
 void MOKD_JOIN(clip_, MOKD_LEVEL)(const Clip&);        // of clip.cpp
+void MOKD_JOIN(update_, MOKD_LEVEL)(const Update&);    // of update.cpp
 extern const PrototypeKernels MOKD_JOIN(prototype_kernels_, MOKD_LEVEL);  // of prototypes.cpp
 extern const BatchNormKernels MOKD_JOIN(batch_norm_kernels_, MOKD_LEVEL);  // of batch_norm.cpp
 extern const BlockKernels MOKD_JOIN(block_kernels_, MOKD_LEVEL);          // of block.cpp
@@ -603,6 +604,7 @@ const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_fo
                                                   MOKD_JOIN(augment_, MOKD_LEVEL),
                                                   &MOKD_JOIN(prototype_kernels_, MOKD_LEVEL),
                                                   MOKD_JOIN(clip_, MOKD_LEVEL),
+                                                  MOKD_JOIN(update_, MOKD_LEVEL),
                                                   &MOKD_JOIN(batch_norm_kernels_, MOKD_LEVEL),
                                                   &MOKD_JOIN(block_kernels_, MOKD_LEVEL)};
 

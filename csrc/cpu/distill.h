@@ -7,6 +7,7 @@
 #include "clip.h"
 #include "prototypes.h"
 #include "search.h"
+#include "update.h"
 
 namespace mokd::cpu {
 
@@ -39,6 +40,7 @@ struct Kernels {
   void (*augment)(const Augment&);
   const PrototypeKernels* prototypes;
   void (*clip)(const Clip&);
+  void (*update)(const Update&);
   const BatchNormKernels* batch_norm;
   const BlockKernels* block;
 };

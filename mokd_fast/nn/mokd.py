@@ -27,9 +27,9 @@ from ..ops import (
 from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
 from ..ops.distill import Pairs
-from ..ops.foreach import ema_update_
 from ..ops.prototype_linear import prototype_linear
 from ..ops.prototype_loss import OP
+from ..ops.update import Ema
 from .backbones import Features, features, packed_features
 from .checkpointing import is_statistic
 from .heads import Memory, MLPHead, THead
@@ -366,10 +366,13 @@ class MOKD(nn.Module):
             value for name, value in self.named_buffers() if is_statistic(name.rpartition(".")[2])
         ]
 
-    def update_teachers(self, momentum: float | Tensor) -> None:
-        """EMA of the parameters. Buffers (BatchNorm statistics) are the teachers' own."""
-        for student, teacher in zip(self.students, self.teachers, strict=True):
-            ema_update_(list(teacher.parameters()), list(student.parameters()), momentum)
+    def emas(self, momentum: float | Tensor) -> list[Ema]:
+        """How each teacher's parameters follow: see `update_`. Buffers (BatchNorm statistics) are
+        the teachers' own."""
+        return [
+            Ema(list(teacher.parameters()), list(student.parameters()), momentum)
+            for student, teacher in zip(self.students, self.teachers, strict=True)
+        ]
 
 
 def _searched(head: THead, found: Embedding, view: int, queries: Tensor) -> Tensor:

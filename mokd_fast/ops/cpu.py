@@ -5,6 +5,7 @@ that is none of them, or a level this processor cannot run, is a ValueError.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -297,8 +298,21 @@ def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
     norms = grads[0].new_empty(len(grads))
     at, sizes = [g.data_ptr() for g in grads], [g.numel() for g in grads]
     native.clip(at, sizes, max_norm, norms.data_ptr(), torch.get_num_threads(), _level())
-    torch.autograd.graph.increment_version(grads)
+    if not math.isinf(max_norm):
+        torch.autograd.graph.increment_version(grads)
     return list(norms.unbind())
+
+
+def update(
+    rows: Sequence[tuple[int, ...]],
+    groups: Sequence[tuple[float, ...]],
+    max_norm: float,
+    skip: Tensor | None,
+    momentum: Tensor | None,
+) -> None:
+    """The pass of `update.py`; what a row and a group are, csrc/cpu/update.h says."""
+    flag, follow = (0 if x is None else x.data_ptr() for x in (skip, momentum))
+    native.update(rows, groups, max_norm, flag, follow, torch.get_num_threads(), _level())
 
 
 def attention_forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:

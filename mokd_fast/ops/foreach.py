@@ -1,5 +1,6 @@
 """Whole-model updates without a host read: EMA, the per-tensor gradient clip, taking back."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -49,14 +50,32 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
     return pick("clip_grad_per_tensor_", grads, max_norm).run(grads, max_norm)
 
 
+@torch.no_grad()
+def grad_norms(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """The L2 norm of each gradient there is, by its parameter: 0-d tensors on the device.
+
+    What `clip_grad_per_tensor_` returns, and what `update_` takes to clip by."""
+    given = [p for p in parameters if p.grad is not None]
+    norms = clip_grad_per_tensor_(given, math.inf)
+    return dict(zip(given, norms, strict=True))
+
+
 def _clip(grads: list[Tensor], max_norm: float) -> list[Tensor]:
     norms = list(torch._foreach_norm(grads, 2))
+    scale_grads_(grads, norms, max_norm)
+    return norms
+
+
+@torch.no_grad()
+def scale_grads_(grads: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
+    """What the clip does where the norms are there."""
+    if math.isinf(max_norm):
+        return
     scales = torch._foreach_add(norms, 1e-6)
     scales = torch._foreach_reciprocal(scales)
     torch._foreach_mul_(scales, max_norm)
     torch._foreach_clamp_max_(scales, 1.0)
     torch._foreach_mul_(grads, scales)
-    return norms
 
 
 def _clip_cpu(grads: list[Tensor], max_norm: float) -> list[Tensor]:

@@ -13,6 +13,7 @@ from timm.optim import Lars as TimmLars
 from torch import Tensor, nn
 
 from ..ops.foreach import Snapshot
+from ..ops.update import Clip, Ema, update_
 from .recipe import OptimizerConfig, ScheduleConfig
 
 
@@ -42,6 +43,14 @@ class Adapter(ABC):
     @abstractmethod
     def step(self, skip: Tensor) -> None:
         """One step of the gradients that are there; with `skip` (0-d bool) set, none."""
+
+    def update(self, skip: Tensor, clip: Clip | None, ema: Ema | None) -> None:
+        """The clip before it, the teacher's EMA after it."""
+        if clip is not None:
+            clip.apply()
+        self.step(skip)
+        if ema is not None:
+            ema.apply()
 
     def load(self, state: dict[str, Any]) -> None:
         self.torch.load_state_dict(state)
@@ -105,13 +114,19 @@ class Fused(Adapter):
     @torch.no_grad()
     def step(self, skip: Tensor) -> None:
         start_momentum(self.torch)
-        self.torch.found_inf = skip.float()  # type: ignore[attr-defined]
         for group, rates in self._groups():
             moved: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if rates.decay is not None and moved:
                 self._decay(moved, rates.decay, skip)
         with self._given_rates():
-            self.torch.step()
+            update_(self.torch, skip=skip)
+
+    def update(self, skip: Tensor, clip: Clip | None, ema: Ema | None) -> None:
+        """In one pass where `update_` has one."""
+        if self.rates:
+            return super().update(skip, clip, ema)
+        start_momentum(self.torch)
+        update_(self.torch, clip, ema, skip)
 
     @contextlib.contextmanager
     def _given_rates(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """The pre-training loop: plain PyTorch, one process a GPU."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import Temperatures
 from ..nn.mokd import StepLosses
-from ..ops import clip_grad_per_tensor_, explain
+from ..ops import Clip, explain, grad_norms
 from ..ops.center import LinearLogits
 from ..ops.foreach import Snapshot
 from ..ops.prototype_loss import OP
@@ -341,8 +340,7 @@ class Trainer:
             del out  # or the teachers' logits would live on into the next micro-batch
         losses = self.world.mean(losses)
         skip = ~torch.stack(list(losses.values())).isfinite().all()
-        skip = self._update_students(kind, skip)
-        self.mokd.update_teachers(momentum.masked_fill(skip, 1))
+        skip = self._update(kind, skip, momentum)
         logits = {head: LinearLogits(mean, prototypes[head]) for head, mean in means.items()}
         self.mokd.centers.update(logits, skip=skip)
         self.statistics.restore_(skip)
@@ -374,24 +372,28 @@ class Trainer:
     def _scaled(self, i: int, x: Tensor) -> Tensor:
         return self.scalers[i].scale(x) if self.scalers else x
 
-    def _update_students(self, kind: Kind, skip: Tensor) -> Tensor:
-        """Clip, freeze and optimizers; whether to skip the step, with the gradients seen."""
-        overflows = []
+    def _update(self, kind: Kind, skip: Tensor, momentum: Tensor) -> Tensor:
+        """Clip, freeze, optimizers and EMA; whether to skip the step, with the gradients seen."""
+        overflows, clips = [], []
         for i, (config, student) in enumerate(
             zip(self.recipe.models, self.mokd.students, strict=True)
         ):
             if self.scalers:
                 self.scalers[i].unscale_(self.optimizers[i].torch)
-            norms = clip_grad_per_tensor_(student.parameters(), config.clip or math.inf)
-            overflow = ~torch.stack(norms).isfinite().all()
+            norms = grad_norms(student.parameters())
+            clips.append(Clip(norms, config.clip) if config.clip else None)
+            overflow = ~torch.stack(list(norms.values())).isfinite().all()
             overflows.append(overflow)
             if self.scalers:
-                overflow = overflow & (self._scaled(i, torch.ones_like(norms[0])) < 1)
+                one = torch.ones_like(next(iter(norms.values())))
+                overflow = overflow & (self._scaled(i, one) < 1)
             skip = skip | overflow
             if kind.frozen:
                 freeze_last_layers(student.named_parameters())
-        for optimizer, overflow in zip(self.optimizers, overflows, strict=True):
-            optimizer.step(skip | overflow)
+        momentum = momentum.masked_fill(skip, 1)
+        rows = zip(self.optimizers, overflows, clips, self.mokd.emas(momentum), strict=True)
+        for optimizer, overflow, clip, ema in rows:
+            optimizer.step(skip | overflow, clip, ema)
         for scaler in self.scalers:
             scaler.update()
         return skip

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.update import Clip, Ema
 from . import adapters, apex
 from .adapters import Adapter, Fused, Row
 from .recipe import ModelConfig
@@ -54,10 +55,10 @@ class ScheduledOptimizer:
         assert isinstance(self._adapter, Fused)  # refuse_graph refuses the others
         self._adapter.rates_on_device([decay is not None for _, decay in self.schedules])
 
-    def step(self, skip: Tensor) -> None:
-        """A step at the rates of the last `schedule`, then no gradients. Moves nothing if `skip`
-        (0-d bool, read on the device) is set."""
-        self._adapter.step(skip)
+    def step(self, skip: Tensor, clip: Clip | None = None, ema: Ema | None = None) -> None:
+        """A step at the rates of the last `schedule`, after the clip and before the EMA; then no
+        gradients. Moves nothing but the teacher if `skip` (0-d bool, read on the device) is set."""
+        self._adapter.update(skip, clip, ema)
         for group in self.torch.param_groups:  # apex's zero_grad takes no set_to_none
             for parameter in group["params"]:
                 parameter.grad = None

@@ -231,7 +231,8 @@ def test_ema_moves_parameters_alone():
     with torch.no_grad():
         for p in mokd.students.parameters():
             p.add_(1)
-    mokd.update_teachers(0.75)
+    for ema in mokd.emas(0.75):
+        ema.apply()
     parameters = dict(mokd.teachers.named_parameters())
     for name, value in mokd.teachers.state_dict().items():
         moved = 0.25 if name in parameters else 0

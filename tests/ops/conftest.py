@@ -34,6 +34,7 @@ def emulate(folder):
         "cpu/search.cpp",
         "cpu/search_backward.cpp",
         "cpu/prototypes.cpp",
+        "cpu/update.cpp",
         "cuda/distill.cu",
         "cuda/search.cu",
     )

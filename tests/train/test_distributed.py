@@ -179,11 +179,11 @@ def test_a_process_without_memory_tries_no_steps(data, tmp_path):
     def short():
         step, steps = ScheduledOptimizer.step, itertools.count()
 
-        def failing(self, skip):
+        def failing(self, *args):
             # Two optimizers.
             if next(steps) == 2 * 4 and os.environ["RANK"] == "1":
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            step(self, skip)
+            step(self, *args)
 
         ScheduledOptimizer.step = failing  # of this fork alone
 

@@ -489,8 +489,8 @@ def test_what_comes_after_it_stays_on_the_gpu(monkeypatch):
         means = {name: torch.empty_like(x)[None] for name, x in mokd.centers.named_buffers()}
         with OnTheHost() as host:
             statistics.take()
-            Trainer._update_students(trainer, Kind(frozen=True, logged=False), skip)
-            mokd.update_teachers(torch.empty((), dtype=torch.float64).masked_fill(skip, 1))
+            momentum = torch.empty((), dtype=torch.float64)
+            Trainer._update(trainer, Kind(frozen=True, logged=False), skip, momentum)
             mokd.centers.update(means, skip=skip)
             mokd.centers.wait()
             statistics.restore_(skip)

@@ -169,8 +169,8 @@ def test_accumulation_is_the_whole_batch(data, tmp_path):
         convert = trainer.to_device
         trainer.to_device = lambda views, f=convert: tuple(v.double() for v in f(views))
         emas = []
-        update = trainer.mokd.update_teachers
-        trainer.mokd.update_teachers = lambda m, f=update, seen=emas: (seen.append(m), f(m))
+        follow = trainer.mokd.emas
+        trainer.mokd.emas = lambda m, f=follow, seen=emas: seen.append(m) or f(m)
         moved, centers = [], trainer.mokd.centers
         centers.update = lambda m, f=centers.update, seen=moved, **skip: (
             seen.append(sorted(m)),

@@ -134,8 +134,13 @@ def _alike(tensor: Tensor, weight: Tensor) -> bool:
         and tensor.dtype == weight.dtype
         and tensor.is_cpu
         and tensor.shape == weight.shape
-        and tensor.stride() == weight.stride()
+        and (tensor.stride() == weight.stride() or _steps(tensor) == _steps(weight))
     )
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """The strides that count: a dimension of one number may have any."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _rows(optimizer: Optimizer, clip: Clip | None, ema: Ema | None) -> list[_Row] | None:

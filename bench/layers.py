@@ -23,13 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 from bench.timing import calibrate, interleave, keep_memory, machine, write_json
 from mokd_fast.nn.fast import quicken
 from mokd_fast.ops import (
+    Clip,
+    Ema,
     WeightNormed,
     batch_norm,
     clip_grad_per_tensor_,
     cpu,
     foreach,
+    grad_norms,
     prototype_linear,
     self_attention,
+    update_,
     weight_norm,
 )
 from mokd_fast.ops.block import add_norm
@@ -185,14 +189,41 @@ def sum_and_norm(width: int) -> Pair:
     return lambda: run(lambda: add_norm(*inputs, 1e-6, torch.bfloat16)), lambda: run(theirs)
 
 
-def clip() -> Pair:
-    """Of the gradients of a ViT-S with its prototypes, none of which is too long."""
+def vit_small() -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Parameters of a ViT-S with its prototypes, and their gradients."""
     block = [(1152, 384), (384, 384), (1536, 384), (384, 1536), *[(384,)] * 8]
-    parameters = [nn.Parameter(torch.empty(size)) for size in [*block * 12, (K, 384), (K, 256)]]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in [*block * 12, (K, 384), (K, 256)]]
     for p in parameters:
         p.grad = 1e-5 * torch.randn(p.shape)
-    grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    return parameters, [p.grad for p in parameters if p.grad is not None]
+
+
+def clip() -> Pair:
+    """None of the gradients is too long."""
+    parameters, grads = vit_small()
     return lambda: clip_grad_per_tensor_(parameters, 3.0), lambda: foreach._clip(grads, 3.0)
+
+
+def end_of_step(kind: type[torch.optim.Optimizer], **options: float) -> Pair:
+    """The clip, the optimizer's fused step and the teacher's EMA. Every gradient is too long, after a
+    clip in place by a rounding."""
+    student, grads = vit_small()
+    torch._foreach_mul_(grads, 1e5)
+    teacher = [p.detach().clone() for p in student]
+    optimizer = kind(student, lr=1e-3, fused=True, **options)  # type: ignore[call-arg]
+    optimizer.step()  # which makes its state
+
+    def ours() -> None:
+        norms = grad_norms(student)
+        update_(optimizer, Clip(norms, 3.0), Ema(teacher, student, 0.996))
+
+    def theirs() -> None:
+        foreach._clip(grads, 3.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(teacher, student, 0.004)
+
+    return ours, theirs
 
 
 def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
@@ -238,6 +269,9 @@ def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
         lambda: matrix.float() @ vector,
     )
     found["clip of a ViT-S and its prototypes", "fp32"] = clip
+    end = "clip, step and EMA of a ViT-S and its prototypes, by"
+    found[f"{end} AdamW", "fp32"] = lambda: end_of_step(torch.optim.AdamW)
+    found[f"{end} SGD", "fp32"] = lambda: end_of_step(torch.optim.SGD, momentum=0.9)
     return found
 
 

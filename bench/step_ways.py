@@ -122,7 +122,8 @@ def _packed(mokd: MOKD) -> tuple[Run, Run, Run]:
         for student in mokd.students:
             student.packed = False  # type: ignore[assignment]
 
-    return mokd.pack, off, off
+    packed = any(student.packed for student in mokd.students)
+    return mokd.pack, off, mokd.pack if packed else off
 
 
 def _malloc(run: Run) -> tuple[Run, Run, Run]:

@@ -70,11 +70,11 @@ def bare_step(trainer: Trainer, k: int, batches: Iterator[Views]) -> Tensor:
     values = torch.stack([*out.terms.values(), *(total.detach() for total in out.totals)])
     means = out.center_means
     del out
-    emas = trainer.mokd.emas(float(trainer.momentum[k]))
-    for config, optimizer, ema in zip(trainer.recipe.models, trainer.optimizers, emas, strict=True):
+    models = zip(trainer.recipe.models, trainer.optimizers, trainer.emas, strict=True)
+    for config, optimizer, ema in models:
         clip = Clip(grad_norms(ema.student), config.clip) if config.clip else None
         optimizer.schedule(k)
-        update_(optimizer.torch, clip, ema)
+        update_(optimizer.torch, clip, ema._replace(momentum=float(trainer.momentum[k])))
         optimizer.torch.zero_grad(set_to_none=True)
     trainer.mokd.centers.update(means)
     return values

@@ -80,6 +80,7 @@ def backends() -> dict[str, str]:
         "prototype_linear": explain("prototype_linear", student, prototypes, torch.bfloat16),
         "batch_norm": explain("batch_norm", student[None], None, None, training=True),
         "clip_grad_per_tensor_": explain("clip_grad_per_tensor_", [prototypes], 3.0),
+        "update_": explain("update_", torch.optim.AdamW([prototypes], fused=True)),
         "augment_crops": explain("augment_crops", crops, params, mean=(0.5,) * 3, std=(0.5,) * 3),
         "data.loader=auto": choose_loader("auto", device)[1],
     }

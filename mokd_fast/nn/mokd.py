@@ -366,8 +366,8 @@ class MOKD(nn.Module):
             value for name, value in self.named_buffers() if is_statistic(name.rpartition(".")[2])
         ]
 
-    def emas(self, momentum: float | Tensor) -> list[Ema]:
-        """How each teacher's parameters follow: see `update_`. Buffers (BatchNorm statistics) are
+    def emas(self, momentum: float | Tensor = 1.0) -> list[Ema]:
+        """What each teacher's parameters follow: see `update_`. Buffers (BatchNorm statistics) are
         the teachers' own."""
         return [
             Ema(list(teacher.parameters()), list(student.parameters()), momentum)

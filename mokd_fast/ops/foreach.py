@@ -71,11 +71,9 @@ def scale_grads_(grads: list[Tensor], norms: list[Tensor], max_norm: float) -> N
     """What the clip does where the norms are there."""
     if math.isinf(max_norm):
         return
-    scales = torch._foreach_add(norms, 1e-6)
-    scales = torch._foreach_reciprocal(scales)
-    torch._foreach_mul_(scales, max_norm)
-    torch._foreach_clamp_max_(scales, 1.0)
-    torch._foreach_mul_(grads, scales)
+    total = torch.stack(norms) + 1e-6
+    scales = torch.full_like(total, max_norm).div_(total).clamp_(max=1)
+    torch._foreach_mul_(grads, list(scales.unbind()))
 
 
 def _clip_cpu(grads: list[Tensor], max_norm: float) -> list[Tensor]:

@@ -250,6 +250,7 @@ class Trainer:
         ]
         for optimizer in self.optimizers if train.cuda_graph else []:
             optimizer.rates_on_device()
+        self.emas = self.mokd.emas()
         self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)
         self.alarms = Alarms(recipe.prototypes, 2 * (train.batch // self.share), warmup)
         self.every = max(in_steps(train.checkpoint_every, per_epoch, total), 1)
@@ -375,12 +376,10 @@ class Trainer:
     def _update(self, kind: Kind, skip: Tensor, momentum: Tensor) -> Tensor:
         """Clip, freeze, optimizers and EMA; whether to skip the step, with the gradients seen."""
         overflows, clips = [], []
-        for i, (config, student) in enumerate(
-            zip(self.recipe.models, self.mokd.students, strict=True)
-        ):
+        for i, (config, ema) in enumerate(zip(self.recipe.models, self.emas, strict=True)):
             if self.scalers:
                 self.scalers[i].unscale_(self.optimizers[i].torch)
-            norms = grad_norms(student.parameters())
+            norms = grad_norms(ema.student)
             clips.append(Clip(norms, config.clip) if config.clip else None)
             overflow = ~torch.stack(list(norms.values())).isfinite().all()
             overflows.append(overflow)
@@ -389,11 +388,11 @@ class Trainer:
                 overflow = overflow & (self._scaled(i, one) < 1)
             skip = skip | overflow
             if kind.frozen:
-                freeze_last_layers(student.named_parameters())
+                freeze_last_layers(self.mokd.students[i].named_parameters())
         momentum = momentum.masked_fill(skip, 1)
-        rows = zip(self.optimizers, overflows, clips, self.mokd.emas(momentum), strict=True)
+        rows = zip(self.optimizers, overflows, clips, self.emas, strict=True)
         for optimizer, overflow, clip, ema in rows:
-            optimizer.step(skip | overflow, clip, ema)
+            optimizer.step(skip | overflow, clip, ema._replace(momentum=momentum))
         for scaler in self.scalers:
             scaler.update()
         return skip

@@ -33,7 +33,8 @@ def advice(trainer: Trainer) -> str:
     """
     # Every step a logged one: its diagnostics need memory too.
     train = trainer.recipe.train.model_copy(update={"log_every": 1})
-    again = not (train.checkpoint_activations or train.pack_crops)  # which exclude each other
+    # Which exclude each other.
+    again = not (train.checkpoint_activations or train.pack_crops is True)
     if trainer.world.size > 1:
         free = ["train.checkpoint_activations=true"] * again
         free += ["loss.prototypes=fused-linear"] * (trainer.way != "fused-linear")
@@ -57,15 +58,18 @@ def advice(trainer: Trainer) -> str:
             )
         trainer.mokd.prototype_loss = trainer.way
     if again:
+        packed = [student.packed for student in trainer.mokd.students]
         for student in trainer.mokd.students:
             checkpoint_activations(student)  # type: ignore[arg-type]
+            student.packed = False  # type: ignore[assignment]
         if _fits(trainer):
             return (
                 f"It fits where backward makes activations again, as just tried here: set {also}"
                 "train.checkpoint_activations=true and the run goes on"
             )
-        for student in trainer.mokd.students:
+        for student, before in zip(trainer.mokd.students, packed, strict=True):
             checkpoint_activations(student, False)  # type: ignore[arg-type]
+            student.packed = before
     for parts in range(train.accumulate + 1, train.batch + 1):
         if train.batch % parts:
             continue

@@ -8,7 +8,7 @@ from timm.layers import convert_sync_batchnorm
 from ..nn import MOKD, build_mokd, checkpoint_activations
 from ..nn.fast import compile_blocks, quicken
 from .distributed import World
-from .recipe import Recipe
+from .recipe import Recipe, TrainConfig
 
 
 def make_networks(
@@ -33,11 +33,18 @@ def make_networks(
     if train.channels_last:
         mokd.to(memory_format=torch.channels_last)
     quicken(mokd, device, precision)
-    if train.pack_crops and not mokd.pack():
+    if packs_crops(train, device) and not mokd.pack() and train.pack_crops is True:
         note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
     if train.compile and not compile_blocks(mokd):
         note("train.compile=true: there is no transformer block to compile")
     return mokd
+
+
+def packs_crops(train: TrainConfig, device: torch.device) -> bool:
+    if train.pack_crops != "auto":
+        return train.pack_crops
+    # On a CPU a step takes as long or less (step.json); nothing else has been measured.
+    return device.type == "cpu" and not (train.checkpoint_activations or train.compile)
 
 
 def build(recipe: Recipe) -> MOKD:

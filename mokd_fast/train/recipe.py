@@ -124,9 +124,10 @@ class TrainConfig(Config):
     max_skipped: PositiveInt = 10  # non-finite steps in a row that end the run
     channels_last: bool = True
     compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
-    pack_crops: bool = False  # a ViT's global and local crops in one pass; likewise
+    # A ViT's global and local crops in one pass; auto: where that was measured faster (README).
+    pack_crops: bool | Literal["auto"] = "auto"
     cuda_graph: bool = False  # the step recorded, then launched by one call; sgd and adamw alone
-    checkpoint_activations: bool = False  # true: less memory, more time, the same bits
+    checkpoint_activations: bool = False  # true: less memory, more time, no packs
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
     checkpoint_every: Duration = "1ep"
@@ -140,7 +141,7 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch={self.batch} must be a multiple of accumulate={self.accumulate}"
             )
-        if self.pack_crops and self.checkpoint_activations:
+        if self.pack_crops is True and self.checkpoint_activations:
             raise ValueError(
                 "pack_crops and checkpoint_activations exclude each other: set one of them to false"
             )
@@ -160,7 +161,8 @@ class TrainConfig(Config):
                 "cuda_graph: checkpoint_activations reads the state of the random numbers, which "
                 "cannot be recorded: set one of them to false"
             )
-        if self.compile or self.pack_crops:  # xformers makes a pack's mask on the host
+        # xformers makes a pack's mask on the host.
+        if self.compile or self.pack_crops is True:
             raise ValueError(
                 "cuda_graph has never been tried with compile or pack_crops: set it to false, or "
                 "both of them"

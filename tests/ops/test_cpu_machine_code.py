@@ -33,7 +33,15 @@ LOOPS = {
     },
 }
 PRODUCTS = {"scores", "sums"}  # without an exponential
-FILES = (*LOOPS, "augment.cpp", "batch_norm.cpp", "block.cpp", "clip.cpp", "prototypes.cpp")
+FILES = (
+    *LOOPS,
+    "augment.cpp",
+    "batch_norm.cpp",
+    "block.cpp",
+    "clip.cpp",
+    "prototypes.cpp",
+    "update.cpp",
+)
 
 
 def objdump(*options: str) -> str:
@@ -146,7 +154,7 @@ def test_crops_are_augmented_a_register_at_a_time(level, register, multiply_add,
 def test_prototypes_gradients_and_maps_are_taken_a_register_at_a_time(
     level, register, multiply_add, functions
 ):
-    files = "batch_norm.cpp", "clip.cpp", "prototypes.cpp"
+    files = "batch_norm.cpp", "clip.cpp", "prototypes.cpp", "update.cpp"
     code = dict.fromkeys(files, "")
     for (file, _), found in functions[level].items():
         code[file] = code.get(file, "") + found

@@ -478,7 +478,9 @@ def test_what_comes_after_it_stays_on_the_gpu(monkeypatch):
             optim.ScheduledOptimizer(config, student, total=STEPS, warmup=1, lr_scale=1.0)
             for config, student in zip(recipe.models, mokd.students, strict=True)
         ]
-        trainer = SimpleNamespace(recipe=recipe, mokd=mokd, optimizers=optimizers, scalers=[])
+        trainer = SimpleNamespace(
+            recipe=recipe, mokd=mokd, optimizers=optimizers, emas=mokd.emas(), scalers=[]
+        )
         statistics = Snapshot(mokd.statistics())
         for optimizer in optimizers:
             optimizer.rates_on_device()

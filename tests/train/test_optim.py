@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from bench.baseline import official
+from mokd_fast.ops import cpu
 from mokd_fast.train.loop import Trainer
 from mokd_fast.train.networks import build
 from mokd_fast.train.optim import ScheduledOptimizer, freeze_last_layers, parameter_groups
-from tests.train.recipes import CNN, T_HEAD, VIT, pictures, silent, small
+from tests.train.recipes import CNN, SGD, T_HEAD, VIT, model, pictures, silent, small
 
 GO = torch.tensor(False)
 
@@ -91,6 +92,28 @@ def test_frozen_layers_do_not_move():
         for name, parameter in student.named_parameters():
             if parameter.requires_grad:
                 assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
+def test_clip_step_and_ema_are_one_pass(tmp_path, monkeypatch):
+    """Of both models, from the first step on that makes no optimizer state: convolutions of 1 x 1,
+    whose gradients have other strides, and layers without a gradient are no exception."""
+    seen, run = [], cpu.update
+    monkeypatch.setattr(cpu, "update", lambda *a: seen.append(len(a[0])) or run(*a))
+    resnet = model("resnet18", SGD, kwargs={"layers": [1, 1, 1, 1]})
+    recipe = small(pictures(tmp_path / "data", 14), models=(resnet, VIT))
+    trainer = Trainer(recipe, tmp_path / "run", silent())
+    trainer.mokd.train()
+    batches = trainer.loader.batches()
+    calls = []
+    for k in range(trainer.frozen_steps + 2):
+        trainer.step(k, batches)
+        calls.append(list(seen))
+        seen.clear()
+    everything = [len(list(student.parameters())) for student in trainer.mokd.students]
+    starts = 0, trainer.frozen_steps  # AdamW's moments are made by its own step; SGD's before it
+    for k, found in enumerate(calls):
+        assert found == (everything[:1] if k in starts else everything), k
 
 
 def test_fused_sgd_is_the_ordinary_one():

@@ -19,6 +19,7 @@ OPTIONS = {
     "channels_last": (("train.channels_last=true",), (CNN, DROP), True),
     "compiled blocks": (("train.compile=true",), (CNN, VIT), True),
     "packed crops": (("train.pack_crops=true",), (CNN, VIT), True),
+    "packed where that is faster": (("train.pack_crops=auto",), (CNN, VIT), True),
     "packed crops with drop-path": (("train.pack_crops=true",), (CNN, DROP), False),
     "checkpointed activations": (("train.checkpoint_activations=true",), (CNN, DROP), True),
     "checkpointed and compiled": (
@@ -77,7 +78,7 @@ def test_alone(option, tmp_path, monkeypatch):
     def recipe(*more: str):
         return small(
             data, "train.duration=5it", "train.warmup=1it", "train.checkpoint_every=2it",
-            "train.log_every=1", "train.freeze_last_layers=2it", *more,
+            "train.log_every=1", "train.freeze_last_layers=2it", "train.pack_crops=false", *more,
             models=[{**m, "temperature_warmup": dict.fromkeys(("self", "cross", "search"), "2it")}
                     for m in models],
         )  # fmt: skip

@@ -1,0 +1,264 @@
+"""Clip, optimizer step and EMA at once, against the three one after the other and in fp64."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from mokd_fast.ops import Clip, Ema, cpu, explain, grad_norms, update_
+from tests.ops.test_foreach import NoHostRead, Subclass
+
+MAX, MOMENTUM = 2.0, 0.9
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02}
+ADAMW = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, SGD),
+    "plain sgd": (torch.optim.SGD, {**SGD, "momentum": 0.0}),
+    "adamw": (torch.optim.AdamW, ADAMW),
+}
+SHAPES = [(1,), (15,), (16,), (33,), (3, 5), (1000,), (16383,), (16384,), (16401,), (40, 1025)]
+
+native = pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
+
+
+class Twin:
+    """A model of such parameters, its teacher and its optimizer, from one seed."""
+
+    def __init__(self, name, dtype=torch.float32):
+        kind, options = OPTIMIZERS[name]
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn():
+            made = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+            conv = torch.randn(8, 4, 3, 3, generator=generator).to(dtype)
+            one = torch.randn(8, 4, 1, 1, generator=generator).to(dtype)
+            last = torch.randn(7, generator=generator).to(dtype)
+            made += [conv.to(memory_format=torch.channels_last), one, last]
+            return [nn.Parameter(t) for t in made]
+
+        self.student, self.teacher = drawn(), drawn()
+        half = len(SHAPES) // 2
+        groups = [{"params": self.student[:half]}, {"params": self.student[half:-1], "lr": 0.05}]
+        self.optimizer = kind(groups, **options, fused=True)  # without the last
+        if options.get("momentum"):
+            for p in self.student[:-1]:
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def step(self, k, skip=None):
+        generator = torch.Generator().manual_seed(k + 1)
+        for p in self.student[:-1]:
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = grad.to(memory_format=torch.channels_last) if p.ndim == 4 else grad
+        if k == 2:
+            self.student[1].grad = None  # as of a layer that is frozen
+        norms = {p: p.grad.norm() for p in self.student if p.grad is not None}
+        clip = Clip(norms, MAX)
+        momentum = torch.tensor(MOMENTUM, dtype=torch.float64)
+        update_(self.optimizer, clip, Ema(self.teacher, self.student, momentum), skip)
+
+    def tensors(self):
+        states = [self.optimizer.state[p].values() for p in self.student[:-1]]
+        return [t.detach() for t in (*self.student, *self.teacher, *(v for s in states for v in s))]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of the kernel."""
+    found, run = [], cpu.update
+    monkeypatch.setattr(cpu, "update", lambda *a: found.append(len(a[0])) or run(*a))
+    return found
+
+
+@native
+@pytest.mark.parametrize("level", cpu.LEVELS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_errs_no_more_than_the_three(name, level, monkeypatch, calls):
+    try:
+        cpu.native.cpu_level(level)
+    except ValueError:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
+    runs = {}
+    for backend in ("cpu", "reference", ""):
+        monkeypatch.setenv("MOKD_FAST_BACKEND", backend)
+        twin = Twin(name, torch.float32 if backend else torch.float64)
+        for k in range(5):
+            twin.step(k)
+        runs[backend] = twin.tensors()
+    # AdamW's state is made by its own first step.
+    assert calls == [len(SHAPES) + 3] * (4 if name == "adamw" else 5)
+    for mine, theirs, exact in zip(runs["cpu"], runs["reference"], runs[""], strict=True):
+        error, allowed = ((t.double() - exact).abs().max() for t in (mine, theirs))
+        assert error <= 1.5 * allowed + 2e-7 * exact.abs().max()
+    # Of whole registers the bits, where PyTorch has the same ones.
+    if level == {"AVX512": "v4", "AVX2": "v3"}.get(torch.backends.cpu.get_cpu_capability()):
+        for mine, theirs in zip(runs["cpu"], runs["reference"], strict=True):
+            assert mine.numel() % 16 or torch.equal(mine, theirs)
+
+
+@native
+def test_its_bits_do_not_depend_on_threads(calls):
+    twins = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        twins.append(Twin("adamw"))
+        for k in range(3):
+            twins[-1].step(k)
+        torch.set_num_threads(1)
+    assert len(calls) == 6
+    for other in twins[1:]:
+        assert all(map(torch.equal, twins[0].tensors(), other.tensors()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=native), "reference"])
+def test_a_skipped_step_moves_the_teachers_alone(name, backend, monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", backend)
+    twin = Twin(name)
+    twin.step(0, torch.tensor(False))
+    before = copy.deepcopy(twin.tensors())
+    twin.step(1, torch.tensor(True))
+    n = len(twin.student)
+    for i, (old, new) in enumerate(zip(before, twin.tensors(), strict=True)):
+        followed = n <= i < 2 * n
+        assert torch.equal(old, new) != followed
+        if followed:
+            want = old + (1 - MOMENTUM) * (twin.student[i - n].detach() - old)
+            torch.testing.assert_close(new, want)
+    twin.step(2, torch.tensor(False))
+    assert not any(map(torch.equal, before[2:n], twin.tensors()[2 : n - 1]))
+
+
+@native
+def test_what_it_leaves_alone_and_what_it_bumps(calls):
+    """Gradients keep their bits; everything that moved has another version."""
+    twin = Twin("sgd")
+    twin.step(0)
+    buffers = [state["momentum_buffer"] for state in twin.optimizer.state.values()]
+    moved = [*twin.student[:-1], *twin.teacher, *buffers]
+    versions = [t._version for t in moved]
+    with NoHostRead():
+        twin.step(1)
+    assert len(calls) == 2
+    assert all(t._version > v for t, v in zip(moved, versions, strict=True))
+    assert twin.student[-1]._version == 0
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(twin.student[0].grad, torch.randn(SHAPES[0], generator=generator))
+
+
+@native
+def test_without_clip_or_ema_it_is_the_step(calls):
+    mine, theirs = twins = Twin("adamw"), Twin("adamw")
+    for twin in twins:
+        twin.step(0)
+        for k in range(3):
+            for p in twin.student[:-1]:
+                p.grad = torch.full_like(p, k - 1.5)
+            update_(twin.optimizer) if twin is mine else twin.optimizer.step()
+    assert len(calls) == 3
+    for a, b in zip(mine.tensors(), theirs.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-7, atol=3e-7)
+
+
+def other(**options):
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return torch.optim.AdamW([p], **{"fused": True, **options})
+
+
+def hooked():
+    optimizer = other()
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def wrapped():
+    optimizer = other()
+    optimizer.step = lambda: None
+    return optimizer
+
+
+@native
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.optim.Adam([nn.Parameter(torch.ones(2))], fused=True), "not of Adam"),
+        (lambda: other(fused=False), "fused=True"),
+        (lambda: other(amsgrad=True), "no amsgrad"),
+        (lambda: other(maximize=True), "no maximize"),
+        (lambda: other(lr=torch.tensor(0.1)), "one is a tensor"),
+        (hooked, "hooks"),
+        (wrapped, "hooks"),
+    ],
+)
+def test_what_it_does_not_take_and_says_so(make, reason):
+    assert reason in explain("update_", make())
+    assert explain("update_", other()).startswith("cpu: chosen")
+
+
+@native
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.double(),
+        lambda t: torch.randn(20, 6)[:, :3],
+        lambda t: Subclass(t),
+        lambda t: t.bfloat16(),
+    ],
+)
+def test_odd_tensors_take_the_three(change, calls):
+    p = nn.Parameter(change(torch.randn(20, 3)))
+    mine, theirs = p, nn.Parameter(p.detach().clone())
+    for parameter in (mine, theirs):
+        optimizer = torch.optim.SGD([parameter], lr=0.1, fused=True)
+        for _ in range(2):
+            parameter.grad = torch.ones_like(parameter)
+            update_(optimizer) if parameter is mine else optimizer.step()
+    assert not calls
+    if p.is_contiguous():  # with a gap PyTorch's fused SGD (2.14) is wrong
+        assert torch.equal(mine, theirs)
+
+
+@native
+def test_it_is_a_step_for_a_schedule(calls):
+    """PyTorch warns of a scheduler whose optimizer has made no step."""
+    optimizer = other(lr=1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_(optimizer)
+        schedule.step()
+    assert calls == [1] and optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_flag_is_for_those_that_obey_one():
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="fused=True, SGD here is none"):
+        update_(torch.optim.SGD([p], lr=1.0), skip=torch.tensor(True))
+
+
+def test_no_flag_is_left_from_the_step_before(monkeypatch):
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
+    twin = Twin("sgd")
+    twin.step(0, torch.tensor(True))
+    before = twin.student[0].detach().clone()
+    twin.step(1)
+    assert not torch.equal(before, twin.student[0])
+
+
+def test_norms_are_those_of_the_clip():
+    params = [nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)]
+    params[0].grad, params[2].grad = torch.ones(3), torch.full((5,), math.nan)
+    norms = grad_norms(params)
+    assert list(norms) == [params[0], params[2]]
+    torch.testing.assert_close(norms[params[0]], torch.tensor(math.sqrt(3)))
+    assert norms[params[2]].isnan() and params[0].grad.tolist() == [1, 1, 1]
+    assert grad_norms(params[1:2]) == {}
+    Clip(norms, 1.0).apply()
+    torch.testing.assert_close(params[0].grad, torch.ones(3) / math.sqrt(3), rtol=1e-5, atol=0)
+    Clip({}, 1.0).apply()

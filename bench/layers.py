@@ -205,8 +205,8 @@ def clip() -> Pair:
 
 
 def end_of_step(kind: type[torch.optim.Optimizer], **options: float) -> Pair:
-    """The clip, the optimizer's fused step and the teacher's EMA. Every gradient is too long, after a
-    clip in place by a rounding."""
+    """The clip, the optimizer's fused step and the teacher's EMA. Every gradient is too long, after
+    a clip in place by a rounding."""
     student, grads = vit_small()
     torch._foreach_mul_(grads, 1e5)
     teacher = [p.detach().clone() for p in student]

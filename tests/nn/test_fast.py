@@ -305,6 +305,11 @@ def test_which_convolutions_stay():
     assert torch.equal(fast(x), plain(x)) and fast(x).is_contiguous()
     assert fast(x[:0].contiguous(memory_format=torch.channels_last)).shape == (0, 256, 5, 5)
     assert fast(x[0]).shape == (256, 5, 5)  # unbatched
+    apart = nn.Conv2d(512, 512, 3, padding=1, groups=4)  # few windows, many weights
+    twin = copy.deepcopy(apart)
+    quicken(apart, CPU, "fp32")
+    rows = torch.randn(2, 512, 5, 5).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(apart(rows), twin(rows))
     patches = nn.Conv2d(1, 768, 16, 16)
     quicken(patches, CPU, "fp32")
     found = patches(torch.randn(2, 1, 32, 32))  # of both layouts

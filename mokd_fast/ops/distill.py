@@ -205,7 +205,7 @@ def no_second_derivative(op: str) -> Callable[..., None]:
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{op} has no second derivative on this backend; the reference has "
-            "(backend='reference' or MOKD_FAST_BACKEND=reference)"
+            "(MOKD_FAST_BACKEND=reference, or backend='reference' where the call takes one)"
         )
 
     return refuse

@@ -8,7 +8,7 @@ from mokd_fast.data import augment_table
 from mokd_fast.ops import augment_crops, augment_params
 from tests.ops.test_augment import PLAIN, SINGLE, drawn, picture, replace
 
-from .interpreter import _patched_once  # noqa: F401
+from .interpreter import _quick  # noqa: F401
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

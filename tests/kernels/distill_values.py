@@ -11,7 +11,7 @@ from mokd_fast.kernels import distill as kernels
 
 from mokd_fast.ops import Target, cross_view_pairs, distill, distill_cross_entropy, matched_pairs
 
-from .interpreter import _bfloat16_rounds_to_nearest, _patched_once  # noqa: F401
+from .interpreter import _bfloat16_rounds_to_nearest, _quick  # noqa: F401
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

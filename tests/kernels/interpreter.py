@@ -2,6 +2,7 @@
 process of their own."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,16 +29,28 @@ def _bfloat16_rounds_to_nearest():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _patched_once():
-    """The interpreter puts its own functions into triton.language at every call of a device
-    function, and takes them out again. They are the same each time: once is enough."""
+def _quick():
+    """A third of the time, and the same values. The interpreter puts its own functions into
+    triton.language at every call of a device function, and takes them out again: once is enough. It
+    makes a table of all types for each that it looks up. And it computes all integers once more in
+    64 bits, to see an overflow, but looks at what it has found in its debug mode alone."""
     patch, scope = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", None)
     if scope is None or os.environ.get("TRITON_INTERPRET") != "1":  # another Triton, or a GPU
         yield
         return
-    names = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    once = patch(names)
-    interpreter._patch_lang = lambda function: scope()
-    yield
-    interpreter._patch_lang = patch
+    once = patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    builder, numpy_type, known = interpreter.interpreter_builder, interpreter._get_np_dtype, {}
+
+    def remembered(type):
+        if type.name not in known:
+            known[type.name] = numpy_type(type)
+        return known[type.name]
+
+    with pytest.MonkeyPatch.context() as quick:
+        quick.setattr(interpreter, "_patch_lang", lambda function: scope())
+        quick.setattr(interpreter, "_get_np_dtype", remembered)
+        if not builder.options.debug:
+            options = replace(builder.options, sanitize_overflow=False)
+            quick.setattr(builder, "options", options)
+        yield
     once.restore()

@@ -10,7 +10,7 @@ from mokd_fast.ops import LinearTarget, linear_chunks
 from ..ops import test_linear_distill as tests
 from ..ops.oracle import dense
 from .distill_values import DEVICE, DTYPES
-from .interpreter import _bfloat16_rounds_to_nearest, _patched_once  # noqa: F401
+from .interpreter import _bfloat16_rounds_to_nearest, _quick  # noqa: F401
 
 # What 16 bits add to fp32, the casts, is in the tests of all DTYPES; the rest is for the slow run.
 FP32_FIRST = [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]

@@ -6,7 +6,7 @@ import torch
 from mokd_fast.ops import feature_search
 from tests.ops.test_search import OPERATORS, case, check, run
 
-from .interpreter import _patched_once  # noqa: F401
+from .interpreter import _quick  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Weights are rounded to 16 bits before they meet the values, as every fused attention does it.

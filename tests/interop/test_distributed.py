@@ -38,7 +38,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_the_center_of_two_processes(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    mp.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="fork")
     zero, one = (torch.load(tmp_path / str(rank)) for rank in range(2))
     for case in CASES:
         both = case.build().double()

@@ -158,7 +158,7 @@ def _worker(rank, folder, way):
 
 @pytest.mark.parametrize("way", ["fused", "fused-linear"])
 def test_two_processes_are_one_with_both_batches(tmp_path, way):
-    mp.spawn(_worker, (str(tmp_path), way), nprocs=2)
+    mp.start_processes(_worker, (str(tmp_path), way), nprocs=2, start_method="fork")
     alone = criterion(backend=way)
     optimizer = torch.optim.SGD(alone.student.parameters(), lr=0.1)
     for step in range(3):

@@ -55,7 +55,11 @@ def start(recipe, folder, size, **environment):
 
 
 def fork(recipe, folder, size, *words, before=lambda: None):
-    """The same in forks of the tests, which have imported torch already."""
+    """The same in forks of the tests, which have imported torch already, to their end."""
+    return [child.wait(200) for child in forks(recipe, folder, size, *words, before=before)]
+
+
+def forks(recipe, folder, size, *words, before=lambda: None):
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     port = free_port()
@@ -65,12 +69,11 @@ def fork(recipe, folder, size, *words, before=lambda: None):
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
         before()
 
-    children = [
+    return [
         Child(folder.with_name(f"{folder.name} {rank}"), "pretrain", path, *words,
               before=functools.partial(ranked, rank))
         for rank in range(size)
     ]  # fmt: skip
-    return [child.wait(200) for child in children]
 
 
 def wait(processes):
@@ -235,14 +238,13 @@ def test_torchrun_starts_again_after_a_death(data, tmp_path):
 
 
 def test_sigterm_stops_all_of_them_at_one_step(data, tmp_path):
-    processes = start(recipe_of(data, "train.duration=60ep"), tmp_path / "run", 2)
-    while not len(list((tmp_path / "run").glob("checkpoints/*.pt"))):
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    processes[1].terminate()  # one is told
-    codes, out = wait(processes)
-    assert codes == [143, 143], out
-    assert load_checkpoint(last_checkpoint(tmp_path / "run"))["step"] < 180
+    run = tmp_path / "run"
+    first, told = forks(recipe_of(data, "train.duration=60ep"), run, 2, "--run", run)
+    first.until(lambda: list(run.glob("checkpoints/*.pt")))
+    os.kill(told.pid, signal.SIGTERM)
+    found = [child.wait(200) for child in (first, told)]
+    assert [code for code, *_ in found] == [143, 143], found
+    assert load_checkpoint(last_checkpoint(run))["step"] < 180
 
 
 def test_another_list_of_pictures_in_one_process(data, tmp_path, monkeypatch):

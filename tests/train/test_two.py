@@ -11,7 +11,7 @@ from mokd_fast.nn.backbones import build_backbone
 from mokd_fast.nn.build import NetworkConfig
 from mokd_fast.train.loop import pretrain
 from tests.train.recipes import pictures, silent, small
-from tests.train.test_distributed import PAIR, SIZES, start, wait
+from tests.train.test_distributed import PAIR, SIZES, fork, start, wait
 from tests.train.test_loop import final_state, metrics
 
 BAD = ("000.png", "005.png", "011.png", "020.png")
@@ -37,9 +37,9 @@ def runs(tmp_path_factory):
         *roots, **sizes,
     )  # fmt: skip
     one = pretrain(recipe, run=folder / "one", console=silent())
-    codes, said = wait(start(recipe, folder / "two", 2))
-    assert codes == [0, 0], said
-    return one, folder / "two", said
+    found = fork(recipe, folder / "two", 2, "--run", folder / "two")
+    assert [code for code, *_ in found] == [0, 0], found
+    return one, folder / "two", [out + err for _, out, err in found]
 
 
 def test_the_first_evaluates_and_the_other_waits(runs):

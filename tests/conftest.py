@@ -9,6 +9,11 @@ import torch
 from mokd_fast import cli
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, and to one process: another that needed its builds would wait for them."""
+    items.sort(key=lambda item: item.path.name != "test_build.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)

@@ -7,8 +7,26 @@ from pathlib import Path
 import pytest
 
 import mokd_fast
+from mokd_fast.report import curves
 from mokd_fast.train.loop import pretrain
 from tests.train.recipes import pictures, silent, small
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _drawn_once():
+    """Most pages show the curves of the same run: what the tests are about stands beside them."""
+    draw, drawn = curves._draw, {}
+
+    def once(runs, family, keys):
+        shown = [(r.name, r.metrics, r.alarms, r.recipe and r.recipe.prototypes) for r in runs]
+        what = repr((shown, family, keys))
+        if what not in drawn:
+            drawn[what] = draw(runs, family, keys)
+        return drawn[what]
+
+    curves._draw = once
+    yield
+    curves._draw = draw
 
 
 @pytest.fixture(scope="session")

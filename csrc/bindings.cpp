@@ -373,20 +373,20 @@ PYBIND11_MODULE(_C, m) {
            });
   m.def("clip",
         [](const std::vector<uintptr_t>& grads, const std::vector<int64_t>& sizes, float max_norm, uintptr_t norms,
-           int threads, const std::string& name) {
+           bool known, int threads, const std::string& name) {
           if (grads.size() != sizes.size()) throw std::invalid_argument("clip: lists of one length");
           std::vector<float*> at;
           for (uintptr_t grad : grads) at.push_back(pointer<float>(grad));
           const auto& kernels = level(name);
           py::gil_scoped_release unlocked;
-          kernels.clip({at.data(), sizes.data(), int64_t(at.size()), max_norm, pointer<float>(norms), threads});
+          kernels.clip({at.data(), sizes.data(), int64_t(at.size()), max_norm, pointer<float>(norms), known, threads});
         });
   m.def("update",  // a tensor: its size, seven addresses in the order of `Moved`, its group
         [](const std::vector<std::array<int64_t, 9>>& tensors, const std::vector<std::array<double, 5>>& groups,
            float max_norm, uintptr_t skip, uintptr_t momentum, int threads, const std::string& name) {
           std::vector<mokd::cpu::Moved> moved;
           for (const auto& t : tensors) {
-            if (t[2] && !(0 <= t[8] && t[8] < int64_t(groups.size())))
+            if (t[8] != -1 && !(0 <= t[8] && t[8] < int64_t(groups.size())))
               throw std::invalid_argument("update: a tensor of no group");
             moved.push_back({t[0], pointer<float>(t[1]), pointer<const float>(t[2]), pointer<float>(t[3]),
                              pointer<float>(t[4]), pointer<float>(t[5]), pointer<float>(t[6]),

@@ -17,10 +17,6 @@ constexpr int64_t CHAIN = 1 << 10;  // numbers that are added up in fp32
 constexpr int64_t AHEAD = 1 << 9;   // numbers that are fetched before they are needed
 constexpr int L = LANES<float>;
 
-struct Block {
-  int64_t grad, begin, size;
-};
-
 double sum_of_squares(const float* x, int64_t n) {
   double total = 0;
   for (int64_t from = 0; from < n; from += CHAIN) {
@@ -42,26 +38,30 @@ double sum_of_squares(const float* x, int64_t n) {
   return total;
 }
 
-void clip(const Clip& c) {
-  std::vector<Block> blocks;
-  for (int64_t i = 0; i < c.count; ++i)
-    for (int64_t k = 0; k < c.sizes[i]; k += BLOCK)
-      blocks.push_back({i, k, k + BLOCK < c.sizes[i] ? BLOCK : c.sizes[i] - k});
+struct Block {
+  int64_t grad, begin, size;
+};
+
+void make_norms(const Clip& c, const std::vector<Block>& blocks) {
   std::vector<double> sums(blocks.size());
   parallel(c.threads, int64_t(blocks.size()), [&](int64_t b, int) {
     sums[b] = sum_of_squares(c.grads[blocks[b].grad] + blocks[b].begin, blocks[b].size);
   });
   std::vector<double> squares(c.count);
   for (size_t b = 0; b < blocks.size(); ++b) squares[blocks[b].grad] += sums[b];
-  std::vector<float> scales(c.count);
-  for (int64_t i = 0; i < c.count; ++i) {
-    c.norms[i] = float(std::sqrt(squares[i]));
-    scales[i] = clip_scale(c.norms[i], c.max_norm);
-  }
+  for (int64_t i = 0; i < c.count; ++i) c.norms[i] = float(std::sqrt(squares[i]));
+}
+
+void clip(const Clip& c) {
+  std::vector<Block> blocks;
+  for (int64_t i = 0; i < c.count; ++i)
+    for (int64_t k = 0; k < c.sizes[i]; k += BLOCK)
+      blocks.push_back({i, k, k + BLOCK < c.sizes[i] ? BLOCK : c.sizes[i] - k});
+  if (!c.known) make_norms(c, blocks);
   if (std::isinf(c.max_norm)) return;
   parallel(c.threads, int64_t(blocks.size()), [&](int64_t b, int) {
     const Block& block = blocks[b];
-    const float scale = scales[block.grad];
+    const float scale = clip_scale(c.norms[block.grad], c.max_norm);
     if (scale == 1) return;
     float* x = c.grads[block.grad] + block.begin;
     for (int64_t k = 0; k < block.size; ++k) x[k] *= scale;

@@ -46,24 +46,37 @@ inline V root(V x) {
 
 enum Kind { NONE, PLAIN, MOMENTUM, ADAMW };
 
+// From a to b by a part of the way. As in PyTorch's lerp, the nearer end is where it starts from.
+struct Way {
+  V part;
+  bool from_b;
+  Way() = default;
+  explicit Way(double all) : part(V{} + float(all)), from_b(!(std::fabs(float(all)) < 0.5f)) {
+    if (from_b) part -= 1.0f;
+  }
+  V operator()(V a, V b) const { return fma(part, b - a, from_b ? b : a); }
+};
+
 // The numbers of a tensor as vectors multiply them.
 struct Numbers {
-  V scale, keep, rate, decay, first, second, rest, size, root, eps, take;
+  V scale, keep, rate, decay, momentum, second, rest, size, root, eps;
+  bool decays;
+  Way first, teacher;
 };
 
 V all(double x) { return V{} + float(x); }
 
 Numbers numbers(const Update& u, const Moved& t) {
   Numbers n = {};
-  if (t.teacher) n.take = all(1 - *u.momentum);
-  if (!t.grad) return n;
+  if (t.teacher) n.teacher = Way(1 - *u.momentum);
+  if (t.group < 0) return n;
   const Group& g = u.groups[t.group];
   n.scale = all(t.norm ? clip_scale(*t.norm, u.max_norm) : 1);
-  n.decay = all(g.decay), n.rate = all(-g.rate), n.first = all(g.first);
-  if (!t.second) return n;
+  n.decays = g.decay != 0, n.decay = all(g.decay), n.rate = all(-g.rate), n.momentum = all(g.first);
+  if (!t.step) return n;
   const double step = *t.step + 1;
   n.keep = all(1 - g.rate * g.decay);
-  n.first = all(1 - g.first), n.second = all(g.second), n.rest = all(1 - g.second);
+  n.first = Way(1 - g.first), n.second = all(g.second), n.rest = all(1 - g.second);
   n.size = all(-(g.rate / (1 - std::pow(g.first, step))));
   n.root = all(std::sqrt(1 - std::pow(g.second, step)));
   n.eps = all(g.eps);
@@ -75,25 +88,24 @@ template <Kind KIND, bool TEACHER, typename Load, typename Store>
 inline void move(const Moved& t, const Numbers& n, int64_t k, const Load& get, const Store& put) {
   V weight = get(t.weight + k);
   if constexpr (KIND == PLAIN || KIND == MOMENTUM) {
-    V grad = fma(weight, n.decay, get(t.grad + k) * n.scale);
+    V grad = get(t.grad + k) * n.scale;
+    if (n.decays) grad = fma(weight, n.decay, grad);  // an infinite weight has none
     if constexpr (KIND == MOMENTUM) {
-      grad = get(t.first + k) * n.first + grad;
+      grad = get(t.first + k) * n.momentum + grad;
       put(t.first + k, grad);
     }
     weight = fma(grad, n.rate, weight);
   }
   if constexpr (KIND == ADAMW) {
     const V grad = get(t.grad + k) * n.scale;
-    V first = get(t.first + k);
-    first = fma(n.first, grad - first, first);
+    const V first = n.first(get(t.first + k), grad);
     const V second = fma(n.rest * grad, grad, get(t.second + k) * n.second);
     put(t.first + k, first), put(t.second + k, second);
     weight = weight * n.keep + n.size * first / (root(second) / n.root + n.eps);
   }
   if constexpr (KIND != NONE) put(t.weight + k, weight);
   if constexpr (TEACHER) {
-    const V teacher = get(t.teacher + k);
-    put(t.teacher + k, fma(n.take, weight - teacher, teacher));
+    put(t.teacher + k, n.teacher(get(t.teacher + k), weight));
   }
 }
 
@@ -121,8 +133,8 @@ void move(const Moved& t, const Numbers& n, int64_t begin, int64_t end) {
 }
 
 Kind kind(const Moved& t, bool skip) {
-  if (!t.grad || skip) return NONE;
-  return t.second ? ADAMW : t.first ? MOMENTUM : PLAIN;
+  if (t.group < 0 || skip) return NONE;
+  return t.step ? ADAMW : t.first ? MOMENTUM : PLAIN;
 }
 
 struct Block {

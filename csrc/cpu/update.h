@@ -4,17 +4,17 @@
 
 namespace mokd::cpu {
 
-// One tensor of a model. Without a gradient it only has its teacher follow.
+// One tensor of a model.
 struct Moved {
   int64_t size;
   float* weight;
-  const float* grad;
+  const float* grad;    // or null, where there is no group
   float* first;         // momentum of SGD, or null; the first moment of AdamW
   float* second;        // its second moment; null for SGD
   float* step;          // its steps up to now; null for SGD
   float* teacher;       // or null
   const float* norm;    // of the gradient, or null
-  int64_t group;        // its numbers in Update::groups
+  int64_t group;        // its numbers in Update::groups; -1: it stays, and its teacher alone follows
 };
 
 struct Group {

@@ -293,14 +293,17 @@ def add_norm_backward(
     return dx, dy, dweight, dbias
 
 
-def clip(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    """Arguments and result as `foreach.clip_grad_per_tensor_`."""
-    norms = grads[0].new_empty(len(grads))
+def clip(
+    grads: Sequence[Tensor], max_norm: float, norms: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Arguments and result as `foreach._clip`."""
+    known = norms is not None
+    found = grads[0].new_empty(len(grads)) if norms is None else torch.stack(list(norms))
     at, sizes = [g.data_ptr() for g in grads], [g.numel() for g in grads]
-    native.clip(at, sizes, max_norm, norms.data_ptr(), torch.get_num_threads(), _level())
+    native.clip(at, sizes, max_norm, found.data_ptr(), known, torch.get_num_threads(), _level())
     if not math.isinf(max_norm):
         torch.autograd.graph.increment_version(grads)
-    return list(norms.unbind())
+    return list(found.unbind())
 
 
 def update(

@@ -60,32 +60,35 @@ def grad_norms(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     return dict(zip(given, norms, strict=True))
 
 
-def _clip(grads: list[Tensor], max_norm: float) -> list[Tensor]:
-    norms = list(torch._foreach_norm(grads, 2))
-    scale_grads_(grads, norms, max_norm)
-    return norms
-
-
 @torch.no_grad()
 def scale_grads_(grads: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
     """What the clip does where the norms are there."""
-    if math.isinf(max_norm):
-        return
-    total = torch.stack(norms) + 1e-6
-    scales = torch.full_like(total, max_norm).div_(total).clamp_(max=1)
-    torch._foreach_mul_(grads, list(scales.unbind()))
+    if grads and not math.isinf(max_norm):
+        pick("clip_grad_per_tensor_", grads, max_norm).run(grads, max_norm, norms)
 
 
-def _clip_cpu(grads: list[Tensor], max_norm: float) -> list[Tensor]:
+def _clip(grads: list[Tensor], max_norm: float, norms: list[Tensor] | None = None) -> list[Tensor]:
+    if norms is None:
+        norms = list(torch._foreach_norm(grads, 2))
+    if not math.isinf(max_norm):
+        total = torch.stack(norms) + 1e-6
+        scales = torch.full_like(total, max_norm).div_(total).clamp_(max=1)
+        torch._foreach_mul_(grads, list(scales.unbind()))
+    return norms
+
+
+def _clip_cpu(
+    grads: list[Tensor], max_norm: float, norms: list[Tensor] | None = None
+) -> list[Tensor]:
     """The kernel for fp32 without gaps in memory, each gradient a plain tensor of its own."""
     if not torch.compiler.is_compiling():
-        kinds = {(type(grad), grad.dtype) for grad in grads}
+        kinds = {(type(tensor), tensor.dtype) for tensor in (*grads, *(norms or ()))}
         apart = len({grad.data_ptr() for grad in grads if grad.numel()})
         apart += sum(not grad.numel() for grad in grads)
         dense = all(torch.ops.aten.is_non_overlapping_and_dense(grad) for grad in grads)
         if kinds == {(Tensor, torch.float32)} and apart == len(grads) and dense:
-            return cpu.clip(grads, max_norm)
-    return _clip(grads, max_norm)
+            return cpu.clip(grads, max_norm, norms)
+    return _clip(grads, max_norm, norms)
 
 
 def _clip_cpu_why_not(grads: list[Tensor], max_norm: float) -> str | None:

@@ -29,9 +29,8 @@ class Clip(NamedTuple):
     max_norm: float
 
     def apply(self) -> None:
-        left = {p.grad: norm for p, norm in self.norms.items() if p.grad is not None}
-        if left:
-            scale_grads_(list(left), list(left.values()), self.max_norm)
+        left = [(p.grad, norm) for p, norm in self.norms.items() if p.grad is not None]
+        scale_grads_([grad for grad, _ in left], [norm for _, norm in left], self.max_norm)
 
 
 class Ema(NamedTuple):
@@ -65,7 +64,8 @@ def update_(
         skip: a 0-d bool on the device. Set, nothing moves but the teachers, and steps do not count.
             For a fused optimizer.
 
-    Raises ValueError where `skip` is given for an optimizer that knows no flag.
+    Raises ValueError where `skip` is no 0-d bool or for an optimizer that knows no flag, for a
+    maximum that is not above 0, and for teachers that are not as many as the students.
 
     Example:
         >>> model, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
@@ -75,12 +75,25 @@ def update_(
         >>> ema = Ema(list(teacher.parameters()), list(model.parameters()), momentum=0.996)
         >>> update_(optimizer, clip, ema)
     """
-    if skip is not None and not all(group.get("fused") for group in optimizer.param_groups):
-        raise ValueError(
-            f"update_: skip is for optimizers with fused=True, {type(optimizer).__name__} here is "
-            "none: make it one, or leave skip out and the step undone"
-        )
+    _check(optimizer, clip, ema, skip)
     pick(OP, optimizer, clip, ema, skip).run(optimizer, clip, ema, skip)
+
+
+def _check(optimizer: Optimizer, clip: Clip | None, ema: Ema | None, skip: Tensor | None) -> None:
+    if skip is not None:
+        if skip.dtype != torch.bool or skip.ndim:
+            raise ValueError(f"skip must be a 0-d bool, got {skip.dtype} {list(skip.shape)}")
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            raise ValueError(
+                f"skip is for optimizers with fused=True, {type(optimizer).__name__} here is none: "
+                "make it one, or leave skip out and the step undone"
+            )
+    if clip is not None and not (isinstance(clip.max_norm, float | int) and clip.max_norm > 0):
+        raise ValueError(f"max_norm must be a number above 0, or no clip, got {clip.max_norm}")
+    if ema is not None and len(ema.teacher) != len(ema.student):
+        raise ValueError(
+            f"an EMA takes a teacher a student, got {len(ema.teacher)} and {len(ema.student)}"
+        )
 
 
 def _one_by_one(
@@ -88,8 +101,14 @@ def _one_by_one(
 ) -> None:
     if clip is not None:
         clip.apply()
-    optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
-    optimizer.step()
+    if skip is None:
+        optimizer.step()
+    else:
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:  # the next step may be somebody else's
+            del optimizer.found_inf  # type: ignore[attr-defined]
     if ema is not None:
         ema.apply()
 
@@ -111,15 +130,14 @@ class _Row(NamedTuple):
         beside = (self.grad, self.first, self.second, self.teacher)
         numbers = [t for t in (self.step, self.norm) if t is not None]
         return (
-            all(
-                type(t) in PLAIN and t.is_cpu and t.dtype == torch.float32
-                for t in (self.weight, *numbers)
-            )
+            all(_plain(t) for t in (self.weight, *numbers))
+            and not any(t.ndim for t in numbers)
             and all(t is None or _alike(t, self.weight) for t in beside)
             and torch.ops.aten.is_non_overlapping_and_dense(self.weight)
         )
 
-    def numbers(self) -> tuple[int, ...]:
+    def call(self) -> tuple[int, ...]:
+        """What the kernel takes: the size, where it all is, the group."""
         at = (0 if t is None else t.data_ptr() for t in self[:-1])
         return self.weight.numel(), *at, self.group
 
@@ -128,17 +146,23 @@ class _Row(NamedTuple):
         return [t for t in (*moved, self.teacher) if t is not None]
 
 
+def _plain(tensor: Tensor) -> bool:
+    if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.dtype != torch.float32:
+        return False
+    if tensor.is_neg() or tensor._is_zerotensor():
+        return False
+    return tensor.data_ptr() != 0 or not tensor.numel()  # whose memory is there
+
+
 def _alike(tensor: Tensor, weight: Tensor) -> bool:
     return (
-        type(tensor) in PLAIN
-        and tensor.dtype == weight.dtype
-        and tensor.is_cpu
+        _plain(tensor)
         and tensor.shape == weight.shape
-        and (tensor.stride() == weight.stride() or _steps(tensor) == _steps(weight))
+        and (tensor.stride() == weight.stride() or _order(tensor) == _order(weight))
     )
 
 
-def _steps(tensor: Tensor) -> list[int]:
+def _order(tensor: Tensor) -> list[int]:
     """The strides that count: a dimension of one number may have any."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
@@ -146,7 +170,8 @@ def _steps(tensor: Tensor) -> list[int]:
 def _rows(optimizer: Optimizer, clip: Clip | None, ema: Ema | None) -> list[_Row] | None:
     """All tensors that move, or None if one has no state yet: its first step makes it."""
     norms = {} if clip is None else clip.norms
-    teachers = {} if ema is None else dict(zip(ema.student, ema.teacher, strict=True))
+    pairs = [] if ema is None else list(zip(ema.student, ema.teacher, strict=True))
+    teachers = dict(reversed(pairs))  # the first of a student that has several
     rows = []
     for number, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -156,10 +181,21 @@ def _rows(optimizer: Optimizer, clip: Clip | None, ema: Ema | None) -> list[_Row
             if any(value is None for value in state):
                 return None
             first, second, step = [*state, None, None, None][:3]
-            teacher, norm = teachers.pop(p, None), norms.get(p)
-            rows.append(_Row(p, p.grad, first, second, step, teacher, norm, number))
-    rows += [_Row(p, None, None, None, None, t, None, NO_GROUP) for p, t in teachers.items()]
-    return rows
+            rows.append(_Row(p, p.grad, first, second, step, teachers.get(p), norms.get(p), number))
+    moved = {row.weight for row in rows}
+    rest = [(p, t) for p, t in pairs if p not in moved or t is not teachers[p]]
+    return rows + [_Row(p, None, None, None, None, t, None, NO_GROUP) for p, t in rest]
+
+
+def _apart(rows: list[_Row], calls: list[tuple[int, ...]]) -> bool:
+    """Whether no row changes what another one reads or changes: they run side by side."""
+    stays = [row.weight for row in rows if row.grad is None]
+    weights = {row.weight.untyped_storage().data_ptr() for row in rows if row.grad is not None}
+    if any(weight.untyped_storage().data_ptr() in weights for weight in stays):
+        return False
+    # Weight, both moments, steps and teacher of each, without the empty ones.
+    written = [at for call in calls for at in (*call[1:2], *call[3:7]) if at]
+    return len(set(written)) == len(written)
 
 
 def _state(optimizer: Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
@@ -168,7 +204,7 @@ def _state(optimizer: Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
     return "exp_avg", "exp_avg_sq", "step"
 
 
-def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
+def _rates(group: dict[str, Any]) -> tuple[float, ...]:
     """`Group` of csrc/cpu/update.h."""
     lr, decay = group["lr"], group["weight_decay"]
     if "momentum" in group:
@@ -180,11 +216,16 @@ def _at_once(optimizer: Optimizer, clip: Clip | None, ema: Ema | None, skip: Ten
     rows = _rows(optimizer, clip, ema)
     if rows is None or not all(row.fits() for row in rows):
         return _one_by_one(optimizer, clip, ema, skip)
-    momentum = None if ema is None else torch.as_tensor(ema.momentum, dtype=torch.float64)
+    calls = [row.call() for row in rows]
+    momentum = 1.0 if ema is None else ema.momentum
+    flags = [torch.as_tensor(momentum, dtype=torch.float64, device="cpu")]
+    flags += [] if skip is None else [skip]
+    plain = all(type(flag) is Tensor and flag.is_cpu and not flag.ndim for flag in flags)
+    if not (plain and _apart(rows, calls)):
+        return _one_by_one(optimizer, clip, ema, skip)
     max_norm = math.inf if clip is None else clip.max_norm
-    groups = [_numbers(group) for group in optimizer.param_groups]
-    flag = None if skip is None else skip.to(torch.bool)
-    cpu.update([row.numbers() for row in rows], groups, max_norm, flag, momentum)
+    groups = [_rates(group) for group in optimizer.param_groups]
+    cpu.update(calls, groups, max_norm, skip, flags[0])
     torch.autograd.graph.increment_version([t for row in rows for t in row.changed()])
     optimizer._opt_called = True  # type: ignore[attr-defined]  # what a LRScheduler looks at
 
@@ -204,17 +245,20 @@ def _why_not(
             return f"it has no {' and no '.join(others)}"
         if any(isinstance(group[key], Tensor) for key in ("lr", "weight_decay")):
             return "it takes rates as numbers of the host, one is a tensor"
-    step = vars(optimizer).get("step")
-    if _hooked(optimizer) or not (step is None or hasattr(step, "_wrapped_by_lr_sched")):
+    if _hooked(optimizer):
         return "the optimizer's step has hooks, which it would leave out"
     firsts = [group["params"][0] for group in optimizer.param_groups if group["params"]]
-    return cpu.why_not(firsts[0], firsts[1:])
+    if other := [p.dtype for p in firsts if p.dtype != torch.float32]:
+        return f"it takes fp32, a parameter is {other[0]}"
+    return cpu.why_not(firsts[0], firsts[1:]) if firsts else "there is nothing to move"
 
 
 def _hooked(optimizer: Optimizer) -> bool:
     everywhere = hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(everywhere or own)
+    step = vars(optimizer).get("step")  # a LRScheduler's counts, and calls the class's
+    counts = getattr(step, "__wrapped__", None) is type(optimizer).step
+    return bool(everywhere or own) or (step is not None and not counts)
 
 
 register(OP, "cpu", _at_once, _why_not)

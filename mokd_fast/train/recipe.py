@@ -125,7 +125,7 @@ class TrainConfig(Config):
     channels_last: bool = True
     compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
     # A ViT's global and local crops in one pass; auto: where that was measured faster (README).
-    pack_crops: bool | Literal["auto"] = "auto"
+    pack_crops: Literal["auto", True, False] = "auto"
     cuda_graph: bool = False  # the step recorded, then launched by one call; sgd and adamw alone
     checkpoint_activations: bool = False  # true: less memory, more time, no packs
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -19,6 +19,7 @@ FREE_KEYS = (
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.max_skipped", "train.wandb", "loss.prototypes"),
     *("train.checkpoint_activations", "train.compile", "train.cuda_graph"),
+    "train.pack_crops",
 )
 _SHOWN = 3  # how many names an error message lists
 

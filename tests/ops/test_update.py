@@ -1,12 +1,16 @@
 """Clip, optimizer step and EMA at once, against the three one after the other and in fp64."""
 
+import contextlib
 import copy
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mokd_fast.ops import Clip, Ema, cpu, explain, grad_norms, update_
 from tests.ops.test_foreach import NoHostRead, Subclass
@@ -175,6 +179,12 @@ def hooked():
     return optimizer
 
 
+def before():
+    optimizer = other()
+    optimizer.register_step_pre_hook(lambda *_: None)
+    return optimizer
+
+
 def wrapped():
     optimizer = other()
     optimizer.step = lambda: None
@@ -189,6 +199,12 @@ def wrapped():
         (lambda: other(fused=False), "fused=True"),
         (lambda: other(amsgrad=True), "no amsgrad"),
         (lambda: other(maximize=True), "no maximize"),
+        (lambda: other(differentiable=True, fused=False), "fused=True"),
+        (lambda: one(momentum=0.9, nesterov=True)[1], "no nesterov"),
+        (lambda: one(momentum=0.9, dampening=0.5)[1], "no dampening"),
+        (lambda: other(weight_decay=torch.tensor(0.1)), "one is a tensor"),
+        (lambda: torch.optim.SGD([nn.Parameter(torch.ones(2).bfloat16())], fused=True), "bfloat16"),
+        (before, "hooks"),
         (lambda: other(lr=torch.tensor(0.1)), "one is a tensor"),
         (hooked, "hooks"),
         (wrapped, "hooks"),
@@ -197,6 +213,12 @@ def wrapped():
 def test_what_it_does_not_take_and_says_so(make, reason):
     assert reason in explain("update_", make())
     assert explain("update_", other()).startswith("cpu: chosen")
+
+
+def one(lr=0.1, n=8, **options):
+    p = nn.Parameter(torch.ones(n))
+    p.grad = torch.ones(n)
+    return p, torch.optim.SGD([p], lr=lr, fused=True, **options)
 
 
 @native
@@ -223,6 +245,162 @@ def test_odd_tensors_take_the_three(change, calls):
 
 
 @native
+@pytest.mark.parametrize("what", ["grad", "momentum_buffer", "teacher"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.T.contiguous().T,
+        lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+        lambda t: torch._neg_view(-t),
+    ],
+)
+def test_one_odd_tensor_is_enough(what, change, calls):
+    p = nn.Parameter(torch.randn(4, 6))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True)
+    beside = {"grad": torch.randn(4, 6), "momentum_buffer": torch.randn(4, 6)}
+    beside["teacher"] = torch.randn(4, 6)
+    beside[what] = change(beside[what])
+    p.grad = beside["grad"]
+    optimizer.state[p]["momentum_buffer"] = beside["momentum_buffer"]
+    with contextlib.suppress(RuntimeError):  # PyTorch's own refusal
+        update_(optimizer, ema=Ema([beside["teacher"]], [p], 0.5))
+    assert not calls
+
+
+@native
+def test_another_shape_or_dtype_of_a_teacher_or_norm_is_not_read(calls):
+    p, optimizer = one()
+    for teacher in (torch.zeros(1), torch.zeros(8, dtype=torch.float64)):
+        with contextlib.suppress(RuntimeError):
+            update_(optimizer, ema=Ema([teacher], [p], 0.5))
+    update_(optimizer, Clip({p: torch.tensor(1.0, dtype=torch.float64)}, 0.5))
+    update_(optimizer, Clip({p: torch.ones(8)}, 9.0))
+    assert not calls
+
+
+@native
+def test_nothing_beyond_a_tensor_is_written():
+    flat = torch.full((5 * 64,), 7.0)
+    places = [slice(64 * i + 1, 64 * i + 1 + n) for i, n in enumerate((1, 15, 17, 33, 62))]
+    params = [nn.Parameter(flat[place]) for place in places]
+    teachers = flat.clone()
+    optimizer = torch.optim.SGD(params, lr=0.5, fused=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    update_(optimizer, ema=Ema([teachers[place] for place in places], params, 0.5))
+    for place in places:
+        assert (flat[place] == 6.5).all() and (teachers[place] == 6.75).all()
+        flat[place], teachers[place] = 7, 7
+    assert (flat == 7).all() and (teachers == 7).all()
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_student_by_another_name_is_followed_after_its_step(threads):
+    model, teacher = nn.Linear(1024, 512), nn.Linear(1024, 512)
+    teacher.load_state_dict(model.state_dict())
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.set_num_threads(threads)
+    students = list(model.state_dict().values())
+    update_(optimizer, ema=Ema(list(teacher.state_dict().values()), students, 0.5))
+    torch.set_num_threads(1)
+    torch.testing.assert_close(teacher.weight.detach(), before - 0.5)
+
+
+@native
+def test_a_student_with_two_teachers():
+    p, optimizer = one()
+    teachers = [torch.zeros(8), torch.zeros(8)]
+    update_(optimizer, ema=Ema(teachers, [p, p], 0.5))
+    assert torch.equal(*teachers) and teachers[0][0] == 0.45
+
+
+@native
+def test_far_teachers_and_infinite_weights(calls):
+    """The roundings of PyTorch's lerp: momentum 0 copies. And no decay is none."""
+    p, optimizer = one(lr=0.0)
+    with torch.no_grad():
+        p[1] = math.inf
+    teacher = torch.full((8,), 1e8)
+    update_(optimizer, ema=Ema([teacher], [p], 0.0))
+    assert p[1] == math.inf and torch.equal(teacher[2:], p[2:].detach())
+    assert calls == [1]
+
+
+@native
+@pytest.mark.parametrize("max_norm", [math.inf, 1.0])
+def test_norms_that_are_not_finite(max_norm, calls):
+    """Without a maximum the rest of a gradient counts; with one the tensor shows what it had."""
+    p, optimizer = one()
+    p.grad[0] = math.nan
+    update_(optimizer, Clip(grad_norms([p]), max_norm))
+    assert calls == [1] and p[0].isnan()
+    assert p[1:].isfinite().all() == (max_norm == math.inf)
+
+
+@native
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.set_default_device('meta'); update_(o, ema=Ema([t], [p], .9))",
+        "update_(o, ema=Ema([t], [p], torch.ones((), device='meta')))",
+        "p.untyped_storage().resize_(0); update_(o)",
+    ],
+)
+def test_no_crash(code):
+    start = (
+        "import torch; from torch import nn; from mokd_fast.ops import Ema, update_; "
+        "p = nn.Parameter(torch.ones(8)); p.grad = torch.ones(8); t = torch.zeros(8); "
+        "o = torch.optim.SGD([p], lr=.1, fused=True); "
+    )
+    assert subprocess.run([sys.executable, "-c", start + code]).returncode in (0, 1)
+
+
+def test_empty_groups_and_tensors(calls):
+    update_(torch.optim.SGD([{"params": []}], lr=0.1, fused=True))
+    empty = nn.Parameter(torch.empty(0))
+    optimizer = torch.optim.AdamW([empty], fused=True)
+    for _ in range(3):
+        empty.grad = torch.empty(0)
+        update_(optimizer)
+    assert optimizer.state[empty]["step"] == 3
+    assert calls == [1, 1] * (cpu.native is not None)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, o: update_(o, skip=torch.tensor(1.0)), "skip must be a 0-d bool"),
+        (lambda p, o: update_(o, skip=torch.tensor([True])), "skip must be a 0-d bool"),
+        (lambda p, o: update_(o, Clip({}, None)), "max_norm must be a number above 0"),
+        (lambda p, o: update_(o, Clip({}, 0.0)), "max_norm must be a number above 0"),
+        (lambda p, o: update_(o, ema=Ema([], [p], 0.5)), "a teacher a student, got 0 and 1"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*one())
+
+
+@native
+def test_norms_that_are_there_clip_by_the_kernel(monkeypatch):
+    """Of optimizers that have no pass of their own: gradients that are short enough stay unread."""
+    seen, clip = [], cpu.clip
+    monkeypatch.setattr(cpu, "clip", lambda *a: seen.append(a[2] is not None) or clip(*a))
+    params = [nn.Parameter(torch.zeros(n)) for n in (5, 40000)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    norms = grad_norms(params)
+    Clip({**norms, params[0]: torch.tensor(2.0)}, 1.0).apply()
+    assert seen == [False, True]
+    torch.testing.assert_close(params[0].grad, torch.full((5,), 0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(params[1].grad, torch.full((40000,), 0.005), rtol=1e-5, atol=0)
+
+
+@native
 def test_it_is_a_step_for_a_schedule(calls):
     """PyTorch warns of a scheduler whose optimizer has made no step."""
     optimizer = other(lr=1.0)
@@ -240,6 +418,23 @@ def test_a_flag_is_for_those_that_obey_one():
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="fused=True, SGD here is none"):
         update_(torch.optim.SGD([p], lr=1.0), skip=torch.tensor(True))
+
+
+def test_a_hook_of_all_optimizers_is_called():
+    seen = []
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+    update_(one()[1])
+    handle.remove()
+    assert seen == [1]
+
+
+def test_no_flag_is_left_for_a_step_of_the_users():
+    p = nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    p.grad = torch.ones(8)
+    update_(optimizer, skip=torch.tensor(True))
+    optimizer.step()
+    assert not torch.equal(p, torch.ones(8))
 
 
 def test_no_flag_is_left_from_the_step_before(monkeypatch):

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import mokd_fast
-from mokd_fast.train import alarms, loop
+from mokd_fast.train import alarms, loop, memory
 from mokd_fast.train import log as log_module
 from mokd_fast.train.checkpoint import checkpoints, last_checkpoint, load_checkpoint
 from mokd_fast.train.folder import RunLock
@@ -445,7 +445,12 @@ def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precis
 
     monkeypatch.setattr(ScheduledOptimizer, "step", short)
     monkeypatch.setattr(loop, "accumulate", watched)
+    packed, fits = [], memory._fits
+    monkeypatch.setattr(
+        memory, "_fits", lambda t: packed.append(t.mokd.students[0].packed) or fits(t)
+    )
     code, _, error = run("pretrain", recipe, "--run", tmp_path / "run")
+    assert packed == [option == PACKED], "packs go without activations made again"
     assert code == 2 and "out of memory in step 1 (CUDA out of memory)" in error
     if option:
         assert "set train.accumulate=2" in error

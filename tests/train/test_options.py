@@ -124,6 +124,21 @@ def test_compiled_by_inductor(tmp_path):
     assert compiled == pytest.approx(losses, rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "packed"),
+    [
+        ((), True),
+        (("train.pack_crops=false",), False),
+        (("train.checkpoint_activations=true",), False),
+        (("train.compile=true",), False),
+    ],
+)
+def test_crops_are_packed_where_that_is_faster(overrides, packed, tmp_path):
+    recipe = small(pictures(tmp_path / "data", 14), *overrides)
+    trainer = Trainer(recipe, tmp_path / "run", silent())
+    assert [student.packed for student in trainer.mokd.students] == [packed, packed]
+
+
 def test_what_packing_and_compiling_find_nothing_for_is_said(tmp_path):
     data = pictures(tmp_path / "data", 14)
     console = silent()

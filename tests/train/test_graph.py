@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 
 def recipe_of(data, *overrides, models=(CNN, VIT), **more):
-    """Temperatures rise up to step 10, the last layers are frozen up to step 5. The seed is one where
+    """Temperatures rise up to step 10, the last layers are frozen up to step 5. With this seed
     roundings turn no ReLU over, which would show."""
     warmup = dict.fromkeys(("self", "cross", "search"), "10it")
     return small(

@@ -421,7 +421,7 @@ AGAIN, PACKED = "train.checkpoint_activations=true", "train.pack_crops=true"
 
 
 @pytest.mark.parametrize(
-    ("precision", "option"), [("fp32", AGAIN), ("fp16", AGAIN), ("fp32", PACKED), ("fp32", None)]
+    ("precision", "option"), [("fp32", AGAIN), ("fp16", AGAIN), ("fp32", PACKED), ("bf16", None)]
 )
 def test_out_of_memory_in_the_optimizer(run, data, tmp_path, monkeypatch, precision, option):
     """A GradScaler has unscaled by then; and what is tried are steps with diagnostics. With packed

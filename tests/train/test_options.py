@@ -19,7 +19,6 @@ OPTIONS = {
     "channels_last": (("train.channels_last=true",), (CNN, DROP), True),
     "compiled blocks": (("train.compile=true",), (CNN, VIT), True),
     "packed crops": (("train.pack_crops=true",), (CNN, VIT), True),
-    "packed where that is faster": (("train.pack_crops=auto",), (CNN, VIT), True),
     "packed crops with drop-path": (("train.pack_crops=true",), (CNN, DROP), False),
     "checkpointed activations": (("train.checkpoint_activations=true",), (CNN, DROP), True),
     "checkpointed and compiled": (
@@ -127,10 +126,11 @@ def test_compiled_by_inductor(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "packed"),
     [
-        ((), True),
-        (("train.pack_crops=false",), False),
-        (("train.checkpoint_activations=true",), False),
-        (("train.compile=true",), False),
+        (("train.precision=bf16",), True),
+        (("train.precision=fp32",), False),
+        (("train.precision=bf16", "train.pack_crops=false"), False),
+        (("train.precision=bf16", "train.checkpoint_activations=true"), False),
+        (("train.precision=bf16", "train.compile=true"), False),
     ],
 )
 def test_crops_are_packed_where_that_is_faster(overrides, packed, tmp_path):

@@ -35,6 +35,7 @@ PRODUCTS = {
 PREFIX, WHOLE = "part: ", "part: other"
 NODE = "autograd::engine::evaluate_function"
 WARM = 3  # steps seen before: what the profiler keeps takes up memory that a step had
+SEEN = 3  # whose mean counts
 
 
 def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
@@ -74,7 +75,7 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
 
 
 def breakdown(run: Callable[[], Any], step: Trainer | OfficialStep) -> dict[str, float]:
-    """Seconds of each part of one step, most first. A backward pass is counted with what it is of,
+    """Seconds of each part of a step, most first. A backward pass is counted with what it is of,
     by the sequence numbers of autograd; "other" is what no part has."""
     with ExitStack() as stack:
         for thing, name, part in parts_of(step):
@@ -82,16 +83,17 @@ def breakdown(run: Callable[[], Any], step: Trainer | OfficialStep) -> dict[str,
         events: list[Any] = []
         profiler = profile(
             activities=[ProfilerActivity.CPU],
-            schedule=schedule(wait=0, warmup=WARM, active=1, repeat=1),
+            schedule=schedule(wait=0, warmup=WARM, active=SEEN, repeat=1),
             on_trace_ready=lambda ready: events.extend(ready.events()),
         )
         stack.enter_context(profiler)
-        for _ in range(WARM + 1):
+        for _ in range(WARM + SEEN):
             with record_function(WHOLE):
                 run()
             profiler.step()
     seconds = _by_part(event for event in events if not event.name.startswith("ProfilerStep"))
-    return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
+    mean = {part: total / SEEN for part, total in seconds.items()}
+    return dict(sorted(mean.items(), key=lambda pair: -pair[1]))
 
 
 @contextmanager

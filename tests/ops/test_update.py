@@ -373,7 +373,7 @@ def attempt(change):
 attempt(lambda p: torch.set_default_device("meta") or 0.9)
 torch.set_default_device("cpu")
 attempt(lambda p: torch.ones((), device="meta"))
-attempt(lambda p: p.untyped_storage().resize_(0) and 0.9)
+attempt(lambda p: (p.untyped_storage().resize_(0), 0.9)[1])
 print("all three")
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

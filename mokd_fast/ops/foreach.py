@@ -60,14 +60,8 @@ def grad_norms(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     return dict(zip(given, norms, strict=True))
 
 
-@torch.no_grad()
-def scale_grads_(grads: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
-    """What the clip does where the norms are there."""
-    if grads and not math.isinf(max_norm):
-        pick("clip_grad_per_tensor_", grads, max_norm).run(grads, max_norm, norms)
-
-
 def _clip(grads: list[Tensor], max_norm: float, norms: list[Tensor] | None = None) -> list[Tensor]:
+    """With `norms`, if they are there already."""
     if norms is None:
         norms = list(torch._foreach_norm(grads, 2))
     if not math.isinf(max_norm):

@@ -14,7 +14,7 @@ from torch.optim import optimizer as hooks
 
 from . import cpu
 from .dispatch import pick, register
-from .foreach import ema_update_, scale_grads_
+from .foreach import ema_update_
 
 OP = "update_"
 NO_GROUP = -1
@@ -28,9 +28,12 @@ class Clip(NamedTuple):
     norms: Mapping[Tensor, Tensor]  # a parameter -> the norm of its gradient: `grad_norms`
     max_norm: float
 
+    @torch.no_grad()
     def apply(self) -> None:
         left = [(p.grad, norm) for p, norm in self.norms.items() if p.grad is not None]
-        scale_grads_([grad for grad, _ in left], [norm for _, norm in left], self.max_norm)
+        if left and not math.isinf(self.max_norm):
+            grads, norms = [grad for grad, _ in left], [norm for _, norm in left]
+            pick("clip_grad_per_tensor_", grads, self.max_norm).run(grads, self.max_norm, norms)
 
 
 class Ema(NamedTuple):

@@ -43,8 +43,8 @@ def make_networks(
 def packs_crops(train: TrainConfig, device: torch.device, precision: str) -> bool:
     if train.pack_crops != "auto":
         return train.pack_crops
-    # Measured in turns over a dozen rounds: a percent or two, less than the noise of step.json's
-    # few. In fp32 it took longer, and nothing else has been measured.
+    # Faster there in longer runs than step.json's, whose two rounds cannot tell, slower in fp32;
+    # nothing else has been measured.
     measured = device.type == "cpu" and precision == "bf16"
     return measured and not (train.checkpoint_activations or train.compile)
 

@@ -211,6 +211,7 @@ def test_only_the_same_recipe_and_data_go_on(tmp_path):
         "data.workers=3",
         "data.loader=cpu",
         "train.device=cpu",
+        "train.pack_crops=false",
         "train.log_every=7",
         "train.checkpoint_every=1it",
     ],

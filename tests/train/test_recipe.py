@@ -114,6 +114,7 @@ def test_the_baselines_are_the_official_vit():
         ("data.mean=[0.1,0.2]", "mean needs 1 values"),
         ("train.duration=5", "duration"),
         ("train.duration=five", "3ep, 200it or 8%"),
+        ("train.pack_crops=ture", r"train.pack_crops: .*'auto', True or False, got 'ture'"),
         ("train.accumulate=3", "must be a multiple of accumulate=3"),
         ("t_head=", "two models need one"),
         ("t_head.search=some", "t_head.search: .*'joint', 'cross' or 'none', got 'some'"),

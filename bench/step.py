@@ -125,17 +125,17 @@ def time_step(name: str, precision: str, folder: Path) -> dict[str, Any]:
         runs["best"] = best
         peaks = {key: peak_bytes(run) for key, run in runs.items() if key not in before}
         others = ways(steps)
+        same = "official_same" if steps.autocast is not None else "official"
+        seen = {
+            "ours": breakdown(runs["ours"], steps.trainer),
+            "best": breakdown(runs["best"], steps.best),
+            "official": breakdown(runs[same], steps.official),
+        }
     others["heap in huge pages"] = _in_huge_pages(small, times)
     gemm = {key: PRODUCTS * 2 * SIDE**3 / times[key] / 1e9 for key in rates}
     steps.trainer.mokd.prototype_loss = "fused"  # whose products are seen: none is made twice
     made, theirs = flops(runs["ours"]), flops(runs["official"])
     steps.trainer.mokd.prototype_loss = None
-    same = "official_same" if steps.autocast is not None else "official"
-    seen = {
-        "ours": breakdown(runs["ours"], steps.trainer),
-        "best": breakdown(runs["best"], steps.best),
-        "official": breakdown(runs[same], steps.official),
-    }
     return {
         "op": "training step",
         "backend": "automatic",

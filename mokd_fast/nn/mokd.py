@@ -67,6 +67,12 @@ class HeadRows(NamedTuple):
             return Target(pairs, self.logits, None, temperature, center, weight)
         return LinearTarget(pairs, self.features, self.prototypes, temperature, center, weight)
 
+    def mean(self) -> Tensor | LinearLogits:
+        """Of the logits [K], for the centre: made from the features' [D] where none are stored."""
+        if self.logits is not None:
+            return column_mean(self.logits)
+        return LinearLogits(column_mean(self.features), self.prototypes)
+
 
 class Temperatures(NamedTuple):
     """Teacher temperatures of one model's losses at this step."""
@@ -79,7 +85,7 @@ class Temperatures(NamedTuple):
 class StepLosses(NamedTuple):
     totals: list[Tensor]  # one 0-d loss a model, with gradient
     terms: dict[str, Tensor]  # every unscaled loss, detached: self_mlp_1, self_t_1, cross_1 ...
-    center_means: dict[str, LinearLogits]  # features [D] and prototypes, for `centers.update`
+    center_means: dict[str, Tensor | LinearLogits]  # of a head: `HeadRows.mean`
     teachers: dict[str, HeadRows]  # a head: mlp_1, t_1, mlp_2, t_2
     students: dict[str, Tensor]  # features [2, B, D] of the same views a head, detached
     teacher_features: list[Tensor]  # pooled [2B, C] a model
@@ -210,7 +216,7 @@ class MOKD(nn.Module):
         temperatures: Sequence[Temperatures],
         backward: Callable[[int, Tensor], None] | None,
     ) -> StepLosses:
-        self.centers.wait()  # the last update holds prototypes, which may go now
+        self.centers.wait()  # the last update may hold prototypes, which may go now
         found = self._teach(global_views)
         groups = [views for views in (global_views, local_views) if views is not None]
         teachers: dict[str, HeadRows] = {}
@@ -232,9 +238,7 @@ class MOKD(nn.Module):
                     backward(i, total)
                 total = total.detach()
             totals.append(total)
-        means = {
-            h: LinearLogits(column_mean(r.features), r.prototypes) for h, r in teachers.items()
-        }
+        means = {head: rows.mean() for head, rows in teachers.items()}
         pooled = [teacher.features.pooled for teacher in found]
         return StepLosses(totals, terms, means, teachers, own, pooled)
 

@@ -336,13 +336,15 @@ class Trainer:
             for i, total in enumerate(out.totals, start=1):
                 out.terms[f"loss_{i}"] = total.detach()
             accumulate(losses, out.terms, parts)
-            accumulate(means, {h: mean.features for h, mean in out.center_means.items()}, parts)
-            prototypes |= {head: mean.prototypes for head, mean in out.center_means.items()}
+            for head, mean in out.center_means.items():
+                if isinstance(mean, LinearLogits):
+                    mean, prototypes[head] = mean
+                accumulate(means, {head: mean}, parts)
             del out  # or the teachers' logits would live on into the next micro-batch
         losses = self.world.mean(losses)
         skip = ~torch.stack(list(losses.values())).isfinite().all()
         skip = self._update(kind, skip, momentum)
-        logits = {head: LinearLogits(mean, prototypes[head]) for head, mean in means.items()}
+        logits = {h: LinearLogits(m, prototypes[h]) if prototypes else m for h, m in means.items()}
         self.mokd.centers.update(logits, skip=skip)
         self.statistics.restore_(skip)
         if diagnostics:

@@ -17,14 +17,13 @@ import mokd_fast.train.loop as our_module
 from bench.baseline.layers import WeightNormLinear
 from bench.baseline.step import OfficialStep
 from mokd_fast.nn import Prototypes
+from mokd_fast.ops import cpu
 from mokd_fast.train.loop import Trainer
 
 PROTOTYPES, LOSSES, BACKWARD = "prototype layers", "losses", "backward of networks"
 NETWORKS = ("teachers", "students", BACKWARD)
 # Products and weight norms, wherever they are in a loss, are its prototype layer's.
-_OWN = [
-    f"GeneratedBackwardFor_mokd_fast_{name}_default" for name in ("weight_norm", "normed_linear")
-]
+_OWN = ("prototype_linear", "weight_norm")
 PRODUCTS = {
     *(f"aten::{name}" for name in ("linear", "mm", "addmm", "matmul", "_weight_norm")),
     "aten::_weight_norm_interface_backward",
@@ -40,8 +39,11 @@ SEEN = 3  # whose mean counts
 
 def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
     """(object, attribute, part) of what is to be seen apart."""
+    # What autograd does between its nodes too, most of which are the networks'.
+    backward = (torch.Tensor, "backward", BACKWARD)
     if isinstance(step, OfficialStep):
         return [
+            backward,
             *((model, "forward", "students") for model in step.students),
             *((model, "teach", "teachers") for model in step.teachers),
             *(
@@ -59,11 +61,13 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
         ]
     mokd = step.mokd
     return [
+        backward,
         *((model, "forward", "students") for model in mokd.students),
         (mokd, "_teach", "teachers"),
         (mokd, "_search", "teachers"),
         *((m, "matrix", PROTOTYPES) for m in mokd.modules() if isinstance(m, Prototypes)),
         (mokd, "_rows", PROTOTYPES),
+        (cpu, "prototype_linear", PROTOTYPES),  # without a gradient it is no event of a profile
         (mokd, "_losses", LOSSES),
         (our_module, "grad_norms", "clip"),
         (update_module.Clip, "apply", "clip"),

@@ -76,6 +76,7 @@ class _AddNorm(torch.autograd.Function):
             if dsum is not None and ctx.kind is not None:
                 dy = dsum.to(ctx.kind)
             return dx, dy, dweight, dbias, None
+        dsum, dnormed = None if dsum is None else dsum.resolve_neg(), dnormed.resolve_neg()
         half = ctx.kind == torch.bfloat16 and ctx.needs_input_grad[1]
         sums, weight, stats = ctx.saved_tensors
         dx, dy, dweight, dbias = cpu.add_norm_backward(dsum, dnormed, sums, weight, stats, half)
@@ -135,7 +136,7 @@ class _Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, u = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.contiguous().resolve_neg()
         du, g, db1 = cpu.gelu_backward(u, grad @ w2)
         for_x, for_w1, for_b1, for_w2, for_b2 = ctx.needs_input_grad
         dw2 = grad.t() @ g if for_w2 else None

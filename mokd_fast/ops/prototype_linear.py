@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import cpu, distill
 from .dispatch import pick, register
+from .eager import differentiable, with_autograd
 from .weight_norm import WeightNormed
 
 OP = "prototype_linear"
@@ -85,28 +86,34 @@ def _(grad, x, v, g, norms):
     return x.new_empty(x.shape), v.new_empty(v.shape), g.new_empty(g.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    found = _backward(grad, *ctx.saved_tensors)
+def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
+
+
+def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     return tuple(t if n else None for t, n in zip(found, ctx.needs_input_grad, strict=True))
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(distill.no_second_derivative(OP))
+_KERNELS = cpu.normed_linear, cpu.normed_linear_backward
+_eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _gradients)
 
 
 def _cpu(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor:
     if _library(x, weight, dtype):
         return _reference(x, weight, dtype)
-    x = x.resolve_neg()
     if isinstance(weight, WeightNormed):
-        logits: Tensor = _forward(x, weight.v.resolve_neg(), weight.g.resolve_neg())[0]
+        given = tuple(t.resolve_neg() for t in (x, weight.v, weight.g))
+        if not distill.plain(given):
+            logits: Tensor = _forward(*given)[0]
+        else:
+            logits = (_eager if differentiable(given) else cpu.normed_linear)(*given)[0]
         return logits
-    w = weight.to(dtype).resolve_neg()
+    x, w = x.resolve_neg(), weight.to(dtype).resolve_neg()
     found: Tensor = (cpu.prototype_linear if distill.plain((x, w)) else _product)(x, w)
     return found
 

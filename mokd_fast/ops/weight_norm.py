@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import cpu, distill
 from .dispatch import pick, register
+from .eager import differentiable, with_autograd
 
 OP = "weight_norm"
 
@@ -85,24 +86,31 @@ def _(grad, v, g, norms):
     return v.new_empty(v.shape), g.new_empty(g.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:2], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    for_v, for_g = _backward(grad, *ctx.saved_tensors)
-    return for_v, for_g if ctx.needs_input_grad[1] else None, None
+def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(distill.no_second_derivative(OP))
+def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    return found[0], found[1] if ctx.needs_input_grad[1] else None, None
+
+
+_KERNELS = cpu.weight_norm, cpu.weight_norm_backward
+_eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _gradients)
 
 
 def _cpu(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     if v.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         return _reference(v, g, dtype)
-    found: Tensor = _forward(v, g, dtype)[0]
+    v, g = v.resolve_neg(), g.resolve_neg()
+    if not distill.plain((v, g)):
+        found: Tensor = _forward(v, g, dtype)[0]
+    else:
+        found = (_eager if differentiable((v, g)) else cpu.weight_norm)(v, g, dtype)[0]
     return found
 
 

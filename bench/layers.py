@@ -149,27 +149,27 @@ def attention(way: str) -> Pair:
     return lambda: run(self_attention), lambda: run(theirs)
 
 
-def logits(rows: int, width: int) -> Pair:
+def logits(rows: int, width: int, dtype: torch.dtype) -> Pair:
     """Of a student's views, from prototypes that a step has just changed."""
     v, g = torch.randn(K, width, requires_grad=True), torch.ones(K, 1, requires_grad=True)
     x = F.normalize(torch.randn(rows, width), dim=-1).requires_grad_()
-    grad = torch.randn(rows, K).bfloat16()
+    grad = torch.randn(rows, K).to(dtype)
 
     def run(make: Callable[[], Tensor]) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             made = make()
         made.backward(grad)
         v.grad = g.grad = x.grad = None
 
     return (
-        lambda: run(lambda: prototype_linear(x, WeightNormed(v, g), torch.bfloat16)),
+        lambda: run(lambda: prototype_linear(x, WeightNormed(v, g), dtype)),
         lambda: run(lambda: F.linear(x, torch._weight_norm(v, g, 0))),
     )
 
 
-def made_logits(rows: int, width: int) -> Pair:
+def made_logits(rows: int, width: int, dtype: torch.dtype) -> Pair:
     """Of a teacher's views."""
-    w, x = torch.randn(K, width).bfloat16(), torch.randn(rows, width).bfloat16()
+    w, x = torch.randn(K, width).to(dtype), torch.randn(rows, width).to(dtype)
     return lambda: prototype_linear(x, w), lambda: F.linear(x, w)
 
 
@@ -258,11 +258,12 @@ def cases(quick: bool) -> dict[tuple[str, str], Callable[[], Pair]]:
         name = f"self-attention, {list(ATTENTION)}, PyTorch's {way}"
         found[name, "bf16"] = lambda w=way: attention(w)
     found[f"weight_norm, [{K}, 384]", "bf16"] = lambda: prototypes(384)
-    for rows in (40, 320):
-        name = f"logits, [{rows}, 384] and weight_norm of [{K}, 384]"
-        found[name, "bf16"] = lambda rows=rows: logits(rows, 384)
-    name = f"logits, [8, 384] and [{K}, 384], without gradient"
-    found[name, "bf16"] = lambda: made_logits(8, 384)
+    for dtype, kind in DTYPES.items():
+        for rows in (40, 320):
+            name = f"logits, [{rows}, 384] and weight_norm of [{K}, 384]"
+            found[name, dtype] = lambda rows=rows, kind=kind: logits(rows, 384, kind)
+        name = f"logits, [8, 384] and [{K}, 384], without gradient"
+        found[name, dtype] = lambda kind=kind: made_logits(8, 384, kind)
     matrix, vector = torch.randn(K, 384).bfloat16(), torch.randn(384)
     found[f"matvec of a centre, [{K}, 384]", "bf16"] = lambda: (
         lambda: matvec(matrix, vector),

@@ -67,7 +67,8 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
         (mokd, "_search", "teachers"),
         *((m, "matrix", PROTOTYPES) for m in mokd.modules() if isinstance(m, Prototypes)),
         (mokd, "_rows", PROTOTYPES),
-        (cpu, "prototype_linear", PROTOTYPES),  # without a gradient it is no event of a profile
+        # Without a gradient they are no events of a profile.
+        *((cpu, name, PROTOTYPES) for name in ("prototype_linear", "normed_linear")),
         (mokd, "_losses", LOSSES),
         (our_module, "grad_norms", "clip"),
         (update_module.Clip, "apply", "clip"),

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -221,17 +222,44 @@ mokd::cpu::Attention attention(const std::array<uintptr_t, 2>& at, const std::ar
           threads};
 }
 
-struct PrototypeLinear : mokd::cpu::PrototypeLinear {};  // a type of this module alone
+template <typename I>
+struct PrototypeLinear : mokd::cpu::PrototypeLinear<I> {};  // a type of this module alone
+
+template <typename I>
+const mokd::cpu::PrototypeLinearKernels<I>& prototype_linear_kernels(const std::string& name) {
+  if constexpr (std::is_same_v<I, float>) return *level(name).prototype_linear;
+  else return *mokd::cpu::prototype_linear_bf16();
+}
 
 // Addresses of x, w, v, g and norms, of which w or the last three are 0; sizes are rows, prototypes and width.
-PrototypeLinear prototype_linear(const std::array<uintptr_t, 5>& at, const std::array<int64_t, 3>& sizes,
-                                 int threads) {
-  if (!mokd::cpu::prototype_linear())
+template <typename I>
+PrototypeLinear<I> prototype_linear(const std::array<uintptr_t, 5>& at, const std::array<int64_t, 3>& sizes,
+                                    int threads) {
+  if (!std::is_same_v<I, float> && !mokd::cpu::prototype_linear_bf16())
     throw std::invalid_argument("prototype_linear: this processor has no bf16 products (AVX512-BF16)");
   if (sizes[0] < 1 || sizes[1] < 1 || sizes[2] < 1 || sizes[1] % 32 || sizes[2] % 32)
     throw std::invalid_argument("prototype_linear: at least a row, prototypes and width by multiples of 32");
-  return {{pointer<const uint16_t>(at[0]), sizes[0], sizes[1], sizes[2], pointer<const uint16_t>(at[1]),
+  return {{pointer<const I>(at[0]), sizes[0], sizes[1], sizes[2], pointer<const I>(at[1]),
            pointer<const float>(at[2]), pointer<const float>(at[3]), pointer<float>(at[4]), threads}};
+}
+
+template <typename I>
+void bind_prototype_linear(py::module_& m, const char* name) {
+  py::class_<PrototypeLinear<I>>(m, name)
+      .def(py::init(&prototype_linear<I>))
+      .def("forward",
+           [](const PrototypeLinear<I>& c, uintptr_t logits, const std::string& name) {
+             const auto& kernels = prototype_linear_kernels<I>(name);
+             py::gil_scoped_release unlocked;
+             kernels.forward(c, pointer<I>(logits));
+           })
+      .def("backward", [](const PrototypeLinear<I>& c, uintptr_t grad, uintptr_t for_x, uintptr_t for_v,
+                          uintptr_t for_g, const std::string& name) {
+        const auto& kernels = prototype_linear_kernels<I>(name);
+        py::gil_scoped_release unlocked;
+        kernels.backward(c, pointer<const I>(grad), pointer<float>(for_x), pointer<float>(for_v),
+                         pointer<float>(for_g));
+      });
 }
 
 struct BatchNorm : mokd::cpu::BatchNorm {};  // a type of this module alone
@@ -343,19 +371,8 @@ PYBIND11_MODULE(_C, m) {
            });
   m.def("has_bf16", [] { return mokd::cpu::attention() != nullptr; },
         "Whether this processor has products of bf16, and the compiler of this module had.");
-  py::class_<PrototypeLinear>(m, "PrototypeLinear")
-      .def(py::init(&prototype_linear))
-      .def("forward",
-           [](const PrototypeLinear& c, uintptr_t logits) {
-             py::gil_scoped_release unlocked;
-             mokd::cpu::prototype_linear()->forward(c, pointer<uint16_t>(logits));
-           })
-      .def("backward",
-           [](const PrototypeLinear& c, uintptr_t grad, uintptr_t for_x, uintptr_t for_v, uintptr_t for_g) {
-             py::gil_scoped_release unlocked;
-             mokd::cpu::prototype_linear()->backward(c, pointer<const uint16_t>(grad), pointer<float>(for_x),
-                                                     pointer<float>(for_v), pointer<float>(for_g));
-           });
+  bind_prototype_linear<float>(m, "PrototypeLinearFp32");
+  bind_prototype_linear<uint16_t>(m, "PrototypeLinearBf16");
   py::class_<BatchNorm>(m, "BatchNorm")
       .def(py::init(&batch_norm))
       .def("forward",

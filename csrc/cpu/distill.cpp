@@ -595,6 +595,7 @@ void MOKD_JOIN(augment_, MOKD_LEVEL)(const Augment&);  // of augment.cpp
 void MOKD_JOIN(clip_, MOKD_LEVEL)(const Clip&);        // of clip.cpp
 void MOKD_JOIN(update_, MOKD_LEVEL)(const Update&);    // of update.cpp
 extern const PrototypeKernels MOKD_JOIN(prototype_kernels_, MOKD_LEVEL);  // of prototypes.cpp
+extern const PrototypeLinearKernels<float> MOKD_JOIN(prototype_linear_kernels_, MOKD_LEVEL);  // of ..._fp32.cpp
 extern const BatchNormKernels MOKD_JOIN(batch_norm_kernels_, MOKD_LEVEL);  // of batch_norm.cpp
 extern const BlockKernels MOKD_JOIN(block_kernels_, MOKD_LEVEL);          // of block.cpp
 extern const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL);
@@ -603,6 +604,7 @@ const Kernels MOKD_JOIN(kernels_, MOKD_LEVEL) = {MOKD_STRING(MOKD_LEVEL), run_fo
                                                   &MOKD_JOIN(search_kernels_, MOKD_LEVEL),
                                                   MOKD_JOIN(augment_, MOKD_LEVEL),
                                                   &MOKD_JOIN(prototype_kernels_, MOKD_LEVEL),
+                                                  &MOKD_JOIN(prototype_linear_kernels_, MOKD_LEVEL),
                                                   MOKD_JOIN(clip_, MOKD_LEVEL),
                                                   MOKD_JOIN(update_, MOKD_LEVEL),
                                                   &MOKD_JOIN(batch_norm_kernels_, MOKD_LEVEL),

@@ -5,6 +5,7 @@
 #include "batch_norm.h"
 #include "block.h"
 #include "clip.h"
+#include "prototype_linear.h"
 #include "prototypes.h"
 #include "search.h"
 #include "update.h"
@@ -39,6 +40,7 @@ struct Kernels {
   const SearchKernels* search;
   void (*augment)(const Augment&);
   const PrototypeKernels* prototypes;
+  const PrototypeLinearKernels<float>* prototype_linear;
   void (*clip)(const Clip&);
   void (*update)(const Update&);
   const BatchNormKernels* batch_norm;

@@ -13,7 +13,7 @@ extern const Kernels kernels_v3, kernels_v4;
 #endif
 #ifdef MOKD_BF16
 extern const AttentionKernels attention_kernels_bf16;
-extern const PrototypeLinearKernels prototype_linear_bf16;
+extern const PrototypeLinearKernels<uint16_t> prototype_linear_kernels_bf16;
 #endif
 
 namespace {
@@ -70,9 +70,9 @@ const AttentionKernels* attention() {
   return nullptr;
 }
 
-const PrototypeLinearKernels* prototype_linear() {
+const PrototypeLinearKernels<uint16_t>* prototype_linear_bf16() {
 #ifdef MOKD_BF16
-  if (has_bf16()) return &prototype_linear_bf16;
+  if (has_bf16()) return &prototype_linear_kernels_bf16;
 #endif
   return nullptr;
 }

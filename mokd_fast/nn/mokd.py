@@ -27,9 +27,11 @@ from ..ops import (
 from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
 from ..ops.distill import Pairs
-from ..ops.prototype_linear import prototype_linear
+from ..ops.linear_distill import product_dtype
+from ..ops.prototype_linear import library_product, prototype_linear
 from ..ops.prototype_loss import OP
 from ..ops.update import Ema
+from ..ops.weight_norm import WeightNormed
 from .backbones import Features, features, packed_features
 from .checkpointing import is_statistic
 from .heads import Memory, MLPHead, THead
@@ -53,8 +55,15 @@ class HeadRows(NamedTuple):
     """The two global views in one head of a model."""
 
     features: Tensor  # [2, B, D]
-    prototypes: Tensor  # [K, D]
+    prototypes: Tensor | WeightNormed  # [K, D], made if the losses are to
     logits: Tensor | None  # [2, B, K], where logits are stored
+
+    def others(self, features: Tensor) -> "HeadRows":
+        """Other features [T, B, D] in the same head."""
+        if self.logits is None:
+            return self._replace(features=features)
+        logits = prototype_linear(features, self.prototypes, self.logits.dtype)
+        return HeadRows(features, self.prototypes, logits)
 
     def target(
         self,
@@ -65,12 +74,14 @@ class HeadRows(NamedTuple):
     ) -> Target | LinearTarget:
         if self.logits is not None:
             return Target(pairs, self.logits, None, temperature, center, weight)
+        assert isinstance(self.prototypes, Tensor)
         return LinearTarget(pairs, self.features, self.prototypes, temperature, center, weight)
 
     def mean(self) -> Tensor | LinearLogits:
         """Of the logits [K], for the centre: made from the features' [D] where none are stored."""
         if self.logits is not None:
             return column_mean(self.logits)
+        assert isinstance(self.prototypes, Tensor)
         return LinearLogits(column_mean(self.features), self.prototypes)
 
 
@@ -254,12 +265,13 @@ class MOKD(nn.Module):
         """How `prototype_loss` is computed for students' MLP-Head features [V, B, D]."""
         return pick(OP, *self.example(features), backend=self.prototype_loss).name
 
-    def example(self, features: Tensor) -> tuple[Tensor, Tensor, list[LinearTarget]]:
+    def example(self, features: Tensor) -> tuple[Tensor, WeightNormed, list[LinearTarget]]:
         """Arguments of a `prototype_loss` like this one's; no numbers are read."""
-        weight = self.students[0].mlp_head.last_layer.weight_v  # type: ignore[union-attr]
+        layer = self.students[0].mlp_head.last_layer  # type: ignore[union-attr]
+        normed = WeightNormed(layer.weight_v, layer.weight_g)  # type: ignore[union-attr, arg-type]
         pairs = cross_view_pairs(GLOBALS, len(features))
-        rows = LinearTarget(pairs, features[:GLOBALS], weight)  # type: ignore[arg-type]
-        return features, weight, [rows] * len(self.students)  # type: ignore[return-value]
+        rows = LinearTarget(pairs, features[:GLOBALS], normed.v)
+        return features, normed, [rows] * len(self.students)
 
     @torch.no_grad()  # not inference mode: the losses save these tensors for backward
     def _teach(self, global_views: Tensor) -> list[Embedding]:
@@ -278,9 +290,12 @@ class MOKD(nn.Module):
         for i, (teacher, embedding) in enumerate(zip(self.teachers, found, strict=True), start=1):
             for head in ("mlp", "t"):
                 if (features := getattr(embedding, head)) is not None:
-                    matrix = _prototypes(teacher, head).matrix(features)
-                    logits = prototype_linear(features, matrix, matrix.dtype) if stored else None
-                    rows[f"{head}_{i}"] = HeadRows(features, matrix, logits)
+                    normed, dtype = _prototypes(teacher, head).normed(), product_dtype(features)
+                    made: Tensor | WeightNormed = normed
+                    if not stored or library_product(features, normed, dtype):
+                        made = normed.matrix(dtype)  # others multiply without it
+                    logits = prototype_linear(features, made, dtype) if stored else None
+                    rows[f"{head}_{i}"] = HeadRows(features, made, logits)
         return rows
 
     def _losses(
@@ -312,11 +327,9 @@ class MOKD(nn.Module):
         if maps is not None and self.search:
             assert own.query is not None
             found, pairs = self._search(other - 1, maps, own.query)
-            matrix = teachers[f"t_{other}"].prototypes
+            rows = teachers[f"t_{other}"].others(found)
             # No centre, as official.
-            targets[f"search_{number}"] = LinearTarget(
-                pairs, found, matrix, taus.search, weight=weight
-            )
+            targets[f"search_{number}"] = rows.target(pairs, taus.search, weight=weight)
         t_total, t_terms = self._loss(own.t, student.t_head.last_layer, targets, way)
         return total + t_total, terms | t_terms
 

@@ -143,19 +143,29 @@ def bf16_why_not() -> str | None:
     return None
 
 
+@constant
+def fp32_why_not() -> str | None:
+    """Why the products of fp32 with prototypes are left to PyTorch here, or None."""
+    if native is None:
+        return missing
+    if native.cpu_level(_level()) == LEVELS[0]:
+        return f"without AVX2 its products of fp32 are slower ({LEVEL}={_level()})"
+    return None
+
+
 def prototype_linear(x: Tensor, w: Tensor) -> Tensor:
     """Arguments and result as `prototype_linear._product`."""
     out = w.new_empty(*x.shape[:-1], len(w))
-    call, _alive = _prototype_linear_call(x, w, None, None, None)
-    call.forward(out.data_ptr())
+    call, _alive = _prototype_linear_call(w.dtype, x, w, None, None, None)
+    call.forward(out.data_ptr(), _level())
     return out
 
 
-def normed_linear(x: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def normed_linear(x: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Arguments and results as `prototype_linear._forward`."""
-    out, norms = v.new_empty(*x.shape[:-1], len(v), dtype=torch.bfloat16), v.new_empty(len(v))
-    call, _alive = _prototype_linear_call(x, None, v, g, norms)
-    call.forward(out.data_ptr())
+    out, norms = v.new_empty(*x.shape[:-1], len(v), dtype=dtype), v.new_empty(len(v))
+    call, _alive = _prototype_linear_call(dtype, x, None, v, g, norms)
+    call.forward(out.data_ptr(), _level())
     return out, norms
 
 
@@ -165,18 +175,21 @@ def normed_linear_backward(
     """Arguments and results as `prototype_linear._backward`."""
     for_x, for_v, for_g = (v.new_empty(t.shape) for t in (x, v, g))
     grad = grad.contiguous()  # expanded gradients have stride 0
-    call, _alive = _prototype_linear_call(x, None, v, g, norms)
-    call.backward(grad.data_ptr(), *(t.data_ptr() for t in (for_x, for_v, for_g)))
+    call, _alive = _prototype_linear_call(grad.dtype, x, None, v, g, norms)
+    call.backward(grad.data_ptr(), *(t.data_ptr() for t in (for_x, for_v, for_g)), _level())
     return for_x.to(x.dtype), for_v, for_g
 
 
-def _prototype_linear_call(x: Tensor, *matrix: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+def _prototype_linear_call(
+    dtype: torch.dtype, x: Tensor, *matrix: Tensor | None
+) -> tuple[Any, list[Tensor | None]]:
     """The native call for x, w, v, g, norms, and the tensors that must live as long as it."""
-    alive = [x.bfloat16().contiguous(), *(None if t is None else t.contiguous() for t in matrix)]
+    kind = native.PrototypeLinearFp32 if dtype == torch.float32 else native.PrototypeLinearBf16
+    alive = [x.to(dtype).contiguous(), *(None if t is None else t.contiguous() for t in matrix)]
     at = [0 if t is None else t.data_ptr() for t in alive]
     prototypes = next(len(t) for t in matrix if t is not None)
     sizes = x.numel() // x.shape[-1], prototypes, x.shape[-1]
-    return native.PrototypeLinear(at, sizes, torch.get_num_threads()), alive
+    return kind(at, sizes, torch.get_num_threads()), alive
 
 
 def batch_norm(

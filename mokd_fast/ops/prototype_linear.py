@@ -1,9 +1,9 @@
 """prototype_linear: logits of features and prototypes, x W^T.
 
 A step has few features and many prototypes: oneDNN, which PyTorch's 16-bit products on a CPU are,
-spends as long on the order that it wants W in as on the product. The CPU's own kernel reads W
-once as it lies. Of weight-normed prototypes it makes W, and W's gradient, a few rows at a time in
-the caches, forward and backward: layers.json.
+spends as long on the order that it wants W in as on the product. The CPU's own kernels, of bf16 and
+of fp32, read W once as it lies. Of weight-normed prototypes they make W, and W's gradient, a few
+rows at a time in the caches, forward and backward: layers.json.
 
 Letters: K prototypes, D features.
 """
@@ -20,8 +20,8 @@ from .eager import differentiable, with_autograd
 from .weight_norm import WeightNormed
 
 OP = "prototype_linear"
-BLOCK = 32  # of which K and D are multiples in the CPU's kernel
-# Rows from which a product with a matrix that is there is oneDNN's: they are worth its order of W.
+BLOCK = 32  # of which K and D are multiples in the CPU's kernels
+# Rows from which a product of bf16 with a matrix that is there is oneDNN's: worth its order of W.
 MANY = 128
 
 
@@ -54,7 +54,7 @@ def prototype_linear(
 
 @torch.library.custom_op("mokd_fast::prototype_linear", mutates_args=())
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    """The logits in bf16, of w in bf16; no gradient."""
+    """The logits in w's dtype; no gradient."""
     return cpu.prototype_linear(x, w)
 
 
@@ -64,14 +64,14 @@ def _(x, w):
 
 
 @torch.library.custom_op("mokd_fast::normed_linear", mutates_args=())
-def _forward(x: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits in bf16, and the norms [K]."""
-    return cpu.normed_linear(x, v, g)
+def _forward(x: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The logits in `dtype`, and the norms [K]."""
+    return cpu.normed_linear(x, v, g, dtype)
 
 
 @_forward.register_fake
-def _(x, v, g):
-    return v.new_empty(*x.shape[:-1], len(v), dtype=torch.bfloat16), v.new_empty(len(v))
+def _(x, v, g, dtype):
+    return v.new_empty(*x.shape[:-1], len(v), dtype=dtype), v.new_empty(len(v))
 
 
 @torch.library.custom_op("mokd_fast::normed_linear_backward", mutates_args=())
@@ -87,7 +87,7 @@ def _(grad, x, v, g, norms):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[:3], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
@@ -96,7 +96,7 @@ def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(t if n else None for t, n in zip(found, ctx.needs_input_grad, strict=True))
+    return *(t if n else None for t, n in zip(found, ctx.needs_input_grad[:3], strict=True)), None
 
 
 _KERNELS = cpu.normed_linear, cpu.normed_linear_backward
@@ -104,14 +104,14 @@ _eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _
 
 
 def _cpu(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor:
-    if _library(x, weight, dtype):
+    if library_product(x, weight, dtype):
         return _reference(x, weight, dtype)
     if isinstance(weight, WeightNormed):
-        given = tuple(t.resolve_neg() for t in (x, weight.v, weight.g))
-        if not distill.plain(given):
-            logits: Tensor = _forward(*given)[0]
-        else:
-            logits = (_eager if differentiable(given) else cpu.normed_linear)(*given)[0]
+        x, v, g = (t.resolve_neg() for t in (x, weight.v, weight.g))
+        run: Any = _forward
+        if distill.plain((x, v, g)):
+            run = _eager if differentiable((x, v, g)) else cpu.normed_linear
+        logits: Tensor = run(x, v, g, dtype)[0]
         return logits
     x, w = x.resolve_neg(), weight.to(dtype).resolve_neg()
     found: Tensor = (cpu.prototype_linear if distill.plain((x, w)) else _product)(x, w)
@@ -122,21 +122,21 @@ def _cpu_why_not(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -
     return distill.transformed(x, *_tensors(weight)) or cpu.why_not(x, _tensors(weight))
 
 
-def _library(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> str | None:
+def library_product(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> str | None:
     """Why the product is PyTorch's on the CPU as well, or None."""
     normed, tensors = isinstance(weight, WeightNormed), _tensors(weight)
     K, D = tensors[0].shape
-    if dtype != torch.bfloat16:
-        return f"but its own product is one of bf16, not of {dtype}"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"but its own products are of bf16 and fp32, not of {dtype}"
     if not x.numel() or not K or K % BLOCK or D % BLOCK:
         return f"but its own product takes rows, and K and D by multiples of {BLOCK}"
     if normed and any(t.dtype != torch.float32 for t in tensors):
         return f"but it normalises v and g of fp32 itself, not of {tensors[0].dtype}"
-    if not normed and x.numel() >= MANY * D:
+    if not normed and dtype == torch.bfloat16 and x.numel() >= MANY * D:
         return f"but from {MANY} rows on oneDNN is as fast with a matrix that is there"
     if not normed and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
         return "but its own product has gradients for a WeightNormed alone"
-    lacking = cpu.bf16_why_not()
+    lacking = cpu.bf16_why_not() if dtype == torch.bfloat16 else cpu.fp32_why_not()
     return lacking and f"but {lacking}"
 
 
@@ -150,5 +150,5 @@ def _reference(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> 
         return F.linear(x.to(dtype), matrix)
 
 
-register(OP, "cpu", _cpu, _cpu_why_not, avoid=_library)
+register(OP, "cpu", _cpu, _cpu_why_not, avoid=library_product)
 register(OP, "reference", _reference)

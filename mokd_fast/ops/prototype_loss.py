@@ -23,7 +23,7 @@ from .linear_distill import (
     linear_distill_cross_entropy,
     product_dtype,
 )
-from .prototype_linear import prototype_linear
+from .prototype_linear import library_product, prototype_linear
 from .weight_norm import WeightNormed
 
 OP = "prototype_loss"
@@ -91,7 +91,8 @@ def _slower(
     dtype = product_dtype(features)
     teachers = sum(len(t.rows) for t in targets if isinstance(t, LinearTarget))
     logits = (views + teachers) * images * len(weight) * dtype.itemsize
-    if features.device.type == "cpu" and dtype == torch.float32 and logits > KEEP_BYTES:
+    fp32 = features.device.type == "cpu" and dtype == torch.float32
+    if fp32 and logits > KEEP_BYTES and not _own_product(features, weight):
         return "but it was measured slower in fp32 on a CPU (bench/linear_distill.py)"
     size = logits + views * images * len(weight) * dtype.itemsize  # the gradient
     memory = device_memory(features.device.type, features.get_device())
@@ -111,10 +112,18 @@ def _smaller(
         return None
     kind, dtype = features.device.type, product_dtype(features)
     if (kind, dtype) == ("cpu", torch.float32):
+        if _own_product(features, weight):
+            return "but storing was measured faster with a weight norm on a CPU (bench/step.py)"
         return "but so few logits are stored as well"  # it would keep them all
     if (kind, dtype) == ("cpu", torch.bfloat16):
         return "but storing was measured faster in bf16 on a CPU (bench/linear_distill.py)"
     return "but the logits fit; which is faster has not been measured"
+
+
+def _own_product(features: Tensor, weight: Tensor | WeightNormed) -> bool:
+    """Whether a CPU multiplies prototypes in fp32 without making their matrix."""
+    made = not isinstance(weight, WeightNormed)
+    return not (made or library_product(features, weight, torch.float32))
 
 
 def _gib(size: int) -> str:

@@ -59,12 +59,13 @@ def diagnose(
 
 def _blocks(rows: HeadRows) -> Iterator[Tensor]:
     """The logits, some rows [n, K] at a time: so many must not be stored."""
-    features = rows.features.flatten(0, 1).to(rows.prototypes.dtype)
-    stored = None if rows.logits is None else rows.logits.flatten(0, 1)
     step = max(1, BLOCK // len(rows.prototypes))
-    for start in range(0, len(features), step):
-        at = slice(start, start + step)
-        yield F.linear(features[at], rows.prototypes) if stored is None else stored[at]
+    if rows.logits is not None:
+        yield from rows.logits.flatten(0, 1).split(step)
+        return
+    assert isinstance(rows.prototypes, Tensor)
+    for features in rows.features.flatten(0, 1).to(rows.prototypes.dtype).split(step):
+        yield F.linear(features, rows.prototypes)
 
 
 def _entropy(z: Tensor) -> Tensor:

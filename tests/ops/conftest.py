@@ -33,6 +33,7 @@ def emulate(folder):
         "cpu/distill.cpp",
         "cpu/search.cpp",
         "cpu/search_backward.cpp",
+        "cpu/prototype_linear_fp32.cpp",
         "cpu/prototypes.cpp",
         "cpu/update.cpp",
         "cuda/distill.cu",

@@ -39,6 +39,7 @@ FILES = (
     "batch_norm.cpp",
     "block.cpp",
     "clip.cpp",
+    "prototype_linear_fp32.cpp",
     "prototypes.cpp",
     "update.cpp",
 )

@@ -1,4 +1,4 @@
-"""prototype_linear: logits and gradients of bf16 products, against fp64 and PyTorch's own."""
+"""prototype_linear: logits and gradients of its products, against fp64 and PyTorch's own."""
 
 import pytest
 import torch
@@ -15,11 +15,15 @@ from mokd_fast.ops import (
 )
 from mokd_fast.ops.prototype_linear import _backward, _forward, _product
 
-BF16 = torch.bfloat16
+BF16, FP32 = torch.bfloat16, torch.float32
 needs_products = pytest.mark.skipif(
     cpu.bf16_why_not() is not None,
     reason="needs the native module and a processor with AVX512-BF16",
 )
+of_fp32 = pytest.param(
+    FP32, marks=pytest.mark.skipif(cpu.fp32_why_not() is not None, reason="needs AVX2")
+)
+of_both = pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=needs_products), of_fp32])
 
 
 def inputs(B: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,11 +39,12 @@ def results(x: Tensor, v: Tensor, g: Tensor, grad: Tensor, dtype: torch.dtype) -
     return [logits.detach(), x.grad, v.grad, g.grad]
 
 
+# One block of rows, several, an odd one; chunks and slabs that are cut off.
+SIZES = [(1, 32, 32), (3, 96, 64), (13, 2144, 96), (40, 640, 192), (41, 4128, 256), (320, 160, 384)]
+
+
 @needs_products
-@pytest.mark.parametrize(
-    ("B", "K", "D"),  # one block of rows, several, an odd one; chunks and slabs that are cut off
-    [(1, 32, 32), (3, 96, 64), (13, 2144, 96), (40, 640, 192), (41, 4128, 256), (320, 160, 384)],
-)
+@pytest.mark.parametrize(("B", "K", "D"), SIZES)
 def test_error_is_no_larger_than_that_of_the_library(B, K, D, monkeypatch):
     x, v, g = inputs(B, K, D)
     grad = torch.randn(B, K).bfloat16() / K
@@ -56,6 +61,33 @@ def test_error_is_no_larger_than_that_of_the_library(B, K, D, monkeypatch):
         assert (got.double() - want).abs().max() <= 2**-7 * want.abs().max()
 
 
+@pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
+@pytest.mark.parametrize(("B", "K", "D"), SIZES)
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_error_in_fp32_at_every_level(level, B, K, D, monkeypatch):
+    """The kernels themselves: below AVX2 nobody is sent to them."""
+    monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
+    try:
+        cpu.native.cpu_level(level)
+    except ValueError:
+        pytest.skip(f"this processor has no {level}")
+    x, v, g = inputs(B, K, D)
+    grad = torch.randn(B, K) / K
+    exact = results(x.double(), v.double(), g.double(), grad, torch.float64)
+    logits, norms = cpu.normed_linear(x, v, g, FP32)
+    mine = [logits, *cpu.normed_linear_backward(grad, x, v, g, norms)]
+    w = WeightNormed(v, g).matrix()
+    made = cpu.prototype_linear(x, w)
+    torch.testing.assert_close(made.double(), x.double() @ w.double().t(), rtol=1e-5, atol=1e-6)
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
+    theirs = results(x, v, g, grad, FP32)
+    for want, got, other in zip(exact, mine, theirs, strict=True):
+        assert got.dtype == other.dtype == FP32 and got.shape == other.shape
+        error, allowed = (got.double() - want).norm(), (other.double() - want).norm()
+        assert error <= allowed * 1.5 + 5e-7 * want.norm()
+        assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @needs_products
 def test_gradients_of_the_prototypes_are_fp32(monkeypatch):
     """The library rounds the matrix's gradient to 16 bits before it comes to v."""
@@ -68,33 +100,33 @@ def test_gradients_of_the_prototypes_are_fp32(monkeypatch):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6 * want.abs().max())
 
 
-@needs_products
-def test_nan_and_infinity_stay_in_their_rows():
+@of_both
+def test_nan_and_infinity_stay_in_their_rows(dtype):
     x, v, g = inputs(5, 64, 32)
     x[1, 3], v[7, 2], v[9] = torch.nan, torch.inf, 0
-    logits, dx, dv, _ = results(x, v, g, torch.ones(5, 64), BF16)
+    logits, dx, dv, _ = results(x, v, g, torch.ones(5, 64), dtype)
     bad = torch.zeros(5, 64, dtype=torch.bool)
     bad[1], bad[:, [7, 9]] = True, True
     assert torch.equal(logits.isnan(), bad)
     assert dx.isnan().all()  # of all prototypes
     assert dv.isnan().all()  # of all images
     x[1, 3] = 0
-    dv = results(x, v, g, torch.ones(5, 64), BF16)[2]
+    dv = results(x, v, g, torch.ones(5, 64), dtype)[2]
     assert dv.isnan().any(1).nonzero().flatten().tolist() == [7, 9]
 
 
-@needs_products
-def test_bits_do_not_depend_on_threads_strides_or_defaults():
+@of_both
+def test_bits_do_not_depend_on_threads_strides_or_defaults(dtype):
     x, v, g = inputs(42, 4160, 64)
-    grad = torch.randn(4160, 42).bfloat16().t()  # transposed
+    grad = torch.randn(4160, 42).to(dtype).t()  # transposed
     before = torch.get_num_threads()
     found = []
     try:
         for threads, matrix in ((1, v), (2, v), (3, v.t().contiguous().t())):
             torch.set_num_threads(threads)
-            found.append(results(x, matrix, g, grad, BF16))
+            found.append(results(x, matrix, g, grad, dtype))
         torch.set_default_dtype(torch.float64)
-        found.append(results(x[:, None], v, g, grad[:, None], BF16))
+        found.append(results(x[:, None], v, g, grad[:, None], dtype))
     finally:
         torch.set_num_threads(before)
         torch.set_default_dtype(torch.float32)
@@ -102,37 +134,46 @@ def test_bits_do_not_depend_on_threads_strides_or_defaults():
         assert all(torch.equal(a, b.view_as(a)) for a, b in zip(found[0], other, strict=True))
     one = torch.ones(1, 1).expand(42, 4160)  # stride 0
     for a, b in zip(
-        results(x, v, g, one, BF16), results(x, v, g, one.contiguous(), BF16), strict=True
+        results(x, v, g, one, dtype), results(x, v, g, one.contiguous(), dtype), strict=True
     ):
         assert torch.equal(a, b)
 
 
-def test_it_checks_as_an_operator_compiles_and_refuses_a_second_derivative():
+@of_both
+def test_it_checks_as_an_operator_and_refuses_a_second_derivative(dtype):
+    x, v, g = (t.requires_grad_() for t in inputs(6, 64, 32))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_forward, (x, v, g, dtype), test_utils=tests)
+    grad, *plain = (t.detach() for t in (torch.randn(6, 64).to(dtype), x, v, g))
+    torch.library.opcheck(_backward, (grad, *plain, torch.rand(64)), test_utils=tests)
+    torch.library.opcheck(_product, (plain[0], plain[1].to(dtype)), test_utils=tests)
+    logits = prototype_linear(x, WeightNormed(v, g), dtype)
+    (first,) = torch.autograd.grad(logits.float().square().sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError, match="second"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_it_compiles(dtype):
     x, v, g = (t.requires_grad_() for t in inputs(6, 64, 32))
     normed = WeightNormed(v, g)
-    if cpu.bf16_why_not() is None:
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(_forward, (x, v, g), test_utils=tests)
-        grad, *plain = (t.detach() for t in (torch.randn(6, 64).bfloat16(), x, v, g))
-        torch.library.opcheck(_backward, (grad, *plain, torch.rand(64)), test_utils=tests)
-        torch.library.opcheck(_product, (plain[0], plain[1].bfloat16()), test_utils=tests)
-        (first,) = torch.autograd.grad(
-            prototype_linear(x, normed, BF16).float().square().sum(), v, create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="second"):
-            first.sum().backward()
     compiled = torch.compile(prototype_linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, normed, BF16), prototype_linear(x, normed, BF16))
-    w = v.detach().bfloat16()
+    mine = compiled(x, normed, dtype)
+    assert torch.equal(mine, prototype_linear(x, normed, dtype))
+    grad = torch.randn(6, 64).to(dtype)
+    found = torch.autograd.grad(mine, (x, v, g), grad)
+    for have, want in zip(found, results(x, v, g, grad, dtype)[1:], strict=True):
+        assert torch.equal(have, want)
+    w = v.detach().to(dtype)
     with torch.no_grad():
-        assert torch.equal(compiled(x, w, BF16), prototype_linear(x, w, BF16))
+        assert torch.equal(compiled(x, w, dtype), prototype_linear(x, w, dtype))
 
 
-@needs_products
-def test_only_gradients_that_are_needed():
+@of_both
+def test_only_gradients_that_are_needed(dtype):
     x, v, g = inputs(4, 32, 32)
     frozen = WeightNormed(v.requires_grad_(), g)  # g = 1, DINO's
-    prototype_linear(x, frozen, BF16).float().sum().backward()
+    prototype_linear(x, frozen, dtype).float().sum().backward()
     assert v.grad is not None and x.grad is None and g.grad is None
 
 
@@ -140,7 +181,7 @@ def test_what_the_library_does(monkeypatch):
     x, v, g = inputs(4, 96, 64)
     normed, w = WeightNormed(v, g), v.bfloat16()
     cases = [
-        ((x, normed, torch.float32), "not of torch.float32"),
+        ((x, normed, torch.float16), "not of torch.float16"),
         ((x[:0], normed, BF16), "takes rows"),
         ((x, WeightNormed(v[:95], g[:95]), BF16), "multiples of 32"),
         ((x[:, :63], WeightNormed(v[:, :63], g), BF16), "multiples of 32"),
@@ -166,6 +207,18 @@ def test_who_has_bf16_products_takes_them_unless_a_lower_level_is_forced(monkeyp
         for level, said in (("", "chosen"), ("v4", "chosen"), ("v3", "can run, but MOKD_FAST_CPU")):
             monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
             assert f"cpu: {said}" in explain("prototype_linear", x, weight, BF16)
+
+
+def test_fp32_without_avx2_is_the_librarys(monkeypatch):
+    x, v, g = inputs(4, 96, 64)
+    monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", "baseline")
+    found = explain("prototype_linear", x, WeightNormed(v, g), FP32)
+    if cpu.native is not None:
+        assert "cpu: can run, but without AVX2 its products of fp32 are slower" in found
+    monkeypatch.delenv("MOKD_FAST_CPU_LEVEL")
+    if cpu.fp32_why_not() is None:
+        assert "cpu: chosen" in explain("prototype_linear", x, WeightNormed(v, g), FP32)
+        assert "cpu: chosen" in explain("prototype_linear", x.repeat(32, 1), v, FP32)
 
 
 @needs_products

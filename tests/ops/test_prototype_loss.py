@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from mokd_fast.ops import (
     LinearTarget,
     Target,
+    WeightNormed,
+    cpu,
     cross_view_pairs,
     distill,
     explain,
@@ -100,6 +102,20 @@ def test_the_choice_and_its_reasons(monkeypatch):
         OP, *fp64
     )
     assert chosen(*fp64[:2], fp64[2][1:]) == "fused"
+
+
+@pytest.mark.skipif(cpu.fp32_why_not() is not None, reason="needs products of our own in fp32")
+def test_a_weight_norm_that_the_product_makes_is_stored_in_fp32(monkeypatch):
+    monkeypatch.setattr(MODULE, "KEEP_BYTES", 0)
+    h = torch.randn(T, B, 32)
+    for K, way in ((96, "fused"), (97, "fused-linear")):  # 97 rows are the library's
+        normed = WeightNormed(torch.randn(K, 32), torch.ones(K, 1))
+        rows = [LinearTarget(cross_view_pairs(T, V), h, torch.randn(K, 32))]
+        for weight, chosen_way in ((normed, way), (normed.matrix(), "fused-linear")):
+            args = torch.randn(V, B, 32), weight, rows
+            assert chosen(*args) == chosen_way
+            stored = "but storing was measured faster with a weight norm" in explain(OP, *args)
+            assert stored == (chosen_way == "fused")
 
 
 def test_the_memory_of_this_machine():

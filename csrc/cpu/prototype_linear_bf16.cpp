@@ -5,25 +5,16 @@
 // v is read once a pass; w, rounded to bf16, and dw, in fp32, are made a few rows at a time and stay in
 // the caches. All three products are one: instructions take pairs of neighbouring terms, a's by
 // broadcast and b's from panels of 32 columns. This file is compiled for AVX512-BF16 alone.
-#include "prototype_linear.h"
-
-#include <algorithm>
-#include <cmath>
-
+#include "normed.h"
 #include "pairs.h"
-#include "work.h"
 
 namespace mokd::cpu {
 namespace {
 
 constexpr int PANEL = 32;      // columns of a product at a time: two registers
 constexpr int HEIGHT = 12;     // rows of it at most: 24 sums
-constexpr int64_t CHUNK = 64;  // prototypes between two visits of dx's sums
-constexpr int64_t PART = 16;   // prototypes whose dw is there at a time
-// Parts of K that sum dx alone, so that bits do not depend on threads: as many, or what memory takes.
-constexpr int64_t SLABS = 32, MEMORY = 32 << 20;
 
-using Floats = Vec<float>;
+using Call = PrototypeLinear<uint16_t>;
 
 // c[i][:] = or += sum_p a(i, p) . b[p][:], the pair a(i, p) at a + i * row + p * term; in fp32.
 struct Product {
@@ -107,7 +98,7 @@ void normalised(const float* v, float scale, int64_t width, uint16_t* to) {
     store(to + k, bf16(_mm512_loadu_ps(v + k) * scale, _mm512_loadu_ps(v + k + 16) * scale));
 }
 
-void forward(const PrototypeLinear& c, uint16_t* logits) {
+void forward(const Call& c, uint16_t* logits) {
   const int64_t D = c.width, panel = D * PANEL * 2, rounded = 16 * D * 2, sums = c.rows * PANEL * 4;
   const int threads = c.threads > 1 ? c.threads : 1;
   const Buffer memory((panel + rounded + sums) * threads);
@@ -140,7 +131,7 @@ void forward(const PrototypeLinear& c, uint16_t* logits) {
 // Where a slab's pieces lie in a thread's memory.
 struct Room {
   int64_t pairs, two, grads, dw, bytes;
-  explicit Room(const PrototypeLinear& c)
+  explicit Room(const Call& c)
       : pairs(CHUNK * c.width * 2),
         two(2 * c.width * 2),
         grads((c.rows + 1) / 2 * CHUNK * 4),
@@ -148,36 +139,23 @@ struct Room {
         bytes(pairs + two + grads + dw) {}
 };
 
-// dv of some prototypes, from their dw.
-void unnormalise(const PrototypeLinear& c, int64_t first, const float* dw, float* for_v, float* for_g) {
-  const int64_t D = c.width;
-  for (int64_t k = first; k < first + PART; ++k, dw += D) {
-    const float *v = c.v + k * D, norm = c.norms[k], along = dot(dw, v, D) / norm;
-    for_g[k] = along;
-    const float scale = c.g[k] / norm, back = scale * along / norm;
-    for (int64_t d = 0; d < D; d += 16)
-      stream_vector(for_v + k * D + d, load<Floats>(dw + d) * scale - load<Floats>(v + d) * back);
-  }
-}
-
-void backward(const PrototypeLinear& c, const uint16_t* grad, float* for_x, float* for_v, float* for_g) {
+void backward(const Call& c, const uint16_t* grad, float* for_x, float* for_v, float* for_g) {
   const int64_t D = c.width, K = c.prototypes, panels = D / PANEL, terms = (c.rows + 1) / 2;
-  const int64_t most = std::max(int64_t(2), std::min(SLABS, MEMORY / (c.rows * D * 4)));
-  const int64_t slab = ((K + CHUNK - 1) / CHUNK + most - 1) / most * CHUNK, slabs = (K + slab - 1) / slab;
+  const Slabs slabs(c);
   const int threads = c.threads > 1 ? c.threads : 1;
   const Room room(c);
-  const Buffer memory(room.bytes * threads), x_pairs(terms * D * 4), parts(slabs * c.rows * D * 4);
+  const Buffer memory(room.bytes * threads), x_pairs(terms * D * 4), parts(slabs.count * c.rows * D * 4);
   Pair* xp = reinterpret_cast<Pair*>(x_pairs.get());
   paired(c.x, D, c.rows, D, [&](int64_t p, int64_t d) { return xp + (d / PANEL * terms + p) * PANEL + d % PANEL; });
-  parallel(c.threads, slabs, [&](int64_t item, int thread) {
+  parallel(c.threads, slabs.count, [&](int64_t item, int thread) {
     char* own = memory.get() + room.bytes * thread;
     Pair *b = reinterpret_cast<Pair*>(own), *gp = reinterpret_cast<Pair*>(own + room.pairs + room.two);
     uint16_t* two = reinterpret_cast<uint16_t*>(own + room.pairs);
     float* dw = reinterpret_cast<float*>(own + room.pairs + room.two + room.grads);
     float* dx = reinterpret_cast<float*>(parts.get()) + item * c.rows * D;
     std::memset(dx, 0, c.rows * D * 4);
-    const int64_t end = (item + 1) * slab < K ? (item + 1) * slab : K;
-    for (int64_t k0 = item * slab; k0 < end; k0 += CHUNK) {
+    const int64_t end = (item + 1) * slabs.size < K ? (item + 1) * slabs.size : K;
+    for (int64_t k0 = item * slabs.size; k0 < end; k0 += CHUNK) {
       const int64_t count = end - k0 < CHUNK ? end - k0 : CHUNK;
       for (int64_t k = 0; k < count; k += 2) {
         for (int i = 0; i < 2; ++i)
@@ -195,19 +173,12 @@ void backward(const PrototypeLinear& c, const uint16_t* grad, float* for_x, floa
     }
     stream_fence();
   });
-  const float* part = reinterpret_cast<const float*>(parts.get());
-  parallel(c.threads, c.rows, [&](int64_t i, int) {
-    for (int64_t d = i * D; d < (i + 1) * D; d += 16) {
-      Floats sum = load<Floats>(part + d);
-      for (int64_t s = 1; s < slabs; ++s) sum += load<Floats>(part + s * c.rows * D + d);
-      store(for_x + d, sum);
-    }
-  });
+  add_up(c, reinterpret_cast<const float*>(parts.get()), slabs.count, for_x);
 }
 
 }  // namespace
 
-extern const PrototypeLinearKernels prototype_linear_bf16;
-const PrototypeLinearKernels prototype_linear_bf16 = {forward, backward};
+extern const PrototypeLinearKernels<uint16_t> prototype_linear_kernels_bf16;
+const PrototypeLinearKernels<uint16_t> prototype_linear_kernels_bf16 = {forward, backward};
 
 }  // namespace mokd::cpu

@@ -253,13 +253,15 @@ void bind_prototype_linear(py::module_& m, const char* name) {
              py::gil_scoped_release unlocked;
              kernels.forward(c, pointer<I>(logits));
            })
-      .def("backward", [](const PrototypeLinear<I>& c, uintptr_t grad, uintptr_t for_x, uintptr_t for_v,
-                          uintptr_t for_g, const std::string& name) {
-        const auto& kernels = prototype_linear_kernels<I>(name);
-        py::gil_scoped_release unlocked;
-        kernels.backward(c, pointer<const I>(grad), pointer<float>(for_x), pointer<float>(for_v),
-                         pointer<float>(for_g));
-      });
+      .def("backward",  // found: the addresses of `Gradients`
+           [](const PrototypeLinear<I>& c, uintptr_t grad, const std::array<uintptr_t, 4>& found,
+              const std::string& name) {
+             const auto& kernels = prototype_linear_kernels<I>(name);
+             py::gil_scoped_release unlocked;
+             kernels.backward(c, pointer<const I>(grad),
+                              {pointer<float>(found[0]), pointer<float>(found[1]), pointer<float>(found[2]),
+                               pointer<float>(found[3])});
+           });
 }
 
 struct BatchNorm : mokd::cpu::BatchNorm {};  // a type of this module alone

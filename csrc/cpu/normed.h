@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "prototype_linear.h"
 #include "vector.h"
@@ -25,28 +27,37 @@ struct Slabs {
   }
 };
 
-// dv and dg of some prototypes, from their dw.
+// dv and dg of some prototypes, from their dw. The sum of dv's squares, which costs nothing here and a pass over
+// memory later.
 template <typename I>
-void unnormalise(const PrototypeLinear<I>& c, int64_t first, const float* dw, float* for_v, float* for_g) {
+double unnormalise(const PrototypeLinear<I>& c, int64_t first, const float* dw, const Gradients& to) {
   const int64_t D = c.width;
+  double squares = 0;
   for (int64_t k = first; k < first + PART; ++k, dw += D) {
     const float *v = c.v + k * D, norm = c.norms[k], along = dot(dw, v, D) / norm;
-    for_g[k] = along;
+    to.g[k] = along;
     const float scale = c.g[k] / norm, back = scale * along / norm;
-    for (int64_t d = 0; d < D; d += LANES<float>)
-      stream_vector(for_v + k * D + d, load<Vec<float>>(dw + d) * scale - load<Vec<float>>(v + d) * back);
+    Vec<float> sum = {};
+    for (int64_t d = 0; d < D; d += LANES<float>) {
+      const Vec<float> dv = load<Vec<float>>(dw + d) * scale - load<Vec<float>>(v + d) * back;
+      stream_vector(to.v + k * D + d, dv);
+      sum += dv * dv;
+    }
+    squares += reduce_add<float>(sum);
   }
+  return squares;
 }
 
-// dx [B, D] from the slabs' parts of it.
+// dx and the norm of dv from the slabs' parts of them.
 template <typename I>
-void add_up(const PrototypeLinear<I>& c, const float* parts, int64_t slabs, float* for_x) {
-  const int64_t D = c.width;
+void add_up(const PrototypeLinear<I>& c, const float* parts, const std::vector<double>& squares, const Gradients& to) {
+  const int64_t D = c.width, slabs = int64_t(squares.size());
+  *to.v_norm = float(std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)));
   parallel(c.threads, c.rows, [&](int64_t i, int) {
     for (int64_t d = i * D; d < (i + 1) * D; d += LANES<float>) {
       Vec<float> sum = load<Vec<float>>(parts + d);
       for (int64_t s = 1; s < slabs; ++s) sum += load<Vec<float>>(parts + s * c.rows * D + d);
-      store(for_x + d, sum);
+      store(to.x + d, sum);
     }
   });
 }

@@ -16,11 +16,16 @@ struct PrototypeLinear {
   int threads;
 };
 
+struct Gradients {
+  float *x, *v, *g;  // [B, D], [K, D], [K]
+  float* v_norm;     // [1]: the L2 norm of v's
+};
+
 template <typename I>
 struct PrototypeLinearKernels {
   void (*forward)(const PrototypeLinear<I>&, I* logits);  // [B, K]
-  // Of g v / |v|, from the logits' gradient [B, K]: for x [B, D], v [K, D] and g [K].
-  void (*backward)(const PrototypeLinear<I>&, const I* grad, float* for_x, float* for_v, float* for_g);
+  // Of g v / |v|, from the logits' gradient [B, K].
+  void (*backward)(const PrototypeLinear<I>&, const I* grad, const Gradients&);
 };
 
 // Null where the processor has no bf16 products (AVX512-BF16).

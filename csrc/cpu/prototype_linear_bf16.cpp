@@ -139,12 +139,13 @@ struct Room {
         bytes(pairs + two + grads + dw) {}
 };
 
-void backward(const Call& c, const uint16_t* grad, float* for_x, float* for_v, float* for_g) {
+void backward(const Call& c, const uint16_t* grad, const Gradients& to) {
   const int64_t D = c.width, K = c.prototypes, panels = D / PANEL, terms = (c.rows + 1) / 2;
   const Slabs slabs(c);
   const int threads = c.threads > 1 ? c.threads : 1;
   const Room room(c);
   const Buffer memory(room.bytes * threads), x_pairs(terms * D * 4), parts(slabs.count * c.rows * D * 4);
+  std::vector<double> squares(slabs.count);
   Pair* xp = reinterpret_cast<Pair*>(x_pairs.get());
   paired(c.x, D, c.rows, D, [&](int64_t p, int64_t d) { return xp + (d / PANEL * terms + p) * PANEL + d % PANEL; });
   parallel(c.threads, slabs.count, [&](int64_t item, int thread) {
@@ -168,12 +169,12 @@ void backward(const Call& c, const uint16_t* grad, float* for_x, float* for_v, f
       paired(grad + k0, K, c.rows, count, [&](int64_t p, int64_t k) { return gp + p * CHUNK + k; });
       for (int64_t k = 0; k < count; k += PART) {
         multiply<false>({reinterpret_cast<uint16_t*>(gp + k), 2, 2 * CHUNK, PART, terms, xp, dw, D}, panels);
-        unnormalise(c, k0 + k, dw, for_v, for_g);
+        squares[item] += unnormalise(c, k0 + k, dw, to);
       }
     }
     stream_fence();
   });
-  add_up(c, reinterpret_cast<const float*>(parts.get()), slabs.count, for_x);
+  add_up(c, reinterpret_cast<const float*>(parts.get()), squares, to);
 }
 
 }  // namespace

@@ -55,10 +55,11 @@ void forward(const Call& c, float* logits) {
   });
 }
 
-void backward(const Call& c, const float* grad, float* for_x, float* for_v, float* for_g) {
+void backward(const Call& c, const float* grad, const Gradients& to) {
   const int64_t D = c.width, K = c.prototypes, own = 2 * c.rows * CHUNK + PART * D;
   const Slabs slabs(c);
   const Buffer memory(own * 4 * (c.threads > 1 ? c.threads : 1)), parts(slabs.count * c.rows * D * 4);
+  std::vector<double> squares(slabs.count);
   parallel(c.threads, slabs.count, [&](int64_t item, int thread) {
     float* dz = reinterpret_cast<float*>(memory.get()) + thread * own;
     float *scaled = dz + c.rows * CHUNK, *dw = scaled + c.rows * CHUNK;
@@ -78,12 +79,12 @@ void backward(const Call& c, const float* grad, float* for_x, float* for_v, floa
       for (int64_t k = 0; k < count; k += PART) {
         fetch(c.v + (first + k + CHUNK) * D, PART * D);
         product<false, float, float>({dz + k, 1, CHUNK, PART, c.rows, c.x, D, dw, D}, D / L);
-        unnormalise(c, first + k, dw, for_v, for_g);
+        squares[item] += unnormalise(c, first + k, dw, to);
       }
     }
     stream_fence();
   });
-  add_up(c, reinterpret_cast<const float*>(parts.get()), slabs.count, for_x);
+  add_up(c, reinterpret_cast<const float*>(parts.get()), squares, to);
 }
 
 }  // namespace

@@ -100,6 +100,7 @@ class StepLosses(NamedTuple):
     teachers: dict[str, HeadRows]  # a head: mlp_1, t_1, mlp_2, t_2
     students: dict[str, Tensor]  # features [2, B, D] of the same views a head, detached
     teacher_features: list[Tensor]  # pooled [2B, C] a model
+    grad_norms: dict[Tensor, Tensor]  # after backward, of the parameters whose norm it has seen
 
 
 class Model(nn.Module):
@@ -232,13 +233,14 @@ class MOKD(nn.Module):
         groups = [views for views in (global_views, local_views) if views is not None]
         teachers: dict[str, HeadRows] = {}
         totals, terms, own, way = [], {}, {}, ""
+        seen: dict[Tensor, Tensor] = {}
         for i, student in enumerate(self.students):
             embedding: Embedding = student(*groups)
             if not teachers:
                 way = self.way(embedding.mlp)
                 teachers = self._rows(found, stored=way != "fused-linear")
             maps = found[1 - i] if len(found) == 2 else None
-            total, named = self._losses(i, embedding, teachers, maps, temperatures[i], way)
+            total, named = self._losses(i, embedding, teachers, maps, temperatures[i], way, seen)
             terms.update(named)
             for head in ("mlp", "t"):
                 if (rows := getattr(embedding, head)) is not None:
@@ -251,7 +253,7 @@ class MOKD(nn.Module):
             totals.append(total)
         means = {head: rows.mean() for head, rows in teachers.items()}
         pooled = [teacher.features.pooled for teacher in found]
-        return StepLosses(totals, terms, means, teachers, own, pooled)
+        return StepLosses(totals, terms, means, teachers, own, pooled, seen)
 
     def pack(self) -> list[int]:
         """Lets students take global and local crops in one pass where they are plain ViTs, their
@@ -306,6 +308,7 @@ class MOKD(nn.Module):
         maps: Embedding | None,
         taus: Temperatures,
         way: str,
+        seen: dict[Tensor, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of model i, one call a head. maps: of the other teacher's global views."""
         number, other, weight = i + 1, 2 - i, self.cross_weights[i]
@@ -319,7 +322,7 @@ class MOKD(nn.Module):
         targets = {f"self_mlp_{number}": centred(f"mlp_{number}", taus.self)}
         if maps is not None:
             targets[f"cross_{number}"] = centred(f"mlp_{other}", taus.cross, weight)
-        total, terms = self._loss(own.mlp, student.mlp_head.last_layer, targets, way)
+        total, terms = self._loss(own.mlp, student.mlp_head.last_layer.normed(seen), targets, way)
         if own.t is None:
             return total, terms
         assert student.t_head is not None
@@ -330,20 +333,20 @@ class MOKD(nn.Module):
             rows = teachers[f"t_{other}"].others(found)
             # No centre, as official.
             targets[f"search_{number}"] = rows.target(pairs, taus.search, weight=weight)
-        t_total, t_terms = self._loss(own.t, student.t_head.last_layer, targets, way)
+        t_total, t_terms = self._loss(own.t, student.t_head.last_layer.normed(seen), targets, way)
         return total + t_total, terms | t_terms
 
     def _loss(
         self,
         features: Tensor,
-        prototypes: Prototypes,
+        prototypes: WeightNormed,
         targets: dict[str, Target | LinearTarget],
         way: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All losses of one head: features [V, B, D] with every target."""
         total, terms = prototype_loss(
             features,
-            prototypes.normed(),
+            prototypes,
             list(targets.values()),
             temperature=self.student_temperature,
             backend=way,

@@ -34,9 +34,9 @@ class Prototypes(nn.Module):
         dtype = None if like is None else product_dtype(like)
         return self.normed().matrix(dtype)
 
-    def normed(self) -> WeightNormed:
-        """The same, not made yet: products may do without."""
-        return WeightNormed(self.weight_v, self.weight_g)
+    def normed(self, seen: dict[Tensor, Tensor] | None = None) -> WeightNormed:
+        """The same, not made yet: products may do without. `seen`: as of `WeightNormed`."""
+        return WeightNormed(self.weight_v, self.weight_g, seen)
 
     def forward(self, x: Tensor) -> Tensor:
         return prototype_linear(x, self.normed(), product_dtype(x))

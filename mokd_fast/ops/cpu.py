@@ -171,13 +171,16 @@ def normed_linear(x: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[
 
 def normed_linear_backward(
     grad: Tensor, x: Tensor, v: Tensor, g: Tensor, norms: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as `prototype_linear._backward`."""
-    for_x, for_v, for_g = (v.new_empty(t.shape) for t in (x, v, g))
+    found = for_x, for_v, for_g, norm = (
+        *(v.new_empty(t.shape) for t in (x, v, g)),
+        v.new_empty(()),
+    )
     grad = grad.contiguous()  # expanded gradients have stride 0
     call, _alive = _prototype_linear_call(grad.dtype, x, None, v, g, norms)
-    call.backward(grad.data_ptr(), *(t.data_ptr() for t in (for_x, for_v, for_g)), _level())
-    return for_x.to(x.dtype), for_v, for_g
+    call.backward(grad.data_ptr(), [t.data_ptr() for t in found], _level())
+    return for_x.to(x.dtype), for_v, for_g, norm
 
 
 def _prototype_linear_call(

@@ -1,7 +1,7 @@
 """Whole-model updates without a host read: EMA, the per-tensor gradient clip, taking back."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,13 +51,18 @@ def clip_grad_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> list
 
 
 @torch.no_grad()
-def grad_norms(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+def grad_norms(
+    parameters: Iterable[Tensor], known: Mapping[Tensor, Tensor] | None = None
+) -> dict[Tensor, Tensor]:
     """The L2 norm of each gradient there is, by its parameter: 0-d tensors on the device.
 
-    What `clip_grad_per_tensor_` returns, and what `update_` takes to clip by."""
+    What `clip_grad_per_tensor_` returns, and what `update_` takes to clip by. `known` are those
+    that are there already, of gradients that have not changed since."""
     given = [p for p in parameters if p.grad is not None]
-    norms = clip_grad_per_tensor_(given, math.inf)
-    return dict(zip(given, norms, strict=True))
+    found = {p: known[p] for p in given if p in known} if known else {}
+    rest = [p for p in given if p not in found]
+    found |= dict(zip(rest, clip_grad_per_tensor_(rest, math.inf), strict=True))
+    return {p: found[p] for p in given}
 
 
 def _clip(grads: list[Tensor], max_norm: float, norms: list[Tensor] | None = None) -> list[Tensor]:

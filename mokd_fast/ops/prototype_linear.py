@@ -77,17 +77,19 @@ def _(x, v, g, dtype):
 @torch.library.custom_op("mokd_fast::normed_linear_backward", mutates_args=())
 def _backward(
     grad: Tensor, x: Tensor, v: Tensor, g: Tensor, norms: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, v and g, and the L2 norm of v's."""
     return cpu.normed_linear_backward(grad, x, v, g, norms)
 
 
 @_backward.register_fake
 def _(grad, x, v, g, norms):
-    return x.new_empty(x.shape), v.new_empty(v.shape), g.new_empty(g.shape)
+    return x.new_empty(x.shape), v.new_empty(v.shape), g.new_empty(g.shape), v.new_empty(())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.others = inputs[3:]  # the dtype and, of `_eager`, `WeightNormed.seen`
     ctx.mark_non_differentiable(output[1])
 
 
@@ -96,10 +98,19 @@ def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return *(t if n else None for t, n in zip(found, ctx.needs_input_grad[:3], strict=True)), None
+    *given, norm = found
+    for seen in ctx.others[1:]:
+        if seen is not None:
+            seen[ctx.saved_tensors[1]] = norm
+    needed = zip(given, ctx.needs_input_grad[:3], strict=True)
+    return *(t if n else None for t, n in needed), *[None for _ in ctx.others]
 
 
-_KERNELS = cpu.normed_linear, cpu.normed_linear_backward
+def _kernel(x: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype, seen: Any) -> Any:
+    return cpu.normed_linear(x, v, g, dtype)
+
+
+_KERNELS = _kernel, cpu.normed_linear_backward
 _eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _gradients)
 
 
@@ -108,10 +119,12 @@ def _cpu(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor
         return _reference(x, weight, dtype)
     if isinstance(weight, WeightNormed):
         x, v, g = (t.resolve_neg() for t in (x, weight.v, weight.g))
-        run: Any = _forward
-        if distill.plain((x, v, g)):
-            run = _eager if differentiable((x, v, g)) else cpu.normed_linear
-        logits: Tensor = run(x, v, g, dtype)[0]
+        if not distill.plain((x, v, g)):
+            logits: Tensor = _forward(x, v, g, dtype)[0]
+        elif differentiable((x, v, g)):
+            logits, _ = _eager(x, v, g, dtype, weight.seen)
+        else:
+            logits, _ = cpu.normed_linear(x, v, g, dtype)
         return logits
     x, w = x.resolve_neg(), weight.to(dtype).resolve_neg()
     found: Tensor = (cpu.prototype_linear if distill.plain((x, w)) else _product)(x, w)

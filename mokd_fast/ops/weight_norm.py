@@ -50,10 +50,15 @@ def _check(v: Tensor, g: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WeightNormed:
-    """The prototypes g * v / |v| of `weight_norm` [K, D], which are not made yet; its errors."""
+    """The prototypes g * v / |v| of `weight_norm` [K, D], which are not made yet; its errors.
+
+    Args:
+        seen: where a backward pass that makes the gradient of v in one go leaves its L2 norm, by v.
+    """
 
     v: Tensor
     g: Tensor
+    seen: dict[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         _check(self.v, self.g)

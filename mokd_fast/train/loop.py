@@ -340,10 +340,13 @@ class Trainer:
                 if isinstance(mean, LinearLogits):
                     mean, prototypes[head] = mean
                 accumulate(means, {head: mean}, parts)
+            # Where they are of the whole gradient, as it will be clipped.
+            whole = parts == 1 and self.network is self.mokd and not self.scalers
+            known = out.grad_norms if whole else None
             del out  # or the teachers' logits would live on into the next micro-batch
         losses = self.world.mean(losses)
         skip = ~torch.stack(list(losses.values())).isfinite().all()
-        skip = self._update(kind, skip, momentum)
+        skip = self._update(kind, skip, momentum, known)
         logits = {h: LinearLogits(m, prototypes[h]) if prototypes else m for h, m in means.items()}
         self.mokd.centers.update(logits, skip=skip)
         self.statistics.restore_(skip)
@@ -375,13 +378,19 @@ class Trainer:
     def _scaled(self, i: int, x: Tensor) -> Tensor:
         return self.scalers[i].scale(x) if self.scalers else x
 
-    def _update(self, kind: Kind, skip: Tensor, momentum: Tensor) -> Tensor:
+    def _update(
+        self,
+        kind: Kind,
+        skip: Tensor,
+        momentum: Tensor,
+        known: dict[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Clip, freeze, optimizers and EMA; whether to skip the step, with the gradients seen."""
         overflows, clips = [], []
         for i, (config, ema) in enumerate(zip(self.recipe.models, self.emas, strict=True)):
             if self.scalers:
                 self.scalers[i].unscale_(self.optimizers[i].torch)
-            norms = grad_norms(ema.student)
+            norms = grad_norms(ema.student, known)
             clips.append(Clip(norms, config.clip) if config.clip else None)
             overflow = ~torch.stack(list(norms.values())).isfinite().all()
             overflows.append(overflow)

@@ -281,13 +281,46 @@ def test_no_logits_in_a_whole_step(way):
 def test_prototypes_are_normalised_once_a_head(way, monkeypatch):
     """Two students and two teachers with two heads each; official: at every pass, 14 times."""
     calls, normed = [], Prototypes.normed
-    monkeypatch.setattr(Prototypes, "normed", lambda head: calls.append(head) or normed(head))
+    monkeypatch.setattr(
+        Prototypes, "normed", lambda head, *seen: calls.append(head) or normed(head, *seen)
+    )
     mokd = build(small("x", f"loss.prototypes={way}")).train()
     out = mokd(*views(), TAUS)
     torch.stack(out.totals).sum().backward()
     mokd.centers.update(out.center_means)
     mokd.centers.wait()
     assert len(calls) == len(set(calls)) == 8
+
+
+def own_products(*overrides: str):
+    """A pair whose heads have widths that the CPU's own products of prototypes take."""
+    head = {**CNN["mlp_head"], "bottleneck": 32}
+    models = [{**one, "mlp_head": {**one["mlp_head"], **head}} for one in (CNN, VIT)]
+    t_head = {"dim": 64, "depth": 1, "heads": 4}
+    return small("x", "prototypes=160", *overrides, models=models, t_head=t_head)
+
+
+@pytest.mark.skipif(cpu.fp32_why_not() is not None, reason="needs products of our own in fp32")
+@pytest.mark.parametrize("way", ["fused", "fused-linear"])
+def test_products_of_our_own_change_no_loss_gradient_or_centre(way, monkeypatch):
+    found = []
+    for level in ("", "baseline"):  # which leaves them to PyTorch
+        monkeypatch.setenv("MOKD_FAST_CPU_LEVEL", level)
+        torch.manual_seed(3)
+        mokd = build(own_products(f"loss.prototypes={way}")).train()
+        out = mokd(*views(), TAUS)
+        torch.stack(out.totals).sum().backward()
+        assert len(out.grad_norms) == (4 if way == "fused" and not level else 0)
+        for v, norm in out.grad_norms.items():
+            torch.testing.assert_close(norm, v.grad.norm(), rtol=1e-5, atol=0)
+        mokd.centers.update(out.center_means)
+        grads = [p.grad for p in mokd.parameters() if p.grad is not None]
+        found.append([*out.terms.values(), *mokd.centers.state_dict().values(), *grads])
+    for have, want in zip(*found, strict=True):
+        # A bias before a BatchNorm has a gradient of nothing but rounding.
+        torch.testing.assert_close(
+            have, want, rtol=1e-3, atol=1e-5 * want.abs().max().item() + 1e-6
+        )
 
 
 def test_lambda_scales_the_total_and_not_the_terms():

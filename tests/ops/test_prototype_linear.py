@@ -75,7 +75,9 @@ def test_error_in_fp32_at_every_level(level, B, K, D, monkeypatch):
     grad = torch.randn(B, K) / K
     exact = results(x.double(), v.double(), g.double(), grad, torch.float64)
     logits, norms = cpu.normed_linear(x, v, g, FP32)
-    mine = [logits, *cpu.normed_linear_backward(grad, x, v, g, norms)]
+    *found, norm = cpu.normed_linear_backward(grad, x, v, g, norms)
+    mine = [logits, *found]
+    torch.testing.assert_close(norm, mine[2].double().norm().float(), rtol=1e-6, atol=0)
     w = WeightNormed(v, g).matrix()
     made = cpu.prototype_linear(x, w)
     torch.testing.assert_close(made.double(), x.double() @ w.double().t(), rtol=1e-5, atol=1e-6)
@@ -167,6 +169,18 @@ def test_it_compiles(dtype):
     w = v.detach().to(dtype)
     with torch.no_grad():
         assert torch.equal(compiled(x, w, dtype), prototype_linear(x, w, dtype))
+
+
+@of_both
+def test_the_norm_of_the_prototypes_gradient_is_left_where_it_was_asked_for(dtype):
+    x, v, g = inputs(40, 640, 64)
+    v.requires_grad_()
+    seen: dict[Tensor, Tensor] = {}
+    logits = prototype_linear(x, WeightNormed(v, g, seen), dtype)
+    assert not seen
+    logits.backward(torch.randn(40, 640).to(dtype))
+    assert list(seen) == [v]
+    torch.testing.assert_close(seen[v], v.grad.double().norm().float(), rtol=1e-6, atol=0)
 
 
 @of_both

@@ -475,6 +475,10 @@ def test_norms_are_those_of_the_clip():
     torch.testing.assert_close(norms[params[0]], torch.tensor(math.sqrt(3)))
     assert norms[params[2]].isnan() and params[0].grad.tolist() == [1, 1, 1]
     assert grad_norms(params[1:2]) == {}
+    known = {p: torch.tensor(7.0) for p in params[:2]}  # the second has no gradient
+    found = grad_norms(params, known)
+    assert list(found) == [params[0], params[2]]
+    assert found[params[0]] is known[params[0]] and found[params[2]].isnan()
     Clip(norms, 1.0).apply()
     torch.testing.assert_close(params[0].grad, torch.ones(3) / math.sqrt(3), rtol=1e-5, atol=0)
     Clip({}, 1.0).apply()

@@ -31,7 +31,7 @@ def found(logits, features, center=None, student=None):
         centers.mlp_1 = center
     terms = {"self_mlp_1": torch.tensor(4.0)}
     teacher = {"mlp_1": teacher_rows(logits)}
-    out = StepLosses([], terms, {}, teacher, {"mlp_1": student}, [features])
+    out = StepLosses([], terms, {}, teacher, {"mlp_1": student}, [features], {})
     mokd = SimpleNamespace(
         centers=centers, student_temperature=0.1, student_prototypes=lambda head: torch.eye(K)
     )

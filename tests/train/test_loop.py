@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mokd_fast
 from mokd_fast.nn.fast import Conv2d, Linear
+from mokd_fast.ops import cpu, grad_norms
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.recipe import load_recipe
@@ -378,6 +379,35 @@ def test_a_step_is_made_the_fast_way(data, tmp_path, precision, fast):
         )
     trainer.step(0, trainer.loader.batches(0))
     assert order == ["forward 1", "backward 1", "forward 2", "backward 2"]
+
+
+@pytest.mark.skipif(cpu.fp32_why_not() is not None, reason="needs products of our own in fp32")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_norm_that_backward_has_seen_is_of_the_whole_gradient(
+    data, tmp_path, monkeypatch, accumulate
+):
+    recipe = small(
+        data,
+        f"train.accumulate={accumulate}",
+        models=[model("mokd_vit_tiny", mlp_head={**HEAD, "bottleneck": 32, "batch_norm": False})],
+        t_head=None,
+    )
+    trainer = Trainer(recipe, tmp_path / "run", silent())
+    trainer.mokd.train()
+    known = []
+
+    def looked_at(parameters, seen):
+        parameters = list(parameters)
+        known.append(dict(seen or {}))
+        for parameter, norm in known[-1].items():
+            torch.testing.assert_close(norm, parameter.grad.norm(), rtol=1e-5, atol=0)
+        return grad_norms(parameters, seen)
+
+    monkeypatch.setattr("mokd_fast.train.loop.grad_norms", looked_at)
+    batches = trainer.loader.batches(0)
+    for k in range(2):
+        trainer.step(k, batches)
+    assert [len(seen) for seen in known] == ([1, 1] if accumulate == 1 else [0, 0])
 
 
 def test_a_resume_in_another_precision_is_said(data, tmp_path, monkeypatch):

@@ -23,13 +23,11 @@ from mokd_fast.train.loop import Trainer
 PROTOTYPES, LOSSES, BACKWARD = "prototype layers", "losses", "backward of networks"
 NETWORKS = ("teachers", "students", BACKWARD)
 # Products and weight norms, wherever they are in a loss, are its prototype layer's.
-_OWN = ("prototype_linear", "weight_norm")
 PRODUCTS = {
     *(f"aten::{name}" for name in ("linear", "mm", "addmm", "matmul", "_weight_norm")),
     "aten::_weight_norm_interface_backward",
     "mkldnn::_linear_pointwise",
-    *_OWN,
-    *(f"{name}Backward" for name in _OWN),
+    *("weight_norm", "weight_normBackward", "prototype_linearBackward"),
 }
 PREFIX, WHOLE = "part: ", "part: other"
 NODE = "autograd::engine::evaluate_function"
@@ -67,7 +65,7 @@ def parts_of(step: Trainer | OfficialStep) -> list[tuple[Any, str, str]]:
         (mokd, "_search", "teachers"),
         *((m, "matrix", PROTOTYPES) for m in mokd.modules() if isinstance(m, Prototypes)),
         (mokd, "_rows", PROTOTYPES),
-        # Without a gradient they are no events of a profile.
+        # Forward; without a gradient they are no events of a profile.
         *((cpu, name, PROTOTYPES) for name in ("prototype_linear", "normed_linear")),
         (mokd, "_losses", LOSSES),
         (our_module, "grad_norms", "clip"),

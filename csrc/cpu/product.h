@@ -1,5 +1,5 @@
-// A matrix product whose left side has any strides and whose right side is whole vectors: all that the
-// attention of search.cpp and attention.cpp is made of. Sums stay in registers.
+// A matrix product whose left side has any strides and whose right side is whole vectors: what the attention
+// of search.cpp and attention.cpp and the prototypes of fp32 are made of. Sums stay in registers.
 #pragma once
 #include "vector.h"
 

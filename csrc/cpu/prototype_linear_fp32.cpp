@@ -13,7 +13,8 @@ namespace {
 
 using Call = PrototypeLinear<float>;
 
-constexpr int ROWS = 6;  // of a product at a time
+constexpr int ROWS = 6;         // of a product at a time
+constexpr int64_t TERMS = 256;  // of one sum: in a longer chain of additions digits get lost
 constexpr int L = LANES<float>;
 
 // Into the caches, while something else is worked on.
@@ -27,20 +28,41 @@ void transpose(const Call& c, int64_t columns, float* to) {
     for (int64_t i = 0; i < columns; ++i) to[d * columns + i] = i < c.rows ? c.x[i * c.width + d] : 0;
 }
 
+// c = a b, TERMS at a time; `part` has room for c.
+void multiply(Product<float> p, int64_t vectors, float* part) {
+  const int64_t terms = p.terms;
+  for (int64_t j = 0; j < terms; j += TERMS, p.a += TERMS * p.term, p.b += TERMS * p.b_step) {
+    p.terms = terms - j < TERMS ? terms - j : TERMS;
+    if (!j) {
+      product<false>(p, vectors);
+      continue;
+    }
+    Product<float> next = p;
+    next.c = part;
+    product<false>(next, vectors);
+    for (int64_t i = 0; i < p.rows; ++i)
+      for (int64_t k = 0; k < vectors * L; k += L) {
+        float* sum = p.c + i * p.c_step + k;
+        store(sum, load<Vec<float>>(sum) + load<Vec<float>>(part + i * p.c_step + k));
+      }
+  }
+}
+
 void forward(const Call& c, float* logits) {
   const int64_t D = c.width, K = c.prototypes, columns = (c.rows + L - 1) / L * L;
-  const Buffer turned(D * columns * 4), memory(CHUNK * columns * 4 * (c.threads > 1 ? c.threads : 1));
+  const int64_t own = (CHUNK + ROWS) * columns;
+  const Buffer turned(D * columns * 4), memory(own * 4 * (c.threads > 1 ? c.threads : 1));
   float* x = reinterpret_cast<float*>(turned.get());
   transpose(c, columns, x);
   parallel(c.threads, (K + CHUNK - 1) / CHUNK, [&](int64_t item, int thread) {
-    float* z = reinterpret_cast<float*>(memory.get()) + thread * CHUNK * columns;
+    float* z = reinterpret_cast<float*>(memory.get()) + thread * own;
     const int64_t first = item * CHUNK, count = K - first < CHUNK ? K - first : CHUNK;
     const float* from = (c.w ? c.w : c.v) + first * D;
     float scale[CHUNK];
     for (int64_t k = 0; k < count; k += ROWS) {
       const int64_t rows = count - k < ROWS ? count - k : ROWS;
       fetch(from + (k + CHUNK) * D, rows * D);
-      product<false, float, float>({from + k * D, D, 1, rows, D, x, columns, z + k * columns, columns}, columns / L);
+      multiply({from + k * D, D, 1, rows, D, x, columns, z + k * columns, columns}, columns / L, z + CHUNK * columns);
       for (int64_t j = k; j < k + rows; ++j) {
         if (c.w) {
           scale[j] = 1;
@@ -56,7 +78,7 @@ void forward(const Call& c, float* logits) {
 }
 
 void backward(const Call& c, const float* grad, const Gradients& to) {
-  const int64_t D = c.width, K = c.prototypes, own = 2 * c.rows * CHUNK + PART * D;
+  const int64_t D = c.width, K = c.prototypes, own = 2 * (c.rows * CHUNK + PART * D);
   const Slabs slabs(c);
   const Buffer memory(own * 4 * (c.threads > 1 ? c.threads : 1)), parts(slabs.count * c.rows * D * 4);
   std::vector<double> squares(slabs.count);
@@ -78,7 +100,7 @@ void backward(const Call& c, const float* grad, const Gradients& to) {
       product<true, float, float>({scaled, CHUNK, 1, c.rows, count, c.v + first * D, D, dx, D}, D / L);
       for (int64_t k = 0; k < count; k += PART) {
         fetch(c.v + (first + k + CHUNK) * D, PART * D);
-        product<false, float, float>({dz + k, 1, CHUNK, PART, c.rows, c.x, D, dw, D}, D / L);
+        multiply({dz + k, 1, CHUNK, PART, c.rows, c.x, D, dw, D}, D / L, dw + PART * D);
         squares[item] += unnormalise(c, first + k, dw, to);
       }
     }

@@ -28,7 +28,7 @@ from ..ops.center import LinearLogits
 from ..ops.dispatch import pick
 from ..ops.distill import Pairs
 from ..ops.linear_distill import product_dtype
-from ..ops.prototype_linear import library_product, prototype_linear
+from ..ops.prototype_linear import needs_no_matrix, prototype_linear
 from ..ops.prototype_loss import OP
 from ..ops.update import Ema
 from ..ops.weight_norm import WeightNormed
@@ -78,7 +78,8 @@ class HeadRows(NamedTuple):
         return LinearTarget(pairs, self.features, self.prototypes, temperature, center, weight)
 
     def mean(self) -> Tensor | LinearLogits:
-        """Of the logits [K], for the centre: made from the features' [D] where none are stored."""
+        """Of the logits [K], for the centre. Where none are stored, that of the features [D] and
+        what makes it of them: D numbers go to the other processes then, not K."""
         if self.logits is not None:
             return column_mean(self.logits)
         assert isinstance(self.prototypes, Tensor)
@@ -238,7 +239,7 @@ class MOKD(nn.Module):
             embedding: Embedding = student(*groups)
             if not teachers:
                 way = self.way(embedding.mlp)
-                teachers = self._rows(found, stored=way != "fused-linear")
+                teachers = self._rows(found, way)
             maps = found[1 - i] if len(found) == 2 else None
             total, named = self._losses(i, embedding, teachers, maps, temperatures[i], way, seen)
             terms.update(named)
@@ -287,17 +288,17 @@ class MOKD(nn.Module):
         return len(self.teachers) == 2 and isinstance(head, THead) and head.mode == "cross"
 
     @torch.no_grad()
-    def _rows(self, found: list[Embedding], *, stored: bool) -> dict[str, HeadRows]:
+    def _rows(self, found: list[Embedding], way: str) -> dict[str, HeadRows]:
         rows = {}
         for i, (teacher, embedding) in enumerate(zip(self.teachers, found, strict=True), start=1):
             for head in ("mlp", "t"):
                 if (features := getattr(embedding, head)) is not None:
                     normed, dtype = _prototypes(teacher, head).normed(), product_dtype(features)
-                    made: Tensor | WeightNormed = normed
-                    if not stored or library_product(features, normed, dtype):
-                        made = normed.matrix(dtype)  # others multiply without it
-                    logits = prototype_linear(features, made, dtype) if stored else None
-                    rows[f"{head}_{i}"] = HeadRows(features, made, logits)
+                    unmade = way == "fused" and needs_no_matrix(features, normed, dtype)
+                    prototypes = normed if unmade else normed.matrix(dtype)
+                    stored = way != "fused-linear"
+                    logits = prototype_linear(features, prototypes, dtype) if stored else None
+                    rows[f"{head}_{i}"] = HeadRows(features, prototypes, logits)
         return rows
 
     def _losses(

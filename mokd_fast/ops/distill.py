@@ -242,6 +242,7 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _backward(grad, *_saved(ctx)), *[None] * 7
         *arguments, backend = _saved(ctx)
+        grad = grad.resolve_neg()
         return _kernels(backend).distill_backward(grad, *arguments), *[None] * 7
 
 

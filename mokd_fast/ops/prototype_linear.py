@@ -115,7 +115,7 @@ _eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _
 
 
 def _cpu(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> Tensor:
-    if library_product(x, weight, dtype):
+    if _library(x, weight, dtype):
         return _reference(x, weight, dtype)
     if isinstance(weight, WeightNormed):
         x, v, g = (t.resolve_neg() for t in (x, weight.v, weight.g))
@@ -135,7 +135,7 @@ def _cpu_why_not(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -
     return distill.transformed(x, *_tensors(weight)) or cpu.why_not(x, _tensors(weight))
 
 
-def library_product(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> str | None:
+def _library(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> str | None:
     """Why the product is PyTorch's on the CPU as well, or None."""
     normed, tensors = isinstance(weight, WeightNormed), _tensors(weight)
     K, D = tensors[0].shape
@@ -153,6 +153,12 @@ def library_product(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype
     return lacking and f"but {lacking}"
 
 
+def needs_no_matrix(x: Tensor, weight: WeightNormed, dtype: torch.dtype) -> bool:
+    """Whether the product runs on prototypes that are not made."""
+    chosen = pick(OP, x, weight, dtype).name
+    return chosen == "cpu" and not _library(x, weight, dtype)
+
+
 def _tensors(weight: Tensor | WeightNormed) -> list[Tensor]:
     return [weight.v, weight.g] if isinstance(weight, WeightNormed) else [weight]
 
@@ -163,5 +169,5 @@ def _reference(x: Tensor, weight: Tensor | WeightNormed, dtype: torch.dtype) -> 
         return F.linear(x.to(dtype), matrix)
 
 
-register(OP, "cpu", _cpu, _cpu_why_not, avoid=library_product)
+register(OP, "cpu", _cpu, _cpu_why_not, avoid=_library)
 register(OP, "reference", _reference)

@@ -23,7 +23,7 @@ from .linear_distill import (
     linear_distill_cross_entropy,
     product_dtype,
 )
-from .prototype_linear import library_product, prototype_linear
+from .prototype_linear import needs_no_matrix, prototype_linear
 from .weight_norm import WeightNormed
 
 OP = "prototype_loss"
@@ -122,8 +122,9 @@ def _smaller(
 
 def _own_product(features: Tensor, weight: Tensor | WeightNormed) -> bool:
     """Whether a CPU multiplies prototypes in fp32 without making their matrix."""
-    made = not isinstance(weight, WeightNormed)
-    return not (made or library_product(features, weight, torch.float32))
+    if not isinstance(weight, WeightNormed):
+        return False
+    return needs_no_matrix(features, weight, torch.float32)
 
 
 def _gib(size: int) -> str:

@@ -1,6 +1,7 @@
 """What is easy to get wrong in the method, one test a line of the design."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.baseline.official import SearchLoss
 from mokd_fast import UserError
-from mokd_fast.nn import Prototypes, Temperatures
+from mokd_fast.nn import Temperatures
 from mokd_fast.nn.build import NetworkConfig, THeadConfig, build_mokd
 from mokd_fast.nn.heads import THead
 from mokd_fast.ops import cpu
@@ -277,27 +278,29 @@ def test_no_logits_in_a_whole_step(way):
     assert (wide.rows > 0) == (way == "fused")
 
 
-@pytest.mark.parametrize("way", ["fused-linear", "fused", "reference"])
-def test_prototypes_are_normalised_once_a_head(way, monkeypatch):
-    """Two students and two teachers with two heads each; official: at every pass, 14 times."""
-    calls, normed = [], Prototypes.normed
-    monkeypatch.setattr(
-        Prototypes, "normed", lambda head, *seen: calls.append(head) or normed(head, *seen)
-    )
-    mokd = build(small("x", f"loss.prototypes={way}")).train()
-    out = mokd(*views(), TAUS)
-    torch.stack(out.totals).sum().backward()
-    mokd.centers.update(out.center_means)
-    mokd.centers.wait()
-    assert len(calls) == len(set(calls)) == 8
-
-
 def own_products(*overrides: str):
     """A pair whose heads have widths that the CPU's own products of prototypes take."""
     head = {**CNN["mlp_head"], "bottleneck": 32}
     models = [{**one, "mlp_head": {**one["mlp_head"], **head}} for one in (CNN, VIT)]
     t_head = {"dim": 64, "depth": 1, "heads": 4}
     return small("x", "prototypes=160", *overrides, models=models, t_head=t_head)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("way", ["fused-linear", "fused", "reference"])
+def test_prototypes_are_normalised_once_a_head_or_not_at_all(way, own, monkeypatch):
+    """Two students and two teachers with two heads each; official: at every pass, 14 times."""
+    override, calls = f"loss.prototypes={way}", []
+    module = sys.modules["mokd_fast.ops.weight_norm"]  # mokd_fast.ops has the function of that name
+    made = module.weight_norm
+    monkeypatch.setattr(module, "weight_norm", lambda *a: calls.append(a[0]) or made(*a))
+    mokd = build(own_products(override) if own else small("x", override)).train()
+    out = mokd(*views(), TAUS)
+    torch.stack(out.totals).sum().backward()
+    mokd.centers.update(out.center_means)
+    mokd.centers.wait()
+    unmade = own and way == "fused" and cpu.fp32_why_not() is None
+    assert len(calls) == len(set(calls)) == (0 if unmade else 8)
 
 
 @pytest.mark.skipif(cpu.fp32_why_not() is not None, reason="needs products of our own in fp32")

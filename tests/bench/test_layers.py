@@ -25,7 +25,7 @@ def test_rows_have_both_ways(tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert [row["dtype"] for row in rows] == [
         *("fp32", "fp32", "bf16", "bf16"),  # a convolution and a norm each
-        *("fp32", *["bf16"] * 10, *["fp32"] * 3),
+        *("fp32", *["bf16"] * 6, *["fp32"] * 3, *["bf16"] * 4, *["fp32"] * 3),
     ]
     said = capsys.readouterr().out
     for row in rows:

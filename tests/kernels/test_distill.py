@@ -1,14 +1,9 @@
-"""The Triton distill_cross_entropy: its values, and without a GPU what it compiles to.
+"""What the Triton distill_cross_entropy compiles to, without a GPU."""
 
-The values are in `distill_values.py`, those in chunks in `linear_distill_values.py`.
-"""
-
-import os
 import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -22,37 +17,6 @@ from mokd_fast.kernels import configs
 from mokd_fast.kernels import distill as kernels
 
 from .aot import compile_only, resources
-
-VALUES = ["distill_values.py", "linear_distill_values.py"]
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values(name):
-    run_values(name, "interpreter", "not slow")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VALUES[1:])
-def test_values_that_take_long(name):
-    run_values(name, "interpreter", "slow")
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values_on_a_gpu(name):
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
-    run_values(name, "cuda", "")
-
-
-def run_values(name: str, device: str, marked: str) -> None:
-    """A file of values in a process of its own, for Triton looks at its environment once."""
-    values = Path(__file__).with_name(name)
-    interpreted = "01"[device == "interpreter"]
-    environment = {"TRITON_INTERPRET": interpreted, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked]
-    environment = {**os.environ, **environment}
-    ended = subprocess.run([*command, str(values)], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr
 
 
 def compiled(capability, dtype, counts, shape=(10, 2, 65536), weight=1.0, variant=False):

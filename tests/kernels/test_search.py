@@ -1,4 +1,4 @@
-"""The Triton feature search: its values (search_values.py), and what it compiles to for a GPU."""
+"""What the Triton feature search compiles to for a GPU."""
 
 import pytest
 import torch
@@ -8,22 +8,7 @@ pytest.importorskip("triton")
 from mokd_fast.kernels import search as kernels
 
 from .aot import compile_only, resources
-from .test_distill import narrow_offsets, run_values
-
-
-def test_values():
-    run_values("search_values.py", "interpreter", "not slow")
-
-
-@pytest.mark.slow
-def test_values_that_take_long():
-    run_values("search_values.py", "interpreter", "slow")
-
-
-def test_values_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
-    run_values("search_values.py", "cuda", "")
+from .test_distill import narrow_offsets
 
 
 def compiled(capability, dtype, d, queries=24, tokens=196):

@@ -1,5 +1,5 @@
 """Values of linear_distill_cross_entropy by the Triton kernels against float64: the tests of all
-backends, for the types that it takes. `test_values.py` runs this file as `distill_values.py`."""
+backends, for the types that it takes. `test_triton.py` runs this file as `distill_values.py`."""
 
 import pytest
 import torch

@@ -270,8 +270,7 @@ class MOKD(nn.Module):
 
     def example(self, features: Tensor) -> tuple[Tensor, WeightNormed, list[LinearTarget]]:
         """Arguments of a `prototype_loss` like this one's; no numbers are read."""
-        layer = self.students[0].mlp_head.last_layer  # type: ignore[union-attr]
-        normed = WeightNormed(layer.weight_v, layer.weight_g)  # type: ignore[union-attr, arg-type]
+        normed = _prototypes(self.students[0], "mlp").normed()
         pairs = cross_view_pairs(GLOBALS, len(features))
         rows = LinearTarget(pairs, features[:GLOBALS], normed.v)
         return features, normed, [rows] * len(self.students)

@@ -81,11 +81,11 @@ def add_norm_(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @operator(
-    torch.randn(6, 32).to(BF16),
-    torch.randn(64, 32).to(BF16),
+    torch.randn(1024, 64).to(BF16),  # fewer rows are PyTorch's
+    torch.randn(256, 64).to(BF16) / 8,
+    torch.randn(256).to(BF16),
+    torch.randn(64, 256).to(BF16) / 16,
     torch.randn(64).to(BF16),
-    torch.randn(32, 64).to(BF16),
-    torch.randn(32).to(BF16),
 )
 def mlp_(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return mlp(x, (w1, b1), (w2, b2))

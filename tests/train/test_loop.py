@@ -382,9 +382,9 @@ def test_a_step_is_made_the_fast_way(data, tmp_path, precision, fast):
 
 
 @pytest.mark.skipif(cpu.fp32_why_not() is not None, reason="needs products of our own in fp32")
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "shared"), [(1, False), (2, False), (1, True)])
 def test_a_norm_that_backward_has_seen_is_of_the_whole_gradient(
-    data, tmp_path, monkeypatch, accumulate
+    data, tmp_path, monkeypatch, accumulate, shared
 ):
     recipe = small(
         data,
@@ -394,6 +394,8 @@ def test_a_norm_that_backward_has_seen_is_of_the_whole_gradient(
     )
     trainer = Trainer(recipe, tmp_path / "run", silent())
     trainer.mokd.train()
+    if shared:  # as DistributedDataParallel stands before the networks
+        trainer.network = lambda *args: trainer.mokd(*args)
     known = []
 
     def looked_at(parameters, seen):
@@ -407,7 +409,7 @@ def test_a_norm_that_backward_has_seen_is_of_the_whole_gradient(
     batches = trainer.loader.batches(0)
     for k in range(2):
         trainer.step(k, batches)
-    assert [len(seen) for seen in known] == ([1, 1] if accumulate == 1 else [0, 0])
+    assert [len(seen) for seen in known] == [accumulate == 1 and not shared] * 2
 
 
 def test_a_resume_in_another_precision_is_said(data, tmp_path, monkeypatch):

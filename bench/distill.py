@@ -239,7 +239,7 @@ def compute_bound(dtype: torch.dtype) -> float:
 
 
 def library_cost() -> float:
-    """Seconds that torch.library adds to a call; `distill._Eager` avoids it."""
+    """Seconds that torch.library adds to a call; ops/eager.py avoids it."""
     run = step(operator(V, 16), logits(V, 4, 16, torch.float32).requires_grad_(),
                logits(T, 4, 16, torch.float32))  # fmt: skip
 

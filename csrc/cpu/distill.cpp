@@ -18,7 +18,7 @@
 namespace mokd::cpu {
 namespace {
 
-constexpr int64_t TILE = 8 * BLOCK;  // columns of one piece of work
+constexpr int64_t TILE = 4 * BLOCK;  // columns of one piece of work
 constexpr int AHEAD = 6;             // rows fetched ahead (bench/distill.py, B = 16 and 32)
 
 // a takes in b, its right neighbour. Maxima seldom move (running_maximum): `decay` is then mostly 1.
@@ -545,12 +545,14 @@ void backward(const Call& d, const Backward& io) {
 
 // Rows are added in order, a tile of columns at a time: bits do not depend on the threads. A chain of
 // fp32 additions is ended after CHAIN rows and goes on in double.
+constexpr int64_t SUMS = 1024;  // columns: with what they are widened to they stay in L1
+
 template <typename A>
 void column_mean_tile(const ColumnMean& m, int64_t begin, int64_t n) {
   constexpr int L = LANES<A>;
   constexpr int64_t CHAIN = 16;
-  alignas(WIDTH) A sum[BLOCK] = {}, wide[BLOCK];
-  double total[BLOCK] = {};
+  alignas(WIDTH) A sum[SUMS] = {}, wide[SUMS];
+  double total[SUMS] = {};
   for (int64_t row = 0; row < m.count; ++row) {
     const A* x = values<A>(m.rows, row, begin, n, wide);
     const Next next = {address(m.rows, row + AHEAD, begin), item_size(m.rows.type) * (m.rows.column == 1)};
@@ -569,9 +571,9 @@ void column_mean_tile(const ColumnMean& m, int64_t begin, int64_t n) {
 
 template <typename A>
 void column_mean(const ColumnMean& m) {
-  parallel(m.threads, (m.columns + BLOCK - 1) / BLOCK, [&](int64_t i, int) {
-    const int64_t begin = i * BLOCK, rest = m.columns - begin;
-    column_mean_tile<A>(m, begin, rest < BLOCK ? rest : BLOCK);
+  parallel(m.threads, (m.columns + SUMS - 1) / SUMS, [&](int64_t i, int) {
+    const int64_t begin = i * SUMS, rest = m.columns - begin;
+    column_mean_tile<A>(m, begin, rest < SUMS ? rest : SUMS);
   });
 }
 

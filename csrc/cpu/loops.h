@@ -7,7 +7,7 @@
 namespace mokd::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 1024;      // columns worked on at a time: rows of a block stay in L1
+constexpr int64_t BLOCK = 2048;      // columns worked on at a time: rows of a block stay in L1
 constexpr int GROUP = 4;             // teacher rows that ride along with a student's exponential
 constexpr double LOG2_E = 1.4426950408889634;
 

@@ -75,16 +75,16 @@ def temperature_table(
     return table
 
 
-def temperature_at(table: np.ndarray, epoch: int) -> Tensor:
-    """The temperature of `epoch`, 0-d; IndexError past the table, as the originals raise.
+def temperature_at(table: np.ndarray, epoch: int) -> float | Tensor:
+    """The temperature of `epoch`; IndexError past the table, as the originals raise.
 
-    A tensor, because a compiled step would be frozen to the value of a float.
+    Of a compiled step a 0-d tensor: it would be frozen to the value of a float.
     """
     if epoch >= len(table):
         raise IndexError(
             f"epoch {epoch} is past the temperature table, which has {len(table)} epochs"
         )
-    return torch.as_tensor(table)[epoch]
+    return torch.as_tensor(table)[epoch] if torch.compiler.is_compiling() else float(table[epoch])
 
 
 def cross_view_loss(

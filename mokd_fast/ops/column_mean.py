@@ -35,7 +35,7 @@ def _(logits):
 
 def _cpu(logits: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter):
-        return _operator(logits)  # elsewhere it would only cost time, as in distill._Eager
+        return _operator(logits)  # elsewhere it would only cost time, as in ops/eager.py
     return cpu.column_mean(logits)
 
 

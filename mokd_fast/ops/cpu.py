@@ -385,7 +385,7 @@ def native_call(
     alive = [t.to(dtype).contiguous() for t in (*centers, *row_weights)]
     centers_, weights_ = alive[: len(rows)], alive[len(rows) :]
     alive.append(scalars.to(dtype).contiguous())
-    target = [i for i, r in enumerate(rows) for _ in r]
+    target = [i for i, r in enumerate(rows) for _ in range(r.shape[0])]
     call = native.Distill(
         _strided(student),
         [strided for r in rows for strided in _strided(r)],
@@ -407,7 +407,7 @@ def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
     """Address, type and strides of each row of logits [rows, B, K]; no tensor is made of it."""
     first, kind, (step, image, column) = rows.data_ptr(), TYPES[rows.dtype], rows.stride()
     step *= rows.element_size()
-    return [(first + i * step, kind, image, column) for i in range(len(rows))]
+    return [(first + i * step, kind, image, column) for i in range(rows.shape[0])]
 
 
 def _search_pass(call: Any, to: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ Letters: V student views, T teacher rows, B images, K prototypes.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, cuda, reference
 from .dispatch import pick, register
+from .eager import kernel, no_gradient, with_autograd
 
+OP = "distill_cross_entropy"
 Pairs = tuple[tuple[float, ...], ...]
 
 
@@ -117,7 +119,7 @@ def distill_cross_entropy(
         (torch.Size([]), torch.Size([1]))
     """
     _check(student, targets, temperature)
-    chosen = pick("distill_cross_entropy", student, targets, temperature, backend=backend)
+    chosen = pick(OP, student, targets, temperature, backend=backend)
     loss, per_target = chosen.run(student, targets, temperature)
     return loss, per_target
 
@@ -180,39 +182,23 @@ def _(grad, stats, student, *rest):
     return student.new_empty(student.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, rows, centers, row_weights, scalars, *ctx.numbers = inputs
     ctx.save_for_backward(output[2], student, scalars, *rows, *centers, *row_weights)
     ctx.targets = len(rows)
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """The arguments of `_backward` after the gradient."""
+def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
     stats, student, scalars, *lists = ctx.saved_tensors
     n = ctx.targets
-    return stats, student, *(lists[i * n : (i + 1) * n] for i in range(3)), scalars, *ctx.numbers
+    rest = (lists[i * n : (i + 1) * n] for i in range(3))
+    return grad, stats, student, *rest, scalars, *ctx.numbers
 
 
-def _gradient(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-    none = [None] * ctx.targets
-    return _backward(grad, *_saved(ctx)), none, none, none, None, None, None, None
-
-
-def no_second_derivative(op: str) -> Callable[..., None]:
-    """The derivative of a backward operator: a refusal."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{op} has no second derivative on this backend; the reference has "
-            "(MOKD_FAST_BACKEND=reference, or backend='reference' where the call takes one)"
-        )
-
-    return refuse
-
-
-_forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(no_second_derivative("distill_cross_entropy"))
+def _gradients(ctx: Any, grads: Any, found: Tensor) -> tuple[Any, ...]:
+    return found, *map(no_gradient, ctx.needs_input_grad[1:])
 
 
 def _kernels(backend: str) -> Any:
@@ -224,26 +210,14 @@ def _kernels(backend: str) -> Any:
     return {"cpu": cpu, "cuda": cuda}[backend]
 
 
-class _Eager(torch.autograd.Function):
-    """The same two operators without torch.library's way to them, a tenth of a forward and backward
-    at B = 4, K = 65536 on two cores (library_cost_s of bench/distill.py)."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = _kernels(inputs[-1]).distill_forward(*inputs[:-1])
-        return output
-
-    setup_context = staticmethod(_setup)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-        # With create_graph the gradient must carry the refusal of `_backward`. (once_differentiable
-        # looks at `grad` alone, and a gradient penalty would silently be a constant.)
-        if torch.is_grad_enabled():
-            return _backward(grad, *_saved(ctx)), *[None] * 7
-        *arguments, backend = _saved(ctx)
-        grad = grad.resolve_neg()
-        return _kernels(backend).distill_backward(grad, *arguments), *[None] * 7
+_eager = with_autograd(
+    OP,
+    (_forward, _backward),
+    (kernel(_kernels, "distill_forward"), kernel(_kernels, "distill_backward")),
+    _save,
+    _arguments,
+    _gradients,
+)
 
 
 def _run(
@@ -253,7 +227,7 @@ def _run(
     dtype = reference.accumulation_dtype(student)
     empty = student.new_empty(0, dtype=dtype)
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
-    scalars = torch.stack([reference.scalar(number, student) for number in numbers])
+    scalars = reference.scalars(numbers, student)
     arguments = (
         student.resolve_neg(),  # kernels read memory, where the sign of such a view is another
         [t.rows.detach().resolve_neg() for t in targets],
@@ -268,7 +242,7 @@ def _run(
     if not plain((arguments[0], *rows, *centers, *row_weights, scalars)):
         loss, terms, _ = _forward(*arguments)
     else:
-        loss, terms, _ = _Eager.apply(*arguments)
+        loss, terms, _ = _eager(*arguments)
     return loss, terms.detach()
 
 
@@ -320,8 +294,8 @@ def _why_not(
 
 
 for _name in ("cuda", "triton", "cpu"):
-    register("distill_cross_entropy", _name, partial(_run, _name), partial(_why_not, _name))
-register("distill_cross_entropy", "reference", reference.distill_cross_entropy)
+    register(OP, _name, partial(_run, _name), partial(_why_not, _name))
+register(OP, "reference", reference.distill_cross_entropy)
 
 
 def _check(student: Tensor, targets: Sequence[Target], temperature: float | Tensor) -> None:

@@ -7,13 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distill import no_second_derivative
-
 Function = Callable[..., Any]
 
 
 def differentiable(tensors: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def no_second_derivative(op: str) -> Callable[..., None]:
+    """The derivative of a backward operator: a refusal."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op} has no second derivative on this backend; the reference has "
+            "(MOKD_FAST_BACKEND=reference, or backend='reference' where the call takes one)"
+        )
+
+    return refuse
+
+
+def kernel(module: Function, name: str) -> Function:
+    """The function of `module(backend)` for arguments whose last is the backend."""
+    return lambda *inputs: getattr(module(inputs[-1]), name)(*inputs[:-1])
+
+
+def no_gradient(needs: Any) -> Any:
+    """For an entry of ctx.needs_input_grad, which torch.library has lists in."""
+    return [no_gradient(need) for need in needs] if isinstance(needs, list) else None
 
 
 def with_autograd(
@@ -29,12 +49,15 @@ def with_autograd(
     Args:
         op: its name, for the refusal of a second derivative and in a profile.
         operators: torch.library's, forward and backward. kernels: what they call.
-        save(ctx, inputs, output): for backward. arguments(ctx, *grads): what that takes.
+        save(ctx, inputs, output): for backward. arguments(ctx, *grads): what that takes; of grads
+            at least one is there, each unless `save` has switched off materialize_grads.
         back(ctx, grads, found): the gradients of forward's inputs, from what backward found.
     """
     forward, backward = operators
 
-    def through_operator(ctx: Any, *grads: Tensor) -> Any:
+    def through_operator(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return tuple(map(no_gradient, ctx.needs_input_grad))
         return back(ctx, grads, backward(*arguments(ctx, *grads)))
 
     forward.register_autograd(through_operator, setup_context=save)
@@ -48,10 +71,13 @@ def with_autograd(
             return output
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            if torch.is_grad_enabled():  # with create_graph: the gradient carries the refusal
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            # With create_graph the gradient carries the refusal. (once_differentiable looks at the
+            # gradients alone, and a gradient penalty would silently be a constant.)
+            if torch.is_grad_enabled() or all(grad is None for grad in grads):
                 return through_operator(ctx, *grads)
-            grads = tuple(grad.resolve_neg() for grad in grads)  # kernels read memory
+            # Kernels read memory, where the sign of such a view is another.
+            grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
             return back(ctx, grads, kernels[1](*arguments(ctx, *grads)))
 
     named: Any = type(op, (Eager,), {})  # so a profiler calls it what it is

@@ -24,6 +24,7 @@ from torch import Tensor
 from . import distill, reference
 from .dispatch import pick, register
 from .distill import Pairs, Target, check_list, check_rows, check_target, check_temperature
+from .eager import no_second_derivative
 from .linear_chunks import Call, backward_pass, chunk_size, first_kept, forward_pass, row_count
 from .prototype_linear import prototype_linear
 
@@ -239,7 +240,7 @@ def _gradient(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
-_backward.register_autograd(distill.no_second_derivative(OP))
+_backward.register_autograd(no_second_derivative(OP))
 
 
 def _run(
@@ -266,7 +267,7 @@ def _run(
         prototypes,
         [empty if t.center is None else t.center.detach() for t in targets],
         [empty if t.row_weight is None else t.row_weight.detach() for t in targets],
-        torch.stack([reference.scalar(number, logits) for number in numbers]),
+        reference.scalars(numbers, logits),
         [pair for t in targets for row in t.pairs for pair in row],
         [isinstance(t, Target) and t.probs is not None for t in targets],
         dtype,

@@ -30,6 +30,13 @@ def scalar(number: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), number, dtype=dtype, device=device)
 
 
+def scalars(numbers: "Sequence[float | Tensor]", like: Tensor) -> Tensor:
+    """All of them, [n]."""
+    if like.is_cpu and not any(isinstance(number, Tensor) for number in numbers):
+        return torch.tensor(numbers, dtype=accumulation_dtype(like))
+    return torch.stack([scalar(number, like) for number in numbers])
+
+
 @torch.no_grad()
 def target_probs(target: "Target", dtype: torch.dtype) -> Tensor:
     """q = softmax((logits - center) / temperature), or the given probabilities. [T, B, K]"""

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import attention, cpu, cuda, reference  # noqa: F401  (attention registers its backends)
 from .dispatch import pick, register
 from .distill import plain, transformed, triton_why_not
-from .eager import differentiable, with_autograd
+from .eager import differentiable, kernel, with_autograd
 
 WIDTHS = (16, 128)  # of a head, that the kernels take
 
@@ -187,29 +187,6 @@ def _joint_gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[A
     return *(t.transpose(1, 2) for t in found[:3]), *found[3:], None
 
 
-def _kernel(name: str) -> Any:
-    """A function of the backend's module, whose name comes last."""
-    return lambda *inputs: getattr(_kernels(inputs[-1]), name)(*inputs[:-1])
-
-
-_eager_search = with_autograd(
-    "feature_search",
-    (_search, _search_backward),
-    (_kernel("search_forward"), _kernel("search_backward")),
-    _save_search,
-    _search_arguments,
-    _search_gradients,
-)
-_eager_joint = with_autograd(
-    "joint_attention",
-    (_joint, _joint_backward),
-    (_kernel("joint_forward"), _kernel("joint_backward")),
-    _save_joint,
-    _joint_arguments,
-    _joint_gradients,
-)
-
-
 def _kernels(backend: str) -> Any:
     """The module of a backend. Triton is imported at first use, as in `distill._kernels`."""
     if backend == "triton":
@@ -217,6 +194,24 @@ def _kernels(backend: str) -> Any:
 
         return search
     return {"cpu": cpu, "cuda": cuda}[backend]
+
+
+_eager_search = with_autograd(
+    "feature_search",
+    (_search, _search_backward),
+    (kernel(_kernels, "search_forward"), kernel(_kernels, "search_backward")),
+    _save_search,
+    _search_arguments,
+    _search_gradients,
+)
+_eager_joint = with_autograd(
+    "joint_attention",
+    (_joint, _joint_backward),
+    (kernel(_kernels, "joint_forward"), kernel(_kernels, "joint_backward")),
+    _save_joint,
+    _joint_arguments,
+    _joint_gradients,
+)
 
 
 def _run_search(

@@ -55,13 +55,13 @@ def the_operator(monkeypatch):
 def test_the_eager_path_and_the_operator_give_the_same_bits(dtype, monkeypatch):
     student, loss = case(dtype)
     eager = loss(student)
-    assert "_Eager" in type(eager.grad_fn).__name__
+    assert type(eager.grad_fn).__name__ == "distill_cross_entropyBackward"
     subclass = student.detach().as_subclass(Plain).requires_grad_()
     theirs = loss(subclass)
-    assert "_Eager" not in type(theirs.grad_fn).__name__
+    assert type(theirs.grad_fn).__name__ != "distill_cross_entropyBackward"
     parameter = torch.nn.Parameter(student.detach())
     ours = loss(parameter)
-    assert "_Eager" in type(ours.grad_fn).__name__
+    assert type(ours.grad_fn).__name__ == "distill_cross_entropyBackward"
     expected = gradient(eager, student)
     assert torch.equal(eager, theirs) and torch.equal(expected, gradient(theirs, subclass))
     assert torch.equal(eager, ours) and torch.equal(expected, gradient(ours, parameter))

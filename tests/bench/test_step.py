@@ -70,6 +70,8 @@ def test_json_file_is_written_with_its_folder(tmp_path: Path):
 def test_row_compares_the_three_steps(tmp_path: Path, monkeypatch, precision):
     monkeypatch.setitem(step.CASES, "tiny", ("fashion-mnist", ["train.batch=4"], 1))
     monkeypatch.setattr(step_ways, "ROUNDS", 1)
+    monkeypatch.setattr(step_parts, "SEEN", 1)
+    monkeypatch.setattr(step, "SIDE", 256)
     compile_ = torch.compile  # Inductor takes a minute
     monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, backend="eager", **k))
     row = step.time_step("tiny", precision, tmp_path)

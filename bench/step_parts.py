@@ -196,12 +196,14 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     def search(q: Any, k: Any, *_: Any, **__: Any) -> int:
         return 4 * torch.Size(q).numel() * int(k[2])
 
-    def own_attention(qkv: Any, *_: Any, **__: Any) -> int:
-        B, N, _three, H, d = qkv
-        return int(4 * B * H * N * N * d)
+    def own_attention(qkv: Any, sizes: Any, *_: Any, **__: Any) -> int:
+        *rows, _three, H, d = qkv
+        sizes = sizes or rows
+        return sum(4 * B * H * N * N * d for B, N in zip(sizes[::2], sizes[1::2], strict=True))
 
-    def own_attention_backward(grad: Any, qkv: Any, *_: Any, **__: Any) -> int:
-        return 2 * own_attention(qkv)  # four products; the scores, made again, do not count
+    def own_attention_backward(grad: Any, qkv: Any, out: Any, stats: Any, sizes: Any, *_: Any,
+                               **__: Any) -> int:  # fmt: skip
+        return 2 * own_attention(qkv, sizes)  # four products; the scores, made again, do not count
 
     def normed_backward(grad: Any, x: Any, v: Any, *_: Any, **__: Any) -> int:
         return 2 * linear(x, v)

@@ -43,9 +43,9 @@ class Attention(vit.Attention):
         norms = type(self.q_norm) is type(self.k_norm) is nn.Identity
         return norms and unhooked(self.q_norm, self.k_norm, self.attn_drop)
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """[B, N, 3, H, d] -> [B, N, H, d]"""
-        return self_attention(qkv, scale=self.scale)
+    def attend(self, qkv: Tensor, groups: list[tuple[int, int]] | None = None) -> Tensor:
+        """As `ops.self_attention`."""
+        return self_attention(qkv, groups=groups, scale=self.scale)
 
 
 class Mlp(timm.layers.Mlp):

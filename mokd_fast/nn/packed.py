@@ -34,6 +34,8 @@ class PackedAttention(Attention):
         qkv = self.qkv(x[0]).unflatten(1, (3, self.num_heads, -1))  # [S, 3, H, d]
         if x.is_cuda and _XFORMERS:
             heard = self._xformers(qkv)
+        elif self.plain():
+            heard = self.attend(qkv, self.groups)
         else:
             sizes = [B * N for B, N in self.groups]
             parts = zip(qkv.split(sizes), self.groups, strict=True)
@@ -41,10 +43,7 @@ class PackedAttention(Attention):
         return self.proj_drop(self.proj(self.norm(heard.flatten(1)))).unsqueeze(0)
 
     def _group(self, qkv: Tensor, B: int, N: int) -> Tensor:  # [B*N, 3, H, d] -> [B*N, H, d]
-        qkv = qkv.unflatten(0, (B, N))
-        if self.plain():
-            return self.attend(qkv).flatten(0, 1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, d]
+        q, k, v = qkv.unflatten(0, (B, N)).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v)

@@ -97,6 +97,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, weight, bias, added, _, ctx.relu = inputs
     y, stats = output
     ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
     ctx.adds = added is not None
     ctx.save_for_backward(x, weight, bias, stats, y if ctx.adds and ctx.relu else None)
 

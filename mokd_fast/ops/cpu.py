@@ -7,7 +7,7 @@ that is none of them, or a level this processor cannot run, is a ValueError.
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -334,28 +334,38 @@ def update(
     native.update(rows, groups, max_norm, flag, follow, torch.get_num_threads(), _level())
 
 
-def attention_forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_forward(qkv: Tensor, sizes: list[int], scale: float) -> tuple[Tensor, Tensor]:
     """Arguments and results as `self_attention._forward`."""
-    B, N, _, H, d = qkv.shape
-    out, stats = qkv.new_empty(B, N, H, d), qkv.new_empty(B, H, N, dtype=torch.float32)
-    native.attention(*_attention_call(qkv, stats, scale), out.data_ptr())
+    *rows, _, H, d = qkv.shape
+    out = qkv.new_empty(*rows, H, d)
+    stats = qkv.new_empty(math.prod(rows) * H, dtype=torch.float32)
+    for call, shift in _attention_calls(qkv, stats, sizes, scale):
+        native.attention(*call, out.data_ptr() + shift)
     return out, stats
 
 
 def attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float
+    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, sizes: list[int], scale: float
 ) -> Tensor:
     """Arguments and result as `self_attention._backward`."""
     grad, found = grad.contiguous(), torch.empty_like(qkv)
-    to = out.data_ptr(), grad.data_ptr(), found.data_ptr()
-    native.attention_backward(*_attention_call(qkv, stats, scale), *to)
+    for call, shift in _attention_calls(qkv, stats, sizes, scale):
+        to = out.data_ptr() + shift, grad.data_ptr() + shift, found.data_ptr() + 3 * shift
+        native.attention_backward(*call, *to)
     return found
 
 
-def _attention_call(qkv: Tensor, stats: Tensor, scale: float) -> tuple[Any, ...]:
-    B, N, _, H, d = qkv.shape
-    at = qkv.data_ptr(), stats.data_ptr()
-    return at, (B, N, H, d), scale, torch.get_num_threads()
+def _attention_calls(
+    qkv: Tensor, stats: Tensor, sizes: list[int], scale: float
+) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Of each group the native call, and how many bytes of a result lie before its own."""
+    *rows, _, H, d = qkv.shape
+    sizes, first = sizes or rows, 0
+    for B, N in zip(sizes[::2], sizes[1::2], strict=True):
+        shift = first * H * d * qkv.itemsize
+        at = qkv.data_ptr() + 3 * shift, stats.data_ptr() + first * H * stats.itemsize
+        yield (at, (B, N, H, d), scale, torch.get_num_threads()), shift
+        first += B * N
 
 
 def results(student: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

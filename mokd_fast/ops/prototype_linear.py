@@ -91,6 +91,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*inputs[:3], output[1])
     ctx.others = inputs[3:]  # the dtype and, of `_eager`, `WeightNormed.seen`
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:

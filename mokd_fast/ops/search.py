@@ -162,6 +162,7 @@ def _save_search(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     *tensors, _, ctx.backend = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _search_arguments(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Any, ...]:

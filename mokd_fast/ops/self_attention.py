@@ -7,9 +7,11 @@ through memory several times, rounded each time. Here a head is one piece of wor
 in the caches, forward and backward (csrc/cpu/attention.cpp; layers.json has both). For other
 dtypes and devices it is PyTorch's attention.
 
-Letters: B images, N tokens, H heads, d width of a head.
+Letters: B images, N tokens, H heads, d width of a head; S tokens of images of several sizes.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,23 +20,31 @@ from torch import Tensor
 
 from . import cpu, distill, reference
 from .dispatch import pick, register
-from .eager import differentiable, with_autograd
+from .eager import differentiable, no_gradient, with_autograd
 
 OP = "self_attention"
 
 
 def self_attention(
-    qkv: Tensor, *, scale: float | None = None, backend: str | None = None
+    qkv: Tensor,
+    *,
+    groups: Sequence[tuple[int, int]] | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """Attention of each image's tokens over all of them, differentiable in qkv. [B, N, H, d]
+    """Attention of each image's tokens over all of them, differentiable in qkv.
 
     Args:
-        qkv: floating [B, N, 3, H, d], N >= 1: queries, keys and values.
+        qkv: floating [B, N, 3, H, d], N >= 1: queries, keys and values. With `groups` [S, 3, H, d].
+        groups: (B, N) of each group of images of one size, as they follow each other.
         scale: of the scores; None for 1 / sqrt d.
         backend: forces a backend, as the environment variable MOKD_FAST_BACKEND does.
 
+    Returns:
+        [B, N, H, d], with `groups` [S, H, d]; contiguous on the CPU in bf16.
+
     Raises:
-        ValueError: qkv of another shape or no floating dtype.
+        ValueError: qkv of another shape or no floating dtype, groups that are not its S tokens.
         RuntimeError: the forced backend cannot run on these arguments.
 
     Example:
@@ -42,67 +52,81 @@ def self_attention(
         >>> self_attention(torch.randn(2, 49, 3, 4, 32)).shape
         torch.Size([2, 49, 4, 32])
     """
-    if qkv.ndim != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point() or 0 in qkv.shape[1:]:
-        raise ValueError(
-            "qkv must be floating [B, N, 3, H, d] with N, H and d >= 1, "
-            f"got {qkv.dtype} of shape {list(qkv.shape)}"
-        )
+    sizes = [size for group in groups or () for size in group]
+    wanted, dims = "[B, N, 3, H, d] with N, H and d >= 1", 5
+    if groups is not None:
+        wanted, dims = f"[S, 3, H, d] with S the tokens of groups (B, N) >= 1, {list(groups)}", 4
+    fits = qkv.ndim == dims and qkv.shape[-3] == 3 and 0 not in qkv.shape[1:]
+    if groups is not None:
+        fits = fits and min(sizes, default=0) > 0 and sum(_tokens(sizes)) == len(qkv)
+    if not (fits and qkv.is_floating_point()):
+        shape = list(qkv.shape)
+        raise ValueError(f"qkv must be floating {wanted}, got {qkv.dtype} of shape {shape}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = pick(OP, qkv, scale, backend=backend).run(qkv, scale)
+    out: Tensor = pick(OP, qkv, sizes, scale, backend=backend).run(qkv, sizes, scale)
     return out
 
 
+def _tokens(sizes: list[int]) -> list[int]:
+    """Of each group, from B and N in turn."""
+    return [B * N for B, N in zip(sizes[::2], sizes[1::2], strict=True)]
+
+
 @torch.library.custom_op("mokd_fast::attention_forward", mutates_args=())
-def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The result [B, N, H, d], and of each row log2 of its sum of exponentials [B, H, N], fp32."""
-    return cpu.attention_forward(qkv, scale)
+def _forward(qkv: Tensor, sizes: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    """The result, and of each row log2 of its sum of exponentials, fp32: [B, H, N] side by side.
+    sizes: B and N of each group in turn; none for qkv [B, N, 3, H, d]."""
+    return cpu.attention_forward(qkv, sizes, scale)
 
 
 @_forward.register_fake
-def _(qkv, scale):
-    B, N, _, H, d = qkv.shape
-    return qkv.new_empty(B, N, H, d), qkv.new_empty(B, H, N, dtype=torch.float32)
+def _(qkv, sizes, scale):
+    *rows, _, H, d = qkv.shape
+    return qkv.new_empty(*rows, H, d), qkv.new_empty(math.prod(rows) * H, dtype=torch.float32)
 
 
 @torch.library.custom_op("mokd_fast::attention_backward", mutates_args=())
-def _backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float) -> Tensor:
-    return cpu.attention_backward(grad, qkv, out, stats, scale)
+def _backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, sizes: list[int], scale: float
+) -> Tensor:
+    return cpu.attention_backward(grad, qkv, out, stats, sizes, scale)
 
 
 @_backward.register_fake
-def _(grad, qkv, out, stats, scale):
+def _(grad, qkv, out, stats, sizes, scale):
     return torch.empty_like(qkv)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.scale = inputs
+    qkv, ctx.sizes, ctx.scale = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    return grad, *ctx.saved_tensors, ctx.scale
+    return grad, *ctx.saved_tensors, ctx.sizes, ctx.scale
 
 
-def _gradients(ctx: Any, grads: Any, found: Tensor) -> tuple[Tensor, None]:
-    return found, None
+def _gradients(ctx: Any, grads: Any, found: Tensor) -> tuple[Tensor, Any, None]:
+    return found, no_gradient(ctx.needs_input_grad[1]), None
 
 
 _KERNELS = cpu.attention_forward, cpu.attention_backward
 _eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _gradients)
 
 
-def _cpu(qkv: Tensor, scale: float) -> Tensor:
+def _cpu(qkv: Tensor, sizes: list[int], scale: float) -> Tensor:
     qkv = qkv.resolve_neg().contiguous()
     if not distill.plain((qkv,)):
-        return _forward(qkv, scale)[0]
+        return _forward(qkv, sizes, scale)[0]
     if differentiable((qkv,)):
-        out: Tensor = _eager(qkv, scale)[0]
+        out: Tensor = _eager(qkv, sizes, scale)[0]
         return out
-    return cpu.attention_forward(qkv, scale)[0]
+    return cpu.attention_forward(qkv, sizes, scale)[0]
 
 
-def _cpu_why_not(qkv: Tensor, scale: float | None = None) -> str | None:
+def _cpu_why_not(qkv: Tensor, sizes: Sequence[int] = (), scale: float | None = None) -> str | None:
     if reason := distill.transformed(qkv) or cpu.why_not(qkv):
         return reason
     if qkv.dtype != torch.bfloat16:
@@ -121,10 +145,23 @@ def _sdpa(qkv: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def _sdpa_why_not(qkv: Tensor, scale: float | None = None) -> str | None:
+def _sdpa_why_not(qkv: Tensor, *_: Any, **__: Any) -> str | None:
     return distill.transformed(qkv)
 
 
+def _by_group(attend: Callable[[Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """Of qkv [B, N, 3, H, d] and a scale, for groups as well."""
+
+    def run(qkv: Tensor, sizes: list[int], scale: float) -> Tensor:
+        if not sizes:
+            return attend(qkv, scale)
+        parts = zip(qkv.split(_tokens(sizes)), sizes[::2], sizes[1::2], strict=True)
+        found = [attend(part.unflatten(0, (B, N)), scale).flatten(0, 1) for part, B, N in parts]
+        return torch.cat(found)
+
+    return run
+
+
 register(OP, "cpu", _cpu, _cpu_why_not)
-register(OP, "sdpa", _sdpa, _sdpa_why_not)
-register(OP, "reference", reference.self_attention)
+register(OP, "sdpa", _by_group(_sdpa), _sdpa_why_not)
+register(OP, "reference", _by_group(reference.self_attention))

@@ -94,6 +94,7 @@ def _(grad, v, g, norms):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:2], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:

@@ -1,6 +1,8 @@
 """What `with_autograd` gives: kernels without torch.library's way, the gradients as that gives."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +130,28 @@ def test_the_operator_gives_the_same_bits(name):
     left = {"self_attention_": cpu.bf16_why_not(), "prototype_linear_bf16": cpu.bf16_why_not()}
     assert called or (left | {"prototype_linear_": cpu.fp32_why_not()}).get(name)
     assert all(torch.equal(a, b) for a, b in zip(theirs, gradients(name), strict=True))
+
+
+class Cut(torch.autograd.Function):
+    """Gives no gradient: the operator before it is called without one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@needs_native
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_gradient_stays_none(name, seen):
+    """Or becomes 0; by the operator of torch.library as well."""
+    function, inputs = OPERATORS[name]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with Seen() if seen else nullcontext():
+        for create in (False, True):
+            Cut.apply(function(*leaves)).sum().backward(create_graph=create)
+    assert not any(leaf.grad is not None and leaf.grad.any() for leaf in leaves)

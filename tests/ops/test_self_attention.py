@@ -121,6 +121,41 @@ def test_nan_and_infinity_come_through():
         assert found[:, :, 2].abs().sum() <= 17 * 1.01 * grad.float().abs().sum()
 
 
+GROUPS = [(2, 9), (5, 3), (1, 40)]
+
+
+@needs_kernel
+def test_groups_are_each_by_itself():
+    qkv = torch.randn(73, 3, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grad = torch.randn(73, 2, 32).bfloat16()
+
+    def alone(qkv: Tensor, **options) -> Tensor:
+        parts = zip(qkv.split([18, 15, 40]), GROUPS, strict=True)
+        found = [self_attention(part.unflatten(0, size), **options) for part, size in parts]
+        return torch.cat([part.flatten(0, 1) for part in found])
+
+    for backend in ("cpu", "sdpa", "reference"):
+        want = results(lambda x: alone(x, scale=0.3, backend=backend), qkv, grad)  # noqa: B023
+        got = results(
+            lambda x: self_attention(x, groups=GROUPS, scale=0.3, backend=backend),  # noqa: B023
+            qkv, grad,
+        )  # fmt: skip
+        assert all(map(torch.equal, got, want)), backend
+    assert got[0].shape == (73, 2, 32)
+    whole = torch.compile(self_attention, fullgraph=True, backend="aot_eager")
+    found = results(lambda x: whole(x, groups=GROUPS), qkv, grad)
+    assert all(map(torch.equal, found, results(alone, qkv, grad)))
+
+
+@pytest.mark.parametrize("groups", [[], [(2, 9)], [(2, 9), (5, 3), (0, 4)], [(2, 9), (-5, -11)]])
+def test_groups_that_are_not_the_tokens(groups):
+    message = r"\[S, 3, H, d\] with S the tokens of groups \(B, N\) >= 1, .*got .*73"
+    with pytest.raises(ValueError, match=message):
+        self_attention(torch.zeros(73, 3, 2, 32), groups=groups)
+    with pytest.raises(ValueError, match=r"\[S, 3, H, d\].*got"):
+        self_attention(torch.zeros(2, 9, 3, 2, 32), groups=[(2, 9)])
+
+
 @needs_kernel
 def test_autograd_twice_autocast_and_default_dtype():
     qkv, grad = given(2, 21, 2, 32)
@@ -144,9 +179,10 @@ def test_autograd_twice_autocast_and_default_dtype():
 @needs_kernel
 def test_operators_are_sound_and_compile_whole():
     qkv, grad = given(2, 9, 2, 16)
-    torch.library.opcheck(_forward, (qkv.clone().requires_grad_(), 0.25))
-    out, stats = _forward(qkv.detach(), 0.25)
-    torch.library.opcheck(_backward, (grad, qkv.detach(), out, stats, 0.25))
+    for sizes, x in ([], qkv), ([1, 9, 3, 3], qkv.flatten(0, 1)):
+        torch.library.opcheck(_forward, (x.clone().requires_grad_(), sizes, 0.25))
+        out, stats = _forward(x, sizes, 0.25)
+        torch.library.opcheck(_backward, (grad.view_as(out), x, out, stats, sizes, 0.25))
     whole = torch.compile(self_attention, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, results(whole, qkv, grad), results(kernel, qkv, grad)))
 

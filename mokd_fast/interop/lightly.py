@@ -84,12 +84,17 @@ class DINOLoss(nn.Module):
         self.update_center(teacher)
         return loss
 
-    def _temperature_at(self, epoch: int) -> Tensor:
-        """0-d. One table with the value after the warm-up, which a compiled step indexes for every
-        epoch; fp64, that teacher_temp keeps its digits."""
-        warmup = self.teacher_temp_schedule.double()
+    def _temperature_at(self, epoch: int) -> float | Tensor:
+        """Of a compiled step 0-d, from one table with the value after the warm-up that it indexes
+        for every epoch; fp64, that teacher_temp keeps its digits."""
+        warmup, at = (
+            self.teacher_temp_schedule.double(),
+            min(epoch, self.warmup_teacher_temp_epochs),
+        )
+        if not torch.compiler.is_compiling():
+            return float([*warmup.tolist(), self.teacher_temp][at])
         after = torch.full((1,), self.teacher_temp, dtype=warmup.dtype)
-        return torch.cat([warmup, after])[min(epoch, self.warmup_teacher_temp_epochs)]
+        return torch.cat([warmup, after])[at]
 
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:

@@ -50,7 +50,8 @@ def with_autograd(
         op: its name, for the refusal of a second derivative and in a profile.
         operators: torch.library's, forward and backward. kernels: what they call.
         save(ctx, inputs, output): for backward. arguments(ctx, *grads): what that takes; of grads
-            at least one is there, each unless `save` has switched off materialize_grads.
+            at least one is there, all where `save` leaves materialize_grads on. It does for
+            several outputs with a gradient; else zeros would be made for those without one.
         back(ctx, grads, found): the gradients of forward's inputs, from what backward found.
     """
     forward, backward = operators

@@ -33,7 +33,7 @@ def scalar(number: float | Tensor, like: Tensor) -> Tensor:
 def scalars(numbers: "Sequence[float | Tensor]", like: Tensor) -> Tensor:
     """All of them, [n]."""
     if like.is_cpu and not any(isinstance(number, Tensor) for number in numbers):
-        return torch.tensor(numbers, dtype=accumulation_dtype(like))
+        return torch.tensor(numbers, dtype=accumulation_dtype(like), device=like.device)
     return torch.stack([scalar(number, like) for number in numbers])
 
 

@@ -177,7 +177,7 @@ def _search_gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[
 def _save_joint(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*output[2:], *tensors)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[2:])  # materialize_grads stays: one of two may be missing
 
 
 def _joint_arguments(ctx: Any, tokens: Tensor, query: Tensor, *unused: Tensor) -> tuple[Any, ...]:

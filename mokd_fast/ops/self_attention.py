@@ -52,19 +52,32 @@ def self_attention(
         >>> self_attention(torch.randn(2, 49, 3, 4, 32)).shape
         torch.Size([2, 49, 4, 32])
     """
-    sizes = [size for group in groups or () for size in group]
-    wanted, dims = "[B, N, 3, H, d] with N, H and d >= 1", 5
-    if groups is not None:
-        wanted, dims = f"[S, 3, H, d] with S the tokens of groups (B, N) >= 1, {list(groups)}", 4
+    sizes = [] if groups is None else _sizes(groups)
+    wanted, dims = ("[B, N, 3, H, d]", 5) if groups is None else ("[S, 3, H, d]", 4)
     fits = qkv.ndim == dims and qkv.shape[-3] == 3 and 0 not in qkv.shape[1:]
-    if groups is not None:
-        fits = fits and min(sizes, default=0) > 0 and sum(_tokens(sizes)) == len(qkv)
     if not (fits and qkv.is_floating_point()):
-        shape = list(qkv.shape)
-        raise ValueError(f"qkv must be floating {wanted}, got {qkv.dtype} of shape {shape}")
+        raise ValueError(
+            f"qkv must be floating {wanted} with N, H and d >= 1, "
+            f"got {qkv.dtype} of shape {list(qkv.shape)}"
+        )
+    if groups is not None and sum(_tokens(sizes)) != len(qkv):
+        raise ValueError(f"groups have {sum(_tokens(sizes))} tokens, qkv {list(qkv.shape)} not")
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     out: Tensor = pick(OP, qkv, sizes, scale, backend=backend).run(qkv, sizes, scale)
     return out
+
+
+def _sizes(groups: Sequence[tuple[int, int]]) -> list[int]:
+    """B and N of each group in turn."""
+    found = list(groups)
+    for group in found:
+        numbers = list(group) if isinstance(group, tuple | list) else [group]
+        whole = all(isinstance(number, int | torch.SymInt) for number in numbers)
+        if len(numbers) != 2 or not whole or numbers[0] < 0 or numbers[1] < 1:
+            raise ValueError(f"groups must be pairs (B, N) of B >= 0 and N >= 1, got {group!r}")
+    if not found:
+        raise ValueError("groups is empty: leave it out for qkv [B, N, 3, H, d]")
+    return [number for group in found for number in group]
 
 
 def _tokens(sizes: list[int]) -> list[int]:
@@ -126,7 +139,7 @@ def _cpu(qkv: Tensor, sizes: list[int], scale: float) -> Tensor:
     return cpu.attention_forward(qkv, sizes, scale)[0]
 
 
-def _cpu_why_not(qkv: Tensor, sizes: Sequence[int] = (), scale: float | None = None) -> str | None:
+def _cpu_why_not(qkv: Tensor, groups: Any = None, scale: float | None = None) -> str | None:
     if reason := distill.transformed(qkv) or cpu.why_not(qkv):
         return reason
     if qkv.dtype != torch.bfloat16:
@@ -145,7 +158,7 @@ def _sdpa(qkv: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def _sdpa_why_not(qkv: Tensor, *_: Any, **__: Any) -> str | None:
+def _sdpa_why_not(qkv: Tensor, groups: Any = None, scale: float | None = None) -> str | None:
     return distill.transformed(qkv)
 
 

@@ -126,6 +126,8 @@ def test_our_kernels_count_as_the_products_they_are(monkeypatch):
 
     def run():
         self_attention(qkv).float().sum().backward()
+        packed = self_attention(qkv.flatten(0, 1), groups=[(2, 9), (1, 40), (2, 11)])
+        packed.float().sum().backward()
         prototype_linear(x, WeightNormed(v, g), torch.bfloat16).float().sum().backward()
         with torch.no_grad():
             prototype_linear(x, v.bfloat16(), torch.bfloat16)

@@ -7,8 +7,10 @@ import timm
 import torch
 from timm.models.vision_transformer import Attention
 
-from mokd_fast.nn import Temperatures
+from mokd_fast.nn import Temperatures, blocks
+from mokd_fast.nn.fast import quicken
 from mokd_fast.nn.packed import PackedAttention, PackedDropPath, packs, prepare, run
+from mokd_fast.ops import cpu
 from mokd_fast.train.networks import build
 from tests.nn.test_parity import PAIRS
 from tests.train.recipes import small
@@ -53,6 +55,27 @@ def test_one_pass(monkeypatch):
     width = mokd.students[1].backbone.embed_dim
     tokens = 8 * (1 + 16) + 8 * (1 + 4)
     assert seen == [(1, tokens, width)] * len(mokd.students[1].backbone.blocks)
+
+
+@pytest.mark.skipif(cpu.bf16_why_not() is not None, reason=str(cpu.bf16_why_not()))
+def test_in_bf16_all_groups_are_one_call(monkeypatch):
+    """With the layer's own scale."""
+    torch.manual_seed(0)
+    plain = Attention(32, 2, qkv_bias=True)
+    plain.fused_attn, plain.scale = False, 0.4
+    packed = copy.deepcopy(plain)
+    quicken(packed, torch.device("cpu"), "bf16")
+    prepare(packed)
+    groups = [torch.randn(3, 7, 32), torch.randn(5, 2, 32)]
+    calls, attend = [], blocks.self_attention
+    monkeypatch.setattr(
+        blocks, "self_attention", lambda *a, **k: calls.append(k["groups"]) or attend(*a, **k)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_attention(packed, groups)
+    assert calls == [[(3, 7), (5, 2)]]
+    for got, x in zip(found, groups, strict=True):
+        torch.testing.assert_close(got.float(), plain(x), rtol=0.03, atol=0.02)
 
 
 def test_drop_path_drops_whole_crops():

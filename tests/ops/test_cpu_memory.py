@@ -13,7 +13,7 @@ from .conftest import levels
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 V, B = 4, 2
 PAIRS = [w for row in cross_view_pairs(2, V) + matched_pairs(V, 2) for w in row]
-WIDTHS = [1, 31, 33, 63, 1023, 1025, 1055, 8193, 8223, 9001]  # blocks of 1024, tiles of 8192
+WIDTHS = [1, 31, 33, 63, 2047, 2049, 2079, 8193, 8223, 9001]  # blocks of 2048, tiles of 8192
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -8,7 +8,14 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from mokd_fast.ops import Target, cross_view_pairs, distill, distill_cross_entropy
+from mokd_fast.ops import (
+    LinearTarget,
+    Target,
+    cross_view_pairs,
+    distill,
+    distill_cross_entropy,
+    linear_distill_cross_entropy,
+)
 
 V, T, B, K = 4, 2, 3, 97
 kernels_only = pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)
@@ -261,3 +268,20 @@ def test_the_sign_of_a_negative_view_counts():
     )
     mine, _ = distill_cross_entropy(view[:3], [target])
     torch.testing.assert_close(mine, distill_cross_entropy(view[:3].clone(), [copied])[0])
+
+
+@kernels_only
+def test_host_numbers_stand_beside_the_student():
+    """Not on the default device: kernels take their address."""
+    student, loss = case()
+    want = loss(student)
+    features, weight = torch.randn(4, 2, 16), torch.randn(40, 16)
+    rows = LinearTarget(cross_view_pairs(2, 4), torch.randn(2, 2, 16), weight)
+
+    def linear() -> torch.Tensor:
+        return linear_distill_cross_entropy(features, weight, [rows])[0]
+
+    whole = linear()
+    with torch.device("meta"):
+        found, linear_found = loss(student), linear()
+    assert torch.equal(found, want) and torch.equal(linear_found, whole)

@@ -21,7 +21,7 @@ few = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-columns = st.one_of(st.integers(1, 70), st.sampled_from([96, 255, 1024, 1056, 2049, 8224]))
+columns = st.one_of(st.integers(1, 70), st.sampled_from([96, 255, 1024, 2049, 2080, 8224]))
 taus = st.integers(1, 64).map(lambda n: n / 32)  # the same number in fp32 and fp64
 
 

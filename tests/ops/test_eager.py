@@ -148,10 +148,13 @@ class Cut(torch.autograd.Function):
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_no_gradient_stays_none(name, seen):
-    """Or becomes 0; by the operator of torch.library as well."""
+    """By the operator of torch.library as well. Of several outputs it becomes 0."""
     function, inputs = OPERATORS[name]
     leaves = [x.clone().requires_grad_() for x in inputs]
     with Seen() if seen else nullcontext():
         for create in (False, True):
             Cut.apply(function(*leaves)).sum().backward(create_graph=create)
-    assert not any(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+    if name in ("add_norm_", "mlp_", "joint_attention_"):
+        assert not any(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+    else:
+        assert all(leaf.grad is None for leaf in leaves)

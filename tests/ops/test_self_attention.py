@@ -147,9 +147,29 @@ def test_groups_are_each_by_itself():
     assert all(map(torch.equal, found, results(alone, qkv, grad)))
 
 
-@pytest.mark.parametrize("groups", [[], [(2, 9)], [(2, 9), (5, 3), (0, 4)], [(2, 9), (-5, -11)]])
-def test_groups_that_are_not_the_tokens(groups):
-    message = r"\[S, 3, H, d\] with S the tokens of groups \(B, N\) >= 1, .*got .*73"
+@needs_kernel
+def test_a_group_without_images():
+    qkv = torch.randn(18, 3, 2, 32).bfloat16()
+    for backend in ("cpu", "sdpa", "reference"):
+        found = self_attention(qkv, groups=[(0, 4), (2, 9), (0, 7)], backend=backend)
+        assert torch.equal(found, self_attention(qkv, groups=[(2, 9)], backend=backend))
+    assert self_attention(qkv[:0], groups=[(0, 4)]).shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "groups is empty"),
+        ([(2, 9), (5, 3)], r"groups have 33 tokens, qkv \[73, 3, 2, 32\] not"),
+        ([(2, 9), (5, 0)], r"pairs \(B, N\) of B >= 0 and N >= 1, got \(5, 0\)"),
+        ([(2, 9), (-5, 11)], r"pairs .*got \(-5, 11\)"),
+        ([(2, 9, 5, 11)], r"pairs .*got \(2, 9, 5, 11\)"),
+        ([73, 1], "pairs .*got 73"),
+        ([(7.3, 10)], r"pairs .*got \(7.3, 10\)"),
+        (torch.tensor([[1, 73]]), r"pairs .*got tensor"),
+    ],
+)
+def test_groups_that_are_not_the_tokens(groups, message):
     with pytest.raises(ValueError, match=message):
         self_attention(torch.zeros(73, 3, 2, 32), groups=groups)
     with pytest.raises(ValueError, match=r"\[S, 3, H, d\].*got"):
@@ -198,6 +218,7 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     if cpu.bf16_why_not() is None:
         assert explain("self_attention", qkv).startswith("cpu: chosen")
     assert "takes bf16" in explain("self_attention", qkv.float())
+    assert "takes bf16" in explain("self_attention", qkv[0].float(), groups=[(1, 5)])
     assert "whole vectors" in explain("self_attention", qkv[..., :12])
     assert "scale of 0 or more" in explain("self_attention", qkv, scale=-1.0)
     below = self_attention(qkv.double(), scale=-0.5, backend="reference")

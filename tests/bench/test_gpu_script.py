@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from mokd_fast.kernels import configs
 
 from bench import distill_gpu, distill_sweep, gpu_check, linear_distill_gpu, search_gpu
 from bench import search as search_bench
-from mokd_fast.ops import cpu
+from mokd_fast.ops import cpu, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "linear"]
@@ -29,9 +28,6 @@ def test_checks_pass_on_the_cpu(check, monkeypatch):
     check(gpu_check.Where("cpu", "cpu", small=True))
 
 
-right = SimpleNamespace(**vars(cpu))
-
-
 class Wrong:
     """The CPU kernels with one thing gone wrong."""
 
@@ -40,31 +36,36 @@ class Wrong:
 
     def distill_forward(self, student, *rest):
         self.calls += 1
-        loss, terms, stats = right.distill_forward(student, *rest)
+        loss, terms, stats = cpu.distill_forward(student, *rest)
         if self.what == "loss" or (self.what == "second" and self.calls % 2 == 0):
             loss *= 1 + 1e-5
         return loss, terms, stats
 
+    ForwardChunks = staticmethod(cpu.ForwardChunks)
+    why_not = staticmethod(cpu.why_not)
+
     def search_forward(self, *call):
-        rows, stats, weights = right.search_forward(*call)
+        rows, stats, weights = cpu.search_forward(*call)
         return (rows * (1 + 1e-4 * (self.what == "found")), stats, weights)
 
     def search_backward(self, *call):
-        dx, dk, dv = right.search_backward(*call)
+        dx, dk, dv = cpu.search_backward(*call)
         if self.what == "key gradient":
             dk[..., -1] = 0
         return dx, dk, dv
 
     def joint_forward(self, *call):
-        tokens, query, rows, stats = right.joint_forward(*call)
+        tokens, query, rows, stats = cpu.joint_forward(*call)
         if self.what == "last token":
             tokens[:, :, -1] = rows[:, len(call[0][0, 0]) - 1]  # as it is without a query
         elif self.what == "nan":
             query.nan_to_num_()
         return tokens, query, rows, stats
 
+    joint_backward = staticmethod(cpu.joint_backward)
+
     def distill_backward(self, grad, stats, student, *rest, out=None):
-        out = right.distill_backward(grad, stats, student, *rest, out=out)
+        out = cpu.distill_backward(grad, stats, student, *rest, out=out)
         if self.what == "last column":
             out[..., -1] = 0
         elif self.what == "scale":
@@ -98,8 +99,8 @@ class Wrong:
 )
 def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
     wrong = Wrong(what)
-    for kernel in (name for name in vars(Wrong) if name[0] != "_"):
-        monkeypatch.setattr(cpu, kernel, getattr(wrong, kernel))
+    for module in (distill, search):
+        monkeypatch.setattr(module, "_kernels", lambda backend: wrong)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
     check = {check.__name__: check for check in gpu_check.CHECKS}[name]
     assert not gpu_check.passes(check, gpu_check.Where("cpu", "cpu", small=True))

@@ -210,10 +210,12 @@ def _kernels(backend: str) -> Any:
     return {"cpu": cpu, "cuda": cuda}[backend]
 
 
+# _kernels is looked up at each call: tests put others in its place.
+_kernel = partial(kernel, lambda backend: _kernels(backend))
 _eager = with_autograd(
     OP,
     (_forward, _backward),
-    (kernel(_kernels, "distill_forward"), kernel(_kernels, "distill_backward")),
+    (_kernel("distill_forward"), _kernel("distill_backward")),
     _save,
     _arguments,
     _gradients,

@@ -197,10 +197,11 @@ def _kernels(backend: str) -> Any:
     return {"cpu": cpu, "cuda": cuda}[backend]
 
 
+_kernel = partial(kernel, lambda backend: _kernels(backend))  # as in ops/distill.py
 _eager_search = with_autograd(
     "feature_search",
     (_search, _search_backward),
-    (kernel(_kernels, "search_forward"), kernel(_kernels, "search_backward")),
+    (_kernel("search_forward"), _kernel("search_backward")),
     _save_search,
     _search_arguments,
     _search_gradients,
@@ -208,7 +209,7 @@ _eager_search = with_autograd(
 _eager_joint = with_autograd(
     "joint_attention",
     (_joint, _joint_backward),
-    (kernel(_kernels, "joint_forward"), kernel(_kernels, "joint_backward")),
+    (_kernel("joint_forward"), _kernel("joint_backward")),
     _save_joint,
     _joint_arguments,
     _joint_gradients,

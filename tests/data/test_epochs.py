@@ -67,8 +67,8 @@ def test_twenty_epochs_do_not_grow(kind, workers, folder, make_picture, alarm):
             assert views.bad == []
         seen.append(resources())
     batches.close()
-    # The first four make all as large as it gets. A batch on its way from the workers, 4 MiB of memory
-    # and its descriptors, is in some of four readings; what is kept is in all.
+    # The first four make all as large as it gets. A batch on its way from the workers, 4 MiB and
+    # its descriptors, is in some of four readings; what is kept is in all.
     early, late = (list(zip(*readings, strict=True)) for readings in (seen[4:8], seen[-4:]))
     memory, files, _ = (min(b) - max(a) for a, b in zip(early, late, strict=True))
     assert memory < 5 and files <= 0 and set(early[2]) == set(late[2]), seen

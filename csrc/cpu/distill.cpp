@@ -4,9 +4,9 @@
 // Forward reads every student and teacher row once (4 (V + T) B K bytes in fp32) and keeps
 // 2 (V + T) B numbers; backward reads them once more and writes the gradient once. Work is cut into
 // (image, tile of columns); tiles are merged in index order, so the thread count changes no bit.
-// Within a tile, blocks of columns stay in the nearest caches, and while one row is worked on the next is fetched. The
-// exponentials of a teacher row are kept there for all its views; of one that has a single view, as in
-// MOKD's search, both rows are read side by side and nothing is kept.
+// Within a tile, blocks of columns stay in the nearest caches, and while one row is worked on the next is
+// fetched. The exponentials of a teacher row are kept there for all its views; of one that has a single view,
+// as in MOKD's search, both rows are read side by side and nothing is kept.
 // The maximum is subtracted before the temperature divides: a large common offset costs no digit.
 #include "distill.h"
 

@@ -87,10 +87,8 @@ class DINOLoss(nn.Module):
     def _temperature_at(self, epoch: int) -> float | Tensor:
         """Of a compiled step 0-d, from one table with the value after the warm-up that it indexes
         for every epoch; fp64, that teacher_temp keeps its digits."""
-        warmup, at = (
-            self.teacher_temp_schedule.double(),
-            min(epoch, self.warmup_teacher_temp_epochs),
-        )
+        warmup = self.teacher_temp_schedule.double()
+        at = min(epoch, self.warmup_teacher_temp_epochs)
         if not torch.compiler.is_compiling():
             return float([*warmup.tolist(), self.teacher_temp][at])
         after = torch.full((1,), self.teacher_temp, dtype=warmup.dtype)

@@ -60,8 +60,8 @@ def self_attention(
             f"qkv must be floating {wanted} with N, H and d >= 1, "
             f"got {qkv.dtype} of shape {list(qkv.shape)}"
         )
-    if groups is not None and sum(_tokens(sizes)) != len(qkv):
-        raise ValueError(f"groups have {sum(_tokens(sizes))} tokens, qkv {list(qkv.shape)} not")
+    if groups is not None and (tokens := sum(_tokens(sizes))) != len(qkv):
+        raise ValueError(f"groups have {tokens} tokens, qkv {list(qkv.shape)} has {len(qkv)}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     out: Tensor = pick(OP, qkv, sizes, scale, backend=backend).run(qkv, sizes, scale)
     return out

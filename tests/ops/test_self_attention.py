@@ -160,7 +160,7 @@ def test_a_group_without_images():
     ("groups", "message"),
     [
         ([], "groups is empty"),
-        ([(2, 9), (5, 3)], r"groups have 33 tokens, qkv \[73, 3, 2, 32\] not"),
+        ([(2, 9), (5, 3)], r"groups have 33 tokens, qkv \[73, 3, 2, 32\] has 73"),
         ([(2, 9), (5, 0)], r"pairs \(B, N\) of B >= 0 and N >= 1, got \(5, 0\)"),
         ([(2, 9), (-5, 11)], r"pairs .*got \(-5, 11\)"),
         ([(2, 9, 5, 11)], r"pairs .*got \(2, 9, 5, 11\)"),

@@ -73,6 +73,18 @@ Rows rows(const Strided& r) {
   return {pointer<const void>(std::get<0>(r)), Type(std::get<1>(r)), std::get<2>(r), std::get<3>(r)};
 }
 
+// Rows of one tensor [rows, B, K]: address, type, rows, strides in elements.
+using Stack = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;
+
+void each_row(const Stack& stack, std::vector<Rows>& to) {
+  const auto& [address, type, count, row, image, column] = stack;
+  for (int64_t i = 0; i < count; ++i)
+    to.push_back({pointer<const char>(address) + i * row * mokd::item_size(Type(type)), Type(type), image, column});
+}
+
+// One target: its rows, center and row_weight (0 is none), whether the rows are probabilities.
+using Target = std::tuple<Stack, uintptr_t, uintptr_t, bool>;
+
 // The arguments of distill_cross_entropy, kept alive for one call.
 struct Distill {
   Distill(const Distill&) = delete;  // `call` points into the vectors
@@ -81,25 +93,23 @@ struct Distill {
   std::vector<double> pairs;
   mokd::cpu::Distill call;
 
-  Distill(const std::vector<Strided>& student_rows, const std::vector<Strided>& teacher_rows,
-          const std::vector<uintptr_t>& centers, const std::vector<uintptr_t>& row_weights,
-          const std::vector<int>& targets, const std::vector<bool>& probabilities,
-          std::vector<double> pairs_, int count, uintptr_t scalars, int64_t images, int64_t columns,
-          int threads)
+  Distill(const Stack& student_, const std::vector<Target>& targets, std::vector<double> pairs_,
+          uintptr_t scalars, int64_t images, int64_t columns, int threads)
       : pairs(std::move(pairs_)) {
-    const size_t T = teacher_rows.size();
-    if (student_rows.empty() || !T || columns < 1 || centers.size() != T || row_weights.size() != T ||
-        targets.size() != T || probabilities.size() != T || pairs.size() != T * student_rows.size())
+    each_row(student_, student);
+    std::vector<Rows> found;
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const auto& [stack, center, row_weight, probabilities] = targets[i];
+      found.clear(), each_row(stack, found);
+      for (const Rows& rows : found)
+        teacher.push_back({rows, pointer<const void>(center), pointer<const void>(row_weight), int(i), probabilities});
+    }
+    if (student.empty() || teacher.empty() || columns < 1 || pairs.size() != teacher.size() * student.size())
       throw std::invalid_argument("Distill: at least a student row, a teacher row and a column, and "
-                                  "lists of one length");
-    for (int target : targets)
-      if (target < 0 || target >= count) throw std::invalid_argument("Distill: a row of no target");
-    for (const Strided& r : student_rows) student.push_back(rows(r));
-    for (size_t t = 0; t < teacher_rows.size(); ++t)
-      teacher.push_back({rows(teacher_rows[t]), pointer<const void>(centers[t]),
-                         pointer<const void>(row_weights[t]), targets[t], bool(probabilities[t])});
+                                  "a weight for each pair");
     call = {{images, columns, int(student.size()), int(teacher.size())},
-            student.data(), teacher.data(), pointer<const void>(scalars), pairs.data(), count, threads};
+            student.data(), teacher.data(), pointer<const void>(scalars), pairs.data(), int(targets.size()),
+            threads, nullptr, 0};
   }
 };
 
@@ -456,22 +466,23 @@ PYBIND11_MODULE(_C, m) {
            });
   py::class_<Distill> distill(m, "Distill");
   distill
-      .def(py::init<const std::vector<Strided>&, const std::vector<Strided>&,
-                    const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
-                    const std::vector<int>&, const std::vector<bool>&, std::vector<double>,
-                    int, uintptr_t, int64_t, int64_t, int>())
+      .def(py::init<const Stack&, const std::vector<Target>&, std::vector<double>, uintptr_t, int64_t, int64_t,
+                    int>())
       .def("state_size", [](const Distill& d) { return mokd::state_size(d.call.shape); },
            "fp64 numbers an image that `running` holds.")
       .def("forward",
            [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name,
-              uintptr_t running, bool first, bool last) {
+              uintptr_t running, bool first, bool last, uintptr_t moved, double momentum) {
              const auto& kernels = level(name);
+             if (moved && d.call.targets != 1) throw std::invalid_argument("Distill: one target has a centre to move");
+             mokd::cpu::Distill call = d.call;
+             call.moved = pointer<void>(moved), call.momentum = momentum;
              py::gil_scoped_release unlocked;
-             kernels.forward(d.call, {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
+             kernels.forward(call, {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
                              pointer<double>(running), {first, last});
            },
            py::arg("stats"), py::arg("terms"), py::arg("loss"), py::arg("level"), py::arg("running") = 0,
-           py::arg("first") = true, py::arg("last") = true)
+           py::arg("first") = true, py::arg("last") = true, py::arg("moved") = 0, py::arg("momentum") = 0.0)
       .def("backward",
            [](const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, const std::string& name,
               bool reused) {

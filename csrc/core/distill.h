@@ -22,6 +22,8 @@ namespace mokd {
 
 enum Type : int { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
+static MOKD_HOST_DEVICE inline int64_t item_size(Type type) { return type == F64 ? 8 : type == F32 ? 4 : 2; }
+
 // One row of logits for every image: element k of image b at data[b * image + k * column].
 struct Rows {
   const void* data;

@@ -8,18 +8,20 @@
 // fetched. The exponentials of a teacher row are kept there for all its views; of one that has a single view,
 // as in MOKD's search, both rows are read side by side and nothing is kept.
 // The maximum is subtracted before the temperature divides: a large common offset costs no digit.
+// The mean of the teacher rows, to which their centre moves, is made of the same read: some images are
+// taken together, tile by tile, and their rows added up.
 #include "distill.h"
 
 #include <vector>
 
 #include "loops.h"
+#include "mean.h"
 #include "work.h"
 
 namespace mokd::cpu {
 namespace {
 
 constexpr int64_t TILE = 4 * BLOCK;  // columns of one piece of work
-constexpr int AHEAD = 6;             // rows fetched ahead (bench/distill.py, B = 16 and 32)
 
 // a takes in b, its right neighbour. Maxima seldom move (running_maximum): `decay` is then mostly 1.
 // Without the condition these took 4 % of MOKD's call with search, where most rows have one view only.
@@ -80,19 +82,20 @@ int next_group(const Distill& d, int v, int lone, int* t, int* found) {
   return count;
 }
 
-// A block of columns of one image.
+// A block of columns of one image, and where the one that follows begins.
 struct Block {
-  int64_t image, k0, n;
+  int64_t image, k0, n, next_image, next_k;
 };
 
 // What to fetch while teacher row t, or view t - T, is worked on.
 Next next_row(const Call& d, Block at, int t) {
   const int all = d.shape.teachers + d.shape.views;
   int row = d.turn[t] + AHEAD;
-  int64_t k = at.k0;
+  const bool within = row < all;
+  int64_t image = within ? at.image : at.next_image, k = within ? at.k0 : at.next_k - at.n;
   for (; row >= all; row -= all) k += at.n;  // beyond the last row: of the blocks that follow
   const Rows& rows = *d.order[row];
-  return {address(rows, at.image, k), item_size(rows.type) * (rows.column == 1)};
+  return {address(rows, image, k), item_size(rows.type) * (rows.column == 1)};
 }
 
 // What a thread keeps of a teacher row: the exponentials of a block of columns and, before them, of the
@@ -229,14 +232,18 @@ struct Workplace {
   }
 };
 
-// Scratch: what is kept of every teacher row, then blocks to widen a student and its lone row in.
+// Scratch: what is kept of every teacher row, then blocks to widen a student and its lone row in. `sum`
+// [K] of the group, or null. After this image's tile comes the next one's or, in the end, the next tile.
 template <typename A>
-void forward_item(const Call& d, Tile at, Workplace<A>& work, State state) {
+void forward_item(const Call& d, Group group, Tile at, Workplace<A>& work, State state, A* sum) {
   const int T = d.shape.teachers, V = d.shape.views;
   A* wide = work.scratch + T * ROW<A>;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
-    const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
-    const bool first = k == at.begin;
+    const int64_t n = k + BLOCK < at.end ? BLOCK : at.end - k;
+    const bool first = k == at.begin, last = k + n == at.end, more = at.image + 1 < group.end;
+    const Block block = {at.image, k, n, !last ? at.image : more ? at.image + 1 : group.begin,
+                         last && more ? at.begin : k + n};
+    if (sum) add_teachers(d, group, at.image, k, n, work.scratch, ROW<A>, sum);
     State out = first ? state : state_at(work.state, d.shape);
     const bool pairs = paired<A>(d, block);
     for (int t = 0; t < T; ++t)
@@ -325,9 +332,28 @@ void forward(const Call& d, const Forward& out, double* running, Chunk chunk) {
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
   const Buffer memory((B * cut * size + d.targets) * sizeof(double));
   double *states = reinterpret_cast<double*>(memory.get()), *sums = states + B * cut * size;
-  each_item<A>(d, B * cut, [&](int64_t item, Workplace<A>& work) {
-    forward_item<A>(d, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape));
+  const auto work_on = [&](Group group, int64_t tile, Workplace<A>& work, A* sum) {
+    for (int64_t item = group.begin * cut + tile; item < group.end * cut; item += cut)
+      forward_item<A>(d, group, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape), sum);
+  };
+  const Mean<A> mean(d);
+  // Images are apart where groups of them would be too few pieces for all threads.
+  const bool together = d.moved && mean.groups() * cut >= 2 * d.threads;
+  each_item<A>(d, (together ? mean.groups() : B) * cut, [&](int64_t item, Workplace<A>& work) {
+    const int64_t i = item / cut;
+    work_on(together ? mean.group(i) : Group{i, i + 1}, item % cut, work, together ? mean.sum(i) : nullptr);
   });
+  if (d.moved && !together) {
+    const int64_t blocks = (d.shape.columns + BLOCK - 1) / BLOCK;
+    each_item<A>(d, mean.groups() * blocks, [&](int64_t item, Workplace<A>& work) {
+      const Group group = mean.group(item / blocks);
+      const Tile at = tile_at(d.shape, BLOCK, item % blocks);
+      for (int64_t b = group.begin; b < group.end; ++b)
+        add_teachers(d, group, b, at.begin, at.end - at.begin, work.scratch, ROW<A>,
+                     mean.sum(item / blocks));
+    });
+  }
+  if (d.moved) mean.move();
   for (int64_t b = 0; b < B; ++b) {
     double* own = states + b * cut * size;
     for (int64_t i = 1; i < cut; ++i)
@@ -523,7 +549,8 @@ void backward_item(const Call& d, const Backward& io, Tile at, Workplace<A>& wor
   A *wide = work.scratch + T * ROW<A>, *g = wide + ROW<A>;
   const bool in_place = direct<A>(d, at), pairs = in_place && d.student[0].type == BF16;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
-    const Block block = {at.image, k, k + BLOCK < at.end ? BLOCK : at.end - k};
+    const int64_t n = k + BLOCK < at.end ? BLOCK : at.end - k;
+    const Block block = {at.image, k, n, at.image, k + n};
     for (int t = 0; t < T; ++t) {
       if (in_place && !d.kept[t]) continue;
       A* kept = work.scratch + t * ROW<A>;
@@ -540,40 +567,6 @@ template <typename A>
 void backward(const Call& d, const Backward& io) {
   each_item<A>(d, d.shape.images * tiles(d.shape, TILE), [&](int64_t item, Workplace<A>& work) {
     backward_item<A>(d, io, tile_at(d.shape, TILE, item), work);
-  });
-}
-
-// Rows are added in order, a tile of columns at a time: bits do not depend on the threads. A chain of
-// fp32 additions is ended after CHAIN rows and goes on in double.
-constexpr int64_t SUMS = 1024;  // columns: with what they are widened to they stay in L1
-
-template <typename A>
-void column_mean_tile(const ColumnMean& m, int64_t begin, int64_t n) {
-  constexpr int L = LANES<A>;
-  constexpr int64_t CHAIN = 16;
-  alignas(WIDTH) A sum[SUMS] = {}, wide[SUMS];
-  double total[SUMS] = {};
-  for (int64_t row = 0; row < m.count; ++row) {
-    const A* x = values<A>(m.rows, row, begin, n, wide);
-    const Next next = {address(m.rows, row + AHEAD, begin), item_size(m.rows.type) * (m.rows.column == 1)};
-    int64_t k = 0;
-    for (; k + L <= n; k += L) {
-      next.fetch(k);
-      store(sum + k, load<Vec<A>>(sum + k) + load<Vec<A>>(x + k));
-    }
-    for (; k < n; ++k) sum[k] += x[k];
-    if ((row + 1) % CHAIN && row + 1 < m.count) continue;
-    for (k = 0; k < n; ++k) total[k] += sum[k], sum[k] = 0;
-  }
-  A* mean = static_cast<A*>(m.mean) + begin;
-  for (int64_t k = 0; k < n; ++k) mean[k] = m.count ? A(total[k] / double(m.count)) : A(0);
-}
-
-template <typename A>
-void column_mean(const ColumnMean& m) {
-  parallel(m.threads, (m.columns + SUMS - 1) / SUMS, [&](int64_t i, int) {
-    const int64_t begin = i * SUMS, rest = m.columns - begin;
-    column_mean_tile<A>(m, begin, rest < SUMS ? rest : SUMS);
   });
 }
 

@@ -20,6 +20,10 @@ struct Distill {
   const double* pairs;         // [T, V]
   int targets;
   int threads;
+  // Of forward: moved [K] = momentum * center + (1 - momentum) * mean of all teacher rows, which are those
+  // of one target, of the arithmetic's type; or null.
+  void* moved;
+  double momentum;
 };
 
 // mean [K] over `count` rows, row i being image i of `rows`; of the arithmetic's type.

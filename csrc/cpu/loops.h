@@ -10,6 +10,7 @@ namespace {
 // Columns worked on at a time: of fewer, what each row costs by itself counts more, more leave the nearest
 // caches (bench/distill.py, in bf16 and up to B = 8).
 constexpr int64_t BLOCK = 2048;
+constexpr int AHEAD = 6;             // rows fetched ahead (bench/distill.py, B = 16 and 32)
 constexpr int GROUP = 4;             // teacher rows that ride along with a student's exponential
 constexpr double LOG2_E = 1.4426950408889634;
 
@@ -25,19 +26,13 @@ template <typename A, typename Row>
 A maximum(Row row, int64_t n) {
   constexpr int L = LANES<A>;
   const A lowest = sizeof(A) == 4 ? A(-FLT_MAX) : A(-1e290);  // a row of -inf keeps a finite maximum
-  Vec<A> a = Vec<A>{} + lowest, b = a, v;
+  Vec<A> a = Vec<A>{} + lowest, b = a;
   int64_t k = 0;
-  for (; k + 2 * L <= n; k += 2 * L) {
-    v = row.template get<0>(k), a = v > a ? v : a;
-    v = row.template get<1>(k), b = v > b ? v : b;
-  }
-  if constexpr (!Row::paired) {
-    for (; k < n; k += L) {
-      v = row.tail(k, n - k < L ? n - k : L, lowest);
-      a = v > a ? v : a;
-    }
-  }
-  return reduce_max<A>(a > b ? a : b);
+  for (; k + 2 * L <= n; k += 2 * L)
+    a = larger(row.template get<0>(k), a), b = larger(row.template get<1>(k), b);
+  if constexpr (!Row::paired)
+    for (; k < n; k += L) a = larger(row.tail(k, n - k < L ? n - k : L, lowest), a);
+  return reduce_max<A>(larger(a, b));
 }
 
 // In double: a chain of fp32 additions is off by 8e-6 after a block of 1/1000.

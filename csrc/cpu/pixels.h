@@ -52,18 +52,6 @@ inline Floats at_most(float high, Floats x) {
 #endif
 }
 
-inline Floats larger(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Floats>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-#elif defined(__AVX__)
-  return reinterpret_cast<Floats>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<Floats>(_mm_max_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
-#else
-  return a > b ? a : b;
-#endif
-}
-
 inline Floats smaller(Floats a, Floats b) { return -larger(-a, -b); }
 
 inline Floats absolute(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Bits>(x) & 0x7fffffff); }

@@ -93,18 +93,22 @@ inline float dot(const float* a, const float* b, int64_t n) {
 typedef uint32_t Bits __attribute__((vector_size(WIDTH)));
 typedef uint16_t Half __attribute__((vector_size(WIDTH / 2)));
 
-// max(low, x), and NaN for NaN, which the comparison in C++ costs two instructions.
-inline Vec<float> at_least(float low, Vec<float> x) {
+// a > b ? a : b, so b where one is NaN, for which the compiler does not always find the one instruction.
+inline Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
+inline Vec<float> larger(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(low), reinterpret_cast<__m512>(x)));
+  return reinterpret_cast<Vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #elif defined(__AVX__)
-  return reinterpret_cast<Vec<float>>(_mm256_max_ps(_mm256_set1_ps(low), reinterpret_cast<__m256>(x)));
+  return reinterpret_cast<Vec<float>>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #elif defined(__SSE2__)
-  return reinterpret_cast<Vec<float>>(_mm_max_ps(_mm_set1_ps(low), reinterpret_cast<__m128>(x)));
+  return reinterpret_cast<Vec<float>>(_mm_max_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
 #else
-  return x < low ? Vec<float>{} + low : x;
+  return a > b ? a : b;
 #endif
 }
+
+inline Vec<float> at_least(float low, Vec<float> x) { return larger(Vec<float>{} + low, x); }  // NaN for NaN
 
 // 2^x for x <= 0: 0 for -inf, NaN for NaN. Relative error 1.7e-7: the polynomial of degree 5 is
 // minimax on [-1/2, 1/2]. AVX-512 splits x and scales by a power of two in one instruction each; elsewhere
@@ -182,8 +186,6 @@ inline Bits round_bf16(Vec<float> x) {
 }
 
 inline Half narrow_bf16(Vec<float> x) { return __builtin_convertvector(round_bf16(x) >> 16, Half); }
-
-inline int64_t item_size(Type type) { return type == F64 ? 8 : type == F32 ? 4 : 2; }
 
 inline const char* address(const Rows& rows, int64_t b, int64_t k) {
   return static_cast<const char*>(rows.data) + (b * rows.image + k * rows.column) * item_size(rows.type);

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..ops.distill import check_temperature
 from .shared import (
     check_prototypes,
-    cross_view_loss,
+    cross_view_step,
     split_views,
     temperature_at,
     temperature_table,
@@ -68,14 +68,17 @@ class DINOLoss(nn.Module):
         prototypes = self.center.shape[-1]
         check_prototypes("student_output", student_output, self._argument, prototypes)
         check_prototypes("teacher_output", teacher_output, self._argument, prototypes)
-        loss = cross_view_loss(
+        loss, moved = cross_view_step(
+            self,
+            DINOLoss.update_center,
             split_views("student_output", student_output, self.ncrops),
             split_views("teacher_output", teacher_output, 2),
-            self.center,
-            self.student_temp,
             temperature_at(self.teacher_temp_schedule, epoch),
         )
-        self.update_center(teacher_output)
+        if moved is None:
+            self.update_center(teacher_output)
+        else:
+            self.center = moved
         return loss
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from ..ops.distill import check_temperature
 from .shared import (
     check_mask,
     check_prototypes,
-    cross_view_loss,
+    cross_view_step,
     masked_weights,
     patch_loss,
     stack_views,
@@ -80,8 +80,12 @@ class DINOLoss(nn.Module):
         student = stack_views("student_out", student_out)
         check_prototypes("teacher_out", teacher, "output_dim", self.center.shape[-1])
         check_prototypes("student_out", student, "output_dim", self.center.shape[-1])
-        loss = cross_view_loss(student, teacher, self.center, self.student_temp, teacher_temp)
-        self.update_center(teacher)
+        update = DINOLoss.update_center
+        loss, moved = cross_view_step(self, update, student, teacher, teacher_temp)
+        if moved is None:
+            self.update_center(teacher)
+        else:
+            self.center.data = moved
         return loss
 
     def _temperature_at(self, epoch: int) -> float | Tensor:

@@ -5,6 +5,7 @@ the same, 16-bit logits are averaged in fp32, a step without rows leaves the cen
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy
 from ..ops.center import moved_center, rank_mean
+from ..ops.distill import distill_and_move
 from ..ops.reference import accumulation_dtype
 
 
@@ -41,7 +43,7 @@ def split_views(name: str, logits: Tensor, views: int) -> Tensor:
             f"{name} must hold {views} views of equally many images, [{views} * B, K], "
             f"got shape {list(logits.shape)}"
         )
-    return logits.unflatten(0, (views, len(logits) // views))
+    return logits.view(views, len(logits) // views, logits.shape[-1])
 
 
 def stack_views(name: str, views: Tensor | Sequence[Tensor]) -> Tensor:
@@ -99,9 +101,48 @@ def cross_view_loss(
 
     center: any shape of K numbers.
     """
-    pairs = cross_view_pairs(len(teacher), len(student))
-    target = Target(pairs, teacher, None, teacher_temp, center.flatten(), weight)
+    target = cross_view_target(student, teacher, center, teacher_temp, weight)
     return distill_cross_entropy(student, [target], temperature=student_temp)[0]
+
+
+def cross_view_target(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    teacher_temp: float | Tensor,
+    weight: float = 1.0,
+) -> Target:
+    pairs = cross_view_pairs(len(teacher), len(student))
+    return Target(pairs, teacher, None, teacher_temp, center.view(-1), weight)
+
+
+def cross_view_step(
+    module: Any, update: Any, student: Tensor, teacher: Tensor, teacher_temp: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`cross_view_loss` of a module with center, student_temp and center_momentum, and its centre
+    after the step, which the same read of the teacher gives.
+
+    None where the module's `update_center` has to move it: ranks share the centre, somebody has put
+    another method in the place of `update`, the centre is wider than the arithmetic, or a later
+    step could not save it for backward (inference mode, which the compiler does not let ask for).
+    """
+    center, temp = module.center, module.student_temp
+    as_written = type(module).update_center is update and "update_center" not in vars(module)
+    dtype = accumulation_dtype(student)
+    if (
+        not as_written
+        or not accumulation_dtype(teacher) == dtype == center.dtype
+        or _has_ranks()
+        or (not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
+    ):
+        return cross_view_loss(student, teacher, center, temp, teacher_temp), None
+    target = cross_view_target(student, teacher, center, teacher_temp)
+    loss, moved = distill_and_move(student, target, module.center_momentum, temperature=temp)
+    return loss, moved.view_as(center)
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def patch_loss(
@@ -146,14 +187,14 @@ def reduce_ranks(
     mean: Tensor, group: dist.ProcessGroup | None = None, wait: bool = True
 ) -> dist.Work | None:
     """Sums `rank_mean` over the group in place, where there is one; the work if not waited for."""
-    if dist.is_available() and dist.is_initialized():
+    if _has_ranks():
         return dist.all_reduce(mean, group=group, async_op=not wait)
     return None
 
 
 def updated_center(center: Tensor, logits: Tensor, momentum: float) -> Tensor:
     """The centre after these teacher logits [..., K], averaged over the ranks."""
-    if not (dist.is_available() and dist.is_initialized()):  # three operations instead of eight
+    if not _has_ranks():  # three operations instead of eight
         if logits.numel() == 0:
             return center
         with torch.inference_mode(False), torch.no_grad():

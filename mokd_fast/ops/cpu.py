@@ -48,12 +48,23 @@ def why_not(student: Tensor, rows: Sequence[Tensor] = ()) -> str | None:
 
 
 def distill_forward(
-    student: Tensor, rows: Sequence[Tensor], *rest: Any
+    student: Tensor,
+    rows: Sequence[Tensor],
+    *rest: Any,
+    moved: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`."""
+    """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`.
+
+    moved: contiguous [K] of the arithmetic's dtype, to which the centre of the only target goes.
+    """
     loss, terms, stats = results(student, rows)
     call, _alive = native_call(student, rows, *rest)
-    call.forward(stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level())
+    to = stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level()
+    if moved is None:
+        call.forward(*to)
+    else:
+        call.forward(*to, moved=moved.data_ptr(), momentum=momentum)
     return loss, terms, stats
 
 
@@ -392,32 +403,18 @@ def native_call(
     dtype = accumulation_dtype(student)
     if scalars.shape != (1 + 2 * len(rows),):
         raise ValueError(f"scalars must be [{1 + 2 * len(rows)}], got {list(scalars.shape)}")
-    alive = [t.to(dtype).contiguous() for t in (*centers, *row_weights)]
-    centers_, weights_ = alive[: len(rows)], alive[len(rows) :]
-    alive.append(scalars.to(dtype).contiguous())
-    target = [i for i, r in enumerate(rows) for _ in range(r.shape[0])]
-    call = native.Distill(
-        _strided(student),
-        [strided for r in rows for strided in _strided(r)],
-        [centers_[i].data_ptr() if centers_[i].numel() else 0 for i in target],
-        [weights_[i].data_ptr() if weights_[i].numel() else 0 for i in target],
-        target,
-        [probabilities[i] for i in target],
-        list(pairs),
-        len(rows),
-        alive[-1].data_ptr(),
-        student.shape[1],
-        student.shape[2],
-        torch.get_num_threads(),
-    )
-    return call, alive
+    if not len(rows) == len(centers) == len(row_weights) == len(probabilities):
+        raise ValueError("rows, centers, row_weights and probabilities must have an entry a target")
+    alive = [t.to(dtype).contiguous() for t in (*centers, *row_weights, scalars)]
+    at = [t.data_ptr() if t.numel() else 0 for t in alive]
+    targets = zip(map(_stack, rows), at, at[len(rows) :], probabilities, strict=False)
+    sizes = *student.shape[1:], torch.get_num_threads()
+    return native.Distill(_stack(student), list(targets), pairs, at[-1], *sizes), alive
 
 
-def _strided(rows: Tensor) -> list[tuple[int, int, int, int]]:
-    """Address, type and strides of each row of logits [rows, B, K]; no tensor is made of it."""
-    first, kind, (step, image, column) = rows.data_ptr(), TYPES[rows.dtype], rows.stride()
-    step *= rows.element_size()
-    return [(first + i * step, kind, image, column) for i in range(rows.shape[0])]
+def _stack(rows: Tensor) -> tuple[int, ...]:
+    """Address, type, count and strides of logits [rows, B, K]."""
+    return rows.data_ptr(), TYPES[rows.dtype], rows.shape[0], *rows.stride()
 
 
 def _search_pass(call: Any, to: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu, cuda, reference
+from .column_mean import column_mean
 from .dispatch import pick, register
 from .eager import kernel, no_gradient, with_autograd
 
@@ -124,6 +125,39 @@ def distill_cross_entropy(
     return loss, per_target
 
 
+def distill_and_move(
+    student: Tensor, target: Target, momentum: float, *, temperature: float | Tensor = 0.1
+) -> tuple[Tensor, Tensor]:
+    """The loss with one target of logits, and the centre [K] that the next step takes:
+    momentum * center + (1 - momentum) * mean of the logits (`Center`, for a single process).
+
+    On the CPU the mean is made of the read that the loss makes of the logits anyway. The centre is
+    new, of the arithmetic's dtype; without images it has its old values. Errors as above, and
+    ValueError for a target of probabilities.
+    """
+    _check(student, [target], temperature)
+    if target.logits is None:
+        raise ValueError("target has probs: probabilities have no centre that could move")
+    chosen = pick(OP, student, [target], temperature)
+    if chosen.name == "reference":
+        loss, _ = chosen.run(student, [target], temperature)
+        return loss, _moved(momentum, [target.rows], [target.center])
+    loss, _, moved = _call(chosen.name, student, [target], temperature, momentum)
+    return loss, moved
+
+
+@torch.no_grad()
+def _moved(momentum: float, rows: Sequence[Tensor], centers: Sequence[Tensor | None]) -> Tensor:
+    """The centre of a single target as `distill_and_move` returns it."""
+    (logits,), (center,) = rows, centers
+    mean = column_mean(logits)
+    if center is None or not center.numel():
+        center = torch.zeros_like(mean)
+    if not logits.numel():
+        return center.to(mean.dtype, copy=True)
+    return center.to(mean.dtype) * momentum + mean * (1 - momentum)
+
+
 @torch.library.custom_op("mokd_fast::distill_forward", mutates_args=())
 def _forward(
     student: Tensor,
@@ -134,27 +168,30 @@ def _forward(
     pairs: list[float],
     probabilities: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], terms [targets] and stats of each row, all of the arithmetic's dtype.
+    momentum: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], terms [targets], stats of each row and, with a momentum, the moved centre [K] of the
+    only target (else nothing, [0]); all of the arithmetic's dtype.
 
     One entry a target in rows [T_i, B, K], centers and row_weights (empty tensors when absent) and
     probabilities; pairs [sum T_i, V] flat; scalars [1 + 2 targets]: temperatures, the student's
     first, then weights. Absent ones are empty tensors: Optional inside a list breaks
     register_autograd.
     """
-    return _kernels(backend).distill_forward(
-        student, rows, centers, row_weights, scalars, pairs, probabilities
-    )
+    arguments = rows, centers, row_weights, scalars, pairs, probabilities
+    loss, terms, stats, moved = _run_forward(student, *arguments, backend, momentum)
+    return loss, terms, stats, loss.new_empty(0) if moved is None else moved
 
 
 @_forward.register_fake
-def _(student, rows, centers, row_weights, scalars, pairs, probabilities, backend):
+def _(student, rows, centers, row_weights, scalars, pairs, probabilities, backend, momentum=None):
     dtype = reference.accumulation_dtype(student)
     count = student.shape[0] + sum(r.shape[0] for r in rows)
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty(len(rows), dtype=dtype),
         student.new_empty(count, student.shape[1], 2, dtype=dtype),
+        student.new_empty(0 if momentum is None else student.shape[2], dtype=dtype),
     )
 
 
@@ -183,10 +220,10 @@ def _(grad, stats, student, *rest):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, rows, centers, row_weights, scalars, *ctx.numbers = inputs
+    student, rows, centers, row_weights, scalars, pairs, probabilities, backend, _ = inputs
     ctx.save_for_backward(output[2], student, scalars, *rows, *centers, *row_weights)
-    ctx.targets = len(rows)
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.targets, ctx.numbers = len(rows), (pairs, probabilities, backend)
+    ctx.mark_non_differentiable(*(out for out in output[1:] if out is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -210,12 +247,26 @@ def _kernels(backend: str) -> Any:
     return {"cpu": cpu, "cuda": cuda}[backend]
 
 
+def _run_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`_forward` with its arguments; None for a centre that nobody asked for."""
+    *call, backend, momentum = inputs
+    kernels = _kernels(backend)
+    if momentum is None:
+        return (*kernels.distill_forward(*call), None)
+    student, rows, centers, *_ = call
+    if kernels is cpu:
+        moved = student.new_empty(student.shape[2], dtype=reference.accumulation_dtype(student))
+        return (*cpu.distill_forward(*call, moved=moved, momentum=momentum), moved)
+    moved = _moved(momentum, rows, centers).to(reference.accumulation_dtype(student))
+    return (*kernels.distill_forward(*call), moved)
+
+
 # _kernels is looked up at each call: tests put others in its place.
 _kernel = partial(kernel, lambda backend: _kernels(backend))
 _eager = with_autograd(
     OP,
     (_forward, _backward),
-    (_kernel("distill_forward"), _kernel("distill_backward")),
+    (_run_forward, _kernel("distill_backward")),
     _save,
     _arguments,
     _gradients,
@@ -225,7 +276,19 @@ _eager = with_autograd(
 def _run(
     backend: str, student: Tensor, targets: Sequence[Target], temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The custom operator with its flat arguments, gathered from `targets`."""
+    loss, terms, _ = _call(backend, student, targets, temperature)
+    return loss, terms.detach()
+
+
+def _call(
+    backend: str,
+    student: Tensor,
+    targets: Sequence[Target],
+    temperature: float | Tensor,
+    momentum: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, terms and moved centre of the custom operator, its flat arguments gathered from
+    `targets`."""
     dtype = reference.accumulation_dtype(student)
     empty = student.new_empty(0, dtype=dtype)
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
@@ -239,13 +302,12 @@ def _run(
         [weight for t in targets for row in t.pairs for weight in row],
         [t.probs is not None for t in targets],
         backend,
+        momentum,
     )
     rows, centers, row_weights = arguments[1:4]
-    if not plain((arguments[0], *rows, *centers, *row_weights, scalars)):
-        loss, terms, _ = _forward(*arguments)
-    else:
-        loss, terms, _ = _eager(*arguments)
-    return loss, terms.detach()
+    eager = plain((arguments[0], *rows, *centers, *row_weights, scalars))
+    loss, terms, _, moved = (_eager if eager else _forward)(*arguments)
+    return loss, terms, moved
 
 
 def plain(tensors: Iterable[Tensor]) -> bool:

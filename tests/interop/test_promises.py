@@ -77,6 +77,39 @@ def test_the_teacher_gets_no_gradient(case):
     assert teacher.grad is None
 
 
+MOVING = [case for case in CASES if hasattr(case.build(), "update_center") and case.center]
+
+
+@pytest.mark.parametrize("way", ["subclass", "instance"])
+@pytest.mark.parametrize("case", MOVING, ids=lambda case: case.name)
+def test_an_update_center_of_the_users_own_is_what_moves_it(case, way):
+    """Not the mean that comes with the loss: a training with another rule keeps it."""
+    loss, calls = case.build().double(), []
+
+    def update_center(*rows):
+        calls.append(rows)
+
+    if way == "subclass":
+        method = {"update_center": lambda self, *rows: update_center(*rows)}
+        loss.__class__ = type("Own", (type(loss),), method)
+    else:
+        loss.update_center = update_center
+    case.call(loss, *logits())
+    assert len(calls) == 1
+    assert torch.equal(center_of(case, loss), torch.zeros(K, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("case", MOVING, ids=lambda case: case.name)
+def test_a_wider_center_stays_wide(case):
+    loss = case.build().double()
+    teacher = logits(dtype=torch.float32)[1]
+    case.call(loss, *logits(dtype=torch.float32))
+    center = center_of(case, loss)
+    assert center.dtype == torch.float64
+    exact = oracle.moved(torch.zeros(K, dtype=torch.float64), seen(case, teacher.double()))
+    close(center, exact, torch.float32)
+
+
 def test_fp32_under_autocast(case):
     student, teacher = logits(dtype=torch.bfloat16)
     exact = case.formula(student.double(), teacher.double(), torch.zeros(K))

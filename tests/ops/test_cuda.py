@@ -172,7 +172,7 @@ def test_operators(backend):
     lists = [target.logits], [target.center], [empty]
     arguments = (student, *lists, scalars, pairs, [False], "cuda")
     torch.library.opcheck(distill._forward, arguments)
-    _, _, stats = distill._forward(*arguments)
+    _, _, stats, _ = distill._forward(*arguments)
     backward = (torch.ones(()), stats, student.detach(), *arguments[1:])
     torch.library.opcheck(distill._backward, backward)
 
@@ -191,10 +191,8 @@ def test_compiles_whole_with_its_reasons(backend, monkeypatch):
 
 
 def shape(emulated, v=10, t=2, b=64, k=65536, type=0):
-    student, teacher = [(0, type, k, 1)] * v, [(0, type, k, 1)] * t
-    none = [0] * t
-    rest = (none, none, none, [False] * t, [1.0] * t * v, 1, 0, b, k, 1)
-    return emulated.Distill(student, teacher, *rest)
+    student, teacher = (0, type, v, b * k, k, 1), (0, type, t, b * k, k, 1)
+    return emulated.Distill(student, [(teacher, 0, 0, False)], [1.0] * t * v, 0, b, k, 1)
 
 
 def case_of(rows, bytes, images=64, columns=65536):

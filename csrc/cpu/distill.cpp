@@ -232,17 +232,16 @@ struct Workplace {
   }
 };
 
-// Scratch: what is kept of every teacher row, then blocks to widen a student and its lone row in. `sum`
-// [K] of the group, or null. After this image's tile comes the next one's or, in the end, the next tile.
+// Scratch: what is kept of every teacher row, then blocks to widen a student and its lone row in. `next` is
+// the tile that follows. The teacher rows are added to the sums [K] of a group of images, if there are any.
 template <typename A>
-void forward_item(const Call& d, Group group, Tile at, Workplace<A>& work, State state, A* sum) {
+void forward_item(const Call& d, Tile at, Tile next, Workplace<A>& work, State state, Group group, A* sum) {
   const int T = d.shape.teachers, V = d.shape.views;
   A* wide = work.scratch + T * ROW<A>;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const int64_t n = k + BLOCK < at.end ? BLOCK : at.end - k;
-    const bool first = k == at.begin, last = k + n == at.end, more = at.image + 1 < group.end;
-    const Block block = {at.image, k, n, !last ? at.image : more ? at.image + 1 : group.begin,
-                         last && more ? at.begin : k + n};
+    const bool first = k == at.begin, last = k + n == at.end;
+    const Block block = {at.image, k, n, last ? next.image : at.image, last ? next.begin : k + n};
     if (sum) add_teachers(d, group, at.image, k, n, work.scratch, ROW<A>, sum);
     State out = first ? state : state_at(work.state, d.shape);
     const bool pairs = paired<A>(d, block);
@@ -332,20 +331,27 @@ void forward(const Call& d, const Forward& out, double* running, Chunk chunk) {
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
   const Buffer memory((B * cut * size + d.targets) * sizeof(double));
   double *states = reinterpret_cast<double*>(memory.get()), *sums = states + B * cut * size;
-  const auto work_on = [&](Group group, int64_t tile, Workplace<A>& work, A* sum) {
-    for (int64_t item = group.begin * cut + tile; item < group.end * cut; item += cut)
-      forward_item<A>(d, group, tile_at(d.shape, TILE, item), work, state_at(states + item * size, d.shape), sum);
+  const auto work_on = [&](int64_t item, int64_t next, Workplace<A>& work, Group group, A* sum) {
+    forward_item<A>(d, tile_at(d.shape, TILE, item), tile_at(d.shape, TILE, next), work,
+                    state_at(states + item * size, d.shape), group, sum);
   };
   const Mean<A> mean(d);
+  const int64_t groups = mean.groups();
   // Images are apart where groups of them would be too few pieces for all threads.
-  const bool together = d.moved && mean.groups() * cut >= 2 * d.threads;
-  each_item<A>(d, (together ? mean.groups() : B) * cut, [&](int64_t item, Workplace<A>& work) {
-    const int64_t i = item / cut;
-    work_on(together ? mean.group(i) : Group{i, i + 1}, item % cut, work, together ? mean.sum(i) : nullptr);
-  });
+  const bool together = d.moved && groups * cut >= 2 * d.threads;
+  if (together)
+    each_item<A>(d, cut * groups, [&](int64_t i, Workplace<A>& work) {  // a tile of every group, then the next
+      const Group group = mean.group(i % groups);
+      for (int64_t b = group.begin; b < group.end; ++b) {
+        const int64_t item = b * cut + i / groups;
+        work_on(item, b + 1 < B ? item + cut : i / groups + 1, work, group, mean.sum(i % groups));
+      }
+    });
+  else
+    each_item<A>(d, B * cut, [&](int64_t i, Workplace<A>& work) { work_on(i, i + 1, work, {}, nullptr); });
   if (d.moved && !together) {
     const int64_t blocks = (d.shape.columns + BLOCK - 1) / BLOCK;
-    each_item<A>(d, mean.groups() * blocks, [&](int64_t item, Workplace<A>& work) {
+    each_item<A>(d, groups * blocks, [&](int64_t item, Workplace<A>& work) {
       const Group group = mean.group(item / blocks);
       const Tile at = tile_at(d.shape, BLOCK, item % blocks);
       for (int64_t b = group.begin; b < group.end; ++b)
@@ -550,7 +556,7 @@ void backward_item(const Call& d, const Backward& io, Tile at, Workplace<A>& wor
   const bool in_place = direct<A>(d, at), pairs = in_place && d.student[0].type == BF16;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const int64_t n = k + BLOCK < at.end ? BLOCK : at.end - k;
-    const Block block = {at.image, k, n, at.image, k + n};
+    const Block block = {at.image, k, n, at.image, k + n};  // a tile of an image, then its next
     for (int t = 0; t < T; ++t) {
       if (in_place && !d.kept[t]) continue;
       A* kept = work.scratch + t * ROW<A>;

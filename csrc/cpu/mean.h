@@ -53,13 +53,12 @@ template <typename A>
 class Mean {
  public:
   explicit Mean(const Distill& d)
-      : d(d), images(CHAIN > d.shape.teachers ? CHAIN / d.shape.teachers : 1),
+      : d(d), most(CHAIN > d.shape.teachers ? CHAIN / d.shape.teachers : 1),
         memory(d.moved ? groups() * d.shape.columns * sizeof(A) : 0) {}
 
-  int64_t groups() const { return (d.shape.images + images - 1) / images; }
-  Group group(int64_t i) const {
-    const int64_t end = (i + 1) * images;
-    return {i * images, end < d.shape.images ? end : d.shape.images};
+  int64_t groups() const { return (d.shape.images + most - 1) / most; }
+  Group group(int64_t i) const {  // of nearly one size, that threads have as much to do
+    return {d.shape.images * i / groups(), d.shape.images * (i + 1) / groups()};
   }
   A* sum(int64_t group) const {  // [K]
     return reinterpret_cast<A*>(memory.get()) + group * d.shape.columns;
@@ -85,7 +84,7 @@ class Mean {
 
  private:
   const Distill& d;
-  int64_t images;
+  int64_t most;  // images of a group
   Buffer memory;
 };
 

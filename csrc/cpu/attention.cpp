@@ -100,11 +100,10 @@ void forward_head(const Head& g, uint16_t* out, Room room) {
 
 float dot(const uint16_t* x, const uint16_t* y, int64_t d) {
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < d; k += L) {
-    const auto wide = [](const uint16_t* at) {
-      return reinterpret_cast<__m512>(widen_bf16(load<Half>(at)));
-    };
-    sum = _mm512_fmadd_ps(wide(x + k), wide(y + k), sum);
+  for (int64_t k = 0; k < d; k += 2 * L) {
+    const __mmask32 own = d - k < 2 * L ? 0xffff : 0xffffffff;
+    const auto both = [&](const uint16_t* at) { return (__m512bh)_mm512_maskz_loadu_epi16(own, at + k); };
+    sum = _mm512_dpbf16_ps(sum, both(x), both(y));
   }
   return _mm512_reduce_add_ps(sum);
 }

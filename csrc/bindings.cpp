@@ -76,10 +76,11 @@ Rows rows(const Strided& r) {
 // Rows of one tensor [rows, B, K]: address, type, rows, strides in elements.
 using Stack = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;
 
-void each_row(const Stack& stack, std::vector<Rows>& to) {
+template <typename F>
+void each_row(const Stack& stack, const F& f) {
   const auto& [address, type, count, row, image, column] = stack;
   for (int64_t i = 0; i < count; ++i)
-    to.push_back({pointer<const char>(address) + i * row * mokd::item_size(Type(type)), Type(type), image, column});
+    f(Rows{pointer<const char>(address) + i * row * mokd::item_size(Type(type)), Type(type), image, column});
 }
 
 // One target: its rows, center and row_weight (0 is none), whether the rows are probabilities.
@@ -96,20 +97,18 @@ struct Distill {
   Distill(const Stack& student_, const std::vector<Target>& targets, std::vector<double> pairs_,
           uintptr_t scalars, int64_t images, int64_t columns, int threads)
       : pairs(std::move(pairs_)) {
-    each_row(student_, student);
-    std::vector<Rows> found;
+    each_row(student_, [&](const Rows& r) { student.push_back(r); });
     for (size_t i = 0; i < targets.size(); ++i) {
       const auto& [stack, center, row_weight, probabilities] = targets[i];
-      found.clear(), each_row(stack, found);
-      for (const Rows& rows : found)
-        teacher.push_back({rows, pointer<const void>(center), pointer<const void>(row_weight), int(i), probabilities});
+      const Teacher target = {{}, pointer<const void>(center), pointer<const void>(row_weight), int(i), probabilities};
+      each_row(stack, [&](const Rows& r) { teacher.push_back(target), teacher.back().rows = r; });
     }
     if (student.empty() || teacher.empty() || columns < 1 || pairs.size() != teacher.size() * student.size())
       throw std::invalid_argument("Distill: at least a student row, a teacher row and a column, and "
                                   "a weight for each pair");
     call = {{images, columns, int(student.size()), int(teacher.size())},
             student.data(), teacher.data(), pointer<const void>(scalars), pairs.data(), int(targets.size()),
-            threads, nullptr, 0};
+            threads, nullptr};
   }
 };
 
@@ -472,17 +471,16 @@ PYBIND11_MODULE(_C, m) {
            "fp64 numbers an image that `running` holds.")
       .def("forward",
            [](const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, const std::string& name,
-              uintptr_t running, bool first, bool last, uintptr_t moved, double momentum) {
+              uintptr_t running, bool first, bool last, uintptr_t mean) {
              const auto& kernels = level(name);
-             if (moved && d.call.targets != 1) throw std::invalid_argument("Distill: one target has a centre to move");
              mokd::cpu::Distill call = d.call;
-             call.moved = pointer<void>(moved), call.momentum = momentum;
+             call.mean = pointer<void>(mean);
              py::gil_scoped_release unlocked;
              kernels.forward(call, {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
                              pointer<double>(running), {first, last});
            },
            py::arg("stats"), py::arg("terms"), py::arg("loss"), py::arg("level"), py::arg("running") = 0,
-           py::arg("first") = true, py::arg("last") = true, py::arg("moved") = 0, py::arg("momentum") = 0.0)
+           py::arg("first") = true, py::arg("last") = true, py::arg("mean") = 0)
       .def("backward",
            [](const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, const std::string& name,
               bool reused) {

@@ -8,8 +8,8 @@
 // fetched. The exponentials of a teacher row are kept there for all its views; of one that has a single view,
 // as in MOKD's search, both rows are read side by side and nothing is kept.
 // The maximum is subtracted before the temperature divides: a large common offset costs no digit.
-// The mean of the teacher rows, to which their centre moves, is made of the same read: some images are
-// taken together, tile by tile, and their rows added up.
+// The mean of the teacher rows, to which their centre moves, can be made of the same read: some images are
+// taken together then, tile by tile, and their rows added up (mean.h).
 #include "distill.h"
 
 #include <vector>
@@ -215,34 +215,36 @@ A forward_student(const Call& d, Block at, int v, Row row, Own own, const A* con
   return sum;
 }
 
-// Where one thread works: blocks of numbers for the scratch, a State and pointers to teacher rows.
+// Where one thread works: blocks of numbers for the scratch and for rows that are added, a State and pointers
+// to teacher rows.
 template <typename A>
 struct Workplace {
-  A* scratch;
+  A *scratch, *added;
   double* state;
   const A** rows;
   Workplace(char* at, const Shape& shape)
       : scratch(reinterpret_cast<A*>(at)),
-        state(reinterpret_cast<double*>(scratch + (shape.teachers + 2) * ROW<A>)),
+        added(scratch + (shape.teachers + 2) * ROW<A>),
+        state(reinterpret_cast<double*>(added + GROUP * BLOCK)),
         rows(reinterpret_cast<const A**>(state + state_size(shape))) {}
   static int64_t bytes(const Shape& shape) {
-    const int64_t size = (shape.teachers + 2) * ROW<A> * sizeof(A) + state_size(shape) * sizeof(double) +
-                         shape.teachers * sizeof(A*);
+    const int64_t size = ((shape.teachers + 2) * ROW<A> + GROUP * BLOCK) * sizeof(A) +
+                         state_size(shape) * sizeof(double) + shape.teachers * sizeof(A*);
     return (size / 64 + 1) * 64;
   }
 };
 
 // Scratch: what is kept of every teacher row, then blocks to widen a student and its lone row in. `next` is
-// the tile that follows. The teacher rows are added to the sums [K] of a group of images, if there are any.
+// the tile that follows. sum [K] or null: where the teacher rows are added, or begin to be with `fresh`.
 template <typename A>
-void forward_item(const Call& d, Tile at, Tile next, Workplace<A>& work, State state, Group group, A* sum) {
+void forward_item(const Call& d, Tile at, Tile next, Workplace<A>& work, State state, A* sum, bool fresh) {
   const int T = d.shape.teachers, V = d.shape.views;
   A* wide = work.scratch + T * ROW<A>;
   for (int64_t k = at.begin; k < at.end; k += BLOCK) {
     const int64_t n = k + BLOCK < at.end ? BLOCK : at.end - k;
     const bool first = k == at.begin, last = k + n == at.end;
     const Block block = {at.image, k, n, last ? next.image : at.image, last ? next.begin : k + n};
-    if (sum) add_teachers(d, group, at.image, k, n, work.scratch, ROW<A>, sum);
+    if (sum) add_teachers(d, at.image, k, n, fresh, work.added, sum + k);
     State out = first ? state : state_at(work.state, d.shape);
     const bool pairs = paired<A>(d, block);
     for (int t = 0; t < T; ++t)
@@ -331,35 +333,35 @@ void forward(const Call& d, const Forward& out, double* running, Chunk chunk) {
   const int64_t B = d.shape.images, cut = tiles(d.shape, TILE), size = state_size(d.shape);
   const Buffer memory((B * cut * size + d.targets) * sizeof(double));
   double *states = reinterpret_cast<double*>(memory.get()), *sums = states + B * cut * size;
-  const auto work_on = [&](int64_t item, int64_t next, Workplace<A>& work, Group group, A* sum) {
+  const auto work_on = [&](int64_t item, int64_t next, Workplace<A>& work, A* sum, bool fresh) {
     forward_item<A>(d, tile_at(d.shape, TILE, item), tile_at(d.shape, TILE, next), work,
-                    state_at(states + item * size, d.shape), group, sum);
+                    state_at(states + item * size, d.shape), sum, fresh);
   };
-  const Mean<A> mean(d);
-  const int64_t groups = mean.groups();
-  // Images are apart where groups of them would be too few pieces for all threads.
-  const bool together = d.moved && groups * cut >= 2 * d.threads;
+  const RowSums<A> rows(d);
+  const int64_t groups = rows.groups(), threads = d.threads > 1 ? d.threads : 1;
+  // Images are apart where groups of them cannot be shared out to the threads without 1/10 of waiting.
+  const int64_t rounds = (groups * cut + threads - 1) / threads;
+  const bool together = d.mean && 10 * rounds * threads <= 11 * groups * cut;
   if (together)
     each_item<A>(d, cut * groups, [&](int64_t i, Workplace<A>& work) {  // a tile of every group, then the next
-      const Group group = mean.group(i % groups);
-      for (int64_t b = group.begin; b < group.end; ++b) {
-        const int64_t item = b * cut + i / groups;
-        work_on(item, b + 1 < B ? item + cut : i / groups + 1, work, group, mean.sum(i % groups));
-      }
+      const Images images = rows.images(i % groups);
+      for (int64_t b = images.begin; b < images.end; ++b)
+        work_on(b * cut + i / groups, b + 1 < B ? (b + 1) * cut + i / groups : i / groups + 1, work,
+                rows.of(i % groups), b == images.begin);
     });
   else
-    each_item<A>(d, B * cut, [&](int64_t i, Workplace<A>& work) { work_on(i, i + 1, work, {}, nullptr); });
-  if (d.moved && !together) {
+    each_item<A>(d, B * cut, [&](int64_t i, Workplace<A>& work) { work_on(i, i + 1, work, nullptr, false); });
+  if (d.mean && !together) {
     const int64_t blocks = (d.shape.columns + BLOCK - 1) / BLOCK;
     each_item<A>(d, groups * blocks, [&](int64_t item, Workplace<A>& work) {
-      const Group group = mean.group(item / blocks);
+      const int64_t group = item / blocks;
+      const Images images = rows.images(group);
       const Tile at = tile_at(d.shape, BLOCK, item % blocks);
-      for (int64_t b = group.begin; b < group.end; ++b)
-        add_teachers(d, group, b, at.begin, at.end - at.begin, work.scratch, ROW<A>,
-                     mean.sum(item / blocks));
+      for (int64_t b = images.begin; b < images.end; ++b)
+        add_teachers(d, b, at.begin, at.end - at.begin, b == images.begin, work.added, rows.of(group) + at.begin);
     });
   }
-  if (d.moved) mean.move();
+  if (d.mean) rows.write_mean();
   for (int64_t b = 0; b < B; ++b) {
     double* own = states + b * cut * size;
     for (int64_t i = 1; i < cut; ++i)

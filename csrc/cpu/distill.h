@@ -20,10 +20,7 @@ struct Distill {
   const double* pairs;         // [T, V]
   int targets;
   int threads;
-  // Of forward: moved [K] = momentum * center + (1 - momentum) * mean of all teacher rows, which are those
-  // of one target, of the arithmetic's type; or null.
-  void* moved;
-  double momentum;
+  void* mean;  // of forward: [K] of the arithmetic's type, the mean of all teacher rows as they are; or null
 };
 
 // mean [K] over `count` rows, row i being image i of `rows`; of the arithmetic's type.

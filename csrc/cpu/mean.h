@@ -1,5 +1,5 @@
-// Means of rows of logits: of a call's teacher rows, to which their centre moves, and `column_mean`. Rows are
-// added in an order that does not depend on the threads, nor do the bits. Letters as in distill.cpp.
+// Means of rows of logits: of a call's teacher rows by the read that the loss makes of them, and `column_mean`.
+// Rows are added in an order that does not depend on the threads, nor do the bits. Letters as in distill.cpp.
 #pragma once
 #include "distill.h"
 #include "loops.h"
@@ -10,75 +10,82 @@ namespace {
 
 constexpr int64_t CHAIN = 16;  // rows that are added in fp32 before they go on in double
 
-// sum += x_1 + .. + x_N, or sum = that for the first.
-template <int N, typename A>
-void add_rows(const A* const* x, int64_t n, bool first, A* sum) {
+// sum += x_1 + .. + x_N, or sum = that for the `first`. x(i, k): a vector of row i; of(i, k): one number.
+template <int N, typename A, typename Vector, typename Number>
+void add_rows(const Vector& x, const Number& of, int64_t n, bool first, A* sum) {
   constexpr int L = LANES<A>;
   int64_t k = 0;
   for (; k + L <= n; k += L) {
-    Vec<A> v = load<Vec<A>>(x[0] + k);
-    for (int i = 1; i < N; ++i) v += load<Vec<A>>(x[i] + k);
+    Vec<A> v = x(0, k);
+    for (int i = 1; i < N; ++i) v += x(i, k);
     store(sum + k, first ? v : load<Vec<A>>(sum + k) + v);
   }
   for (; k < n; ++k) {
-    A v = x[0][k];
-    for (int i = 1; i < N; ++i) v += x[i][k];
+    A v = of(0, k);
+    for (int i = 1; i < N; ++i) v += of(i, k);
     sum[k] = first ? v : sum[k] + v;
   }
 }
 
-// Images that are taken together for the mean of the teacher rows.
-struct Group {
-  int64_t begin, end;
-};
-
-// A block of columns of an image's teacher rows, added to the sums [K] of its group. Row t is widened to
-// scratch + t step.
+// Columns [k0, k0 + n) of an image's teacher rows, added to sum [n]. Scratch: GROUP rows to widen in.
 template <typename A>
-void add_teachers(const Distill& d, Group group, int64_t image, int64_t k0, int64_t n, A* scratch, int64_t step,
-                  A* sum) {
-  for (int t = 0; t < d.shape.teachers; t += GROUP) {
+void add_teachers(const Distill& d, int64_t image, int64_t k0, int64_t n, bool first, A* scratch, A* sum) {
+  for (int t = 0; t < d.shape.teachers; t += GROUP, first = false) {
     const int count = d.shape.teachers - t < GROUP ? d.shape.teachers - t : GROUP;
-    const A* x[GROUP];
+    bool halves = sizeof(A) == 4;
     for (int i = 0; i < count; ++i)
-      x[i] = values<A>(d.teacher[t + i].rows, image, k0, n, scratch + (t + i) * step);
+      halves &= d.teacher[t + i].rows.type == BF16 && d.teacher[t + i].rows.column == 1;
     with_count(count, [&](auto N) {
-      if constexpr (N > 0) add_rows<N>(x, n, image == group.begin && t == 0, sum + k0);
+      if constexpr (N > 0 && sizeof(A) == 4)
+        if (halves) {  // straight to registers
+          const uint16_t* x[N];
+          for (int i = 0; i < N; ++i)
+            x[i] = reinterpret_cast<const uint16_t*>(address(d.teacher[t + i].rows, image, k0));
+          add_rows<N>([&](int i, int64_t k) { return widen_bf16(load<Half>(x[i] + k)); },
+                      [&](int i, int64_t k) { return widen(x[i][k], BF16); }, n, first, sum);
+          return;
+        }
+      if constexpr (N > 0) {
+        const A* x[N];
+        for (int i = 0; i < N; ++i) x[i] = values<A>(d.teacher[t + i].rows, image, k0, n, scratch + i * BLOCK);
+        add_rows<N>([&](int i, int64_t k) { return load<Vec<A>>(x[i] + k); },
+                    [&](int i, int64_t k) { return x[i][k]; }, n, first, sum);
+      }
     });
   }
 }
 
-// A call's teacher rows added up, CHAIN of them in fp32, and the centre that moves with their mean.
+// Images [begin, end).
+struct Images {
+  int64_t begin, end;
+};
+
+// Sums of a call's teacher rows, of groups of images: at most CHAIN rows, or one image. They take a share of
+// 1 / (rows of a group) of what the teacher does, twice that for bf16.
 template <typename A>
-class Mean {
+class RowSums {
  public:
-  explicit Mean(const Distill& d)
+  explicit RowSums(const Distill& d)
       : d(d), most(CHAIN > d.shape.teachers ? CHAIN / d.shape.teachers : 1),
-        memory(d.moved ? groups() * d.shape.columns * sizeof(A) : 0) {}
+        memory(d.mean ? groups() * d.shape.columns * sizeof(A) : 0) {}
 
   int64_t groups() const { return (d.shape.images + most - 1) / most; }
-  Group group(int64_t i) const {  // of nearly one size, that threads have as much to do
-    return {d.shape.images * i / groups(), d.shape.images * (i + 1) / groups()};
+  Images images(int64_t group) const {  // nearly as many each, so that threads have as much to do
+    return {d.shape.images * group / groups(), d.shape.images * (group + 1) / groups()};
   }
-  A* sum(int64_t group) const {  // [K]
+  A* of(int64_t group) const {  // [K]
     return reinterpret_cast<A*>(memory.get()) + group * d.shape.columns;
   }
 
-  // moved = momentum center + (1 - momentum) mean; without a row the centre stays.
-  void move() const {
+  void write_mean() const {  // 0 without rows, as column_mean
     const int64_t K = d.shape.columns, rows = d.shape.images * d.shape.teachers;
-    const A* center = static_cast<const A*>(d.teacher[0].center);
-    const A keep = A(d.momentum), take = A(1 - d.momentum);
-    A* moved = static_cast<A*>(d.moved);
+    A* mean = static_cast<A*>(d.mean);
     parallel(d.threads, (K + BLOCK - 1) / BLOCK, [&](int64_t i, int) {
       const int64_t begin = i * BLOCK, n = begin + BLOCK < K ? BLOCK : K - begin;
       double total[BLOCK] = {};
       for (int64_t g = 0; g < groups(); ++g)
-        for (int64_t k = 0; k < n; ++k) total[k] += sum(g)[begin + k];
-      for (int64_t k = 0; k < n; ++k) {
-        const A before = center ? center[begin + k] : A(0);
-        moved[begin + k] = rows ? before * keep + A(total[k] / double(rows)) * take : before;
-      }
+        for (int64_t k = 0; k < n; ++k) total[k] += of(g)[begin + k];
+      for (int64_t k = 0; k < n; ++k) mean[begin + k] = rows ? A(total[k] / double(rows)) : A(0);
     });
   }
 

@@ -54,7 +54,7 @@ inline void transpose(__m512i (&r)[16]) {
 }
 
 // [n] columns wide, from rows of n0 numbers: to[j][i] = the pair j of row i; zeros up to whole vectors of rows.
-void transposed(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
+inline void transposed(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
   const int64_t columns = vectors(n) * L, half = width / 2;
   for (int64_t i0 = 0; i0 < n; i0 += L)
     for (int64_t j0 = 0; j0 < half; j0 += L) {
@@ -80,7 +80,7 @@ void paired(const uint16_t* rows, int64_t step, int64_t n, int64_t width, const 
 }
 
 // ... to a matrix.
-void paired(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
+inline void paired(const uint16_t* rows, int64_t step, int64_t n, int64_t width, Pair* to) {
   paired(rows, step, n, width, [&](int64_t i, int64_t k) { return to + i * width + k; });
 }
 

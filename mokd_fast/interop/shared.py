@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import Target, column_mean, cross_view_pairs, distill_cross_entropy
 from ..ops.center import moved_center, rank_mean
-from ..ops.distill import distill_and_move
+from ..ops.distill import distill_with_mean
 from ..ops.reference import accumulation_dtype
 
 
@@ -113,32 +113,24 @@ def cross_view_target(
     weight: float = 1.0,
 ) -> Target:
     pairs = cross_view_pairs(len(teacher), len(student))
-    return Target(pairs, teacher, None, teacher_temp, center.view(-1), weight)
+    return Target(pairs, teacher, None, teacher_temp, center.flatten(), weight)
 
 
 def cross_view_step(
     module: Any, update: Any, student: Tensor, teacher: Tensor, teacher_temp: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """`cross_view_loss` of a module with center, student_temp and center_momentum, and its centre
-    after the step, which the same read of the teacher gives.
+    """`cross_view_loss` of a module with center and student_temp, and the mean [K] of the teacher
+    logits, by one read of them.
 
-    None where the module's `update_center` has to move it: ranks share the centre, somebody has put
-    another method in the place of `update`, the centre is wider than the arithmetic, or a later
-    step could not save it for backward (inference mode, which the compiler does not let ask for).
+    None where somebody has put another method in the place of `update`, the module's update_center
+    as written, and where the student's arithmetic is another than the teacher's.
     """
     center, temp = module.center, module.student_temp
-    as_written = type(module).update_center is update and "update_center" not in vars(module)
-    dtype = accumulation_dtype(student)
-    if (
-        not as_written
-        or not accumulation_dtype(teacher) == dtype == center.dtype
-        or _has_ranks()
-        or (not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
-    ):
+    replaced = type(module).update_center is not update or "update_center" in vars(module)
+    if replaced or accumulation_dtype(student) != accumulation_dtype(teacher):
         return cross_view_loss(student, teacher, center, temp, teacher_temp), None
     target = cross_view_target(student, teacher, center, teacher_temp)
-    loss, moved = distill_and_move(student, target, module.center_momentum, temperature=temp)
-    return loss, moved.view_as(center)
+    return distill_with_mean(student, target, temperature=temp)
 
 
 def _has_ranks() -> bool:
@@ -192,13 +184,17 @@ def reduce_ranks(
     return None
 
 
-def updated_center(center: Tensor, logits: Tensor, momentum: float) -> Tensor:
-    """The centre after these teacher logits [..., K], averaged over the ranks."""
+def updated_center(
+    center: Tensor, logits: Tensor, momentum: float, mean: Tensor | None = None
+) -> Tensor:
+    """The centre after these teacher logits [..., K], averaged over the ranks. mean [K]: theirs,
+    where it is known."""
     if not _has_ranks():  # three operations instead of eight
         if logits.numel() == 0:
             return center
         with torch.inference_mode(False), torch.no_grad():
-            return center * momentum + column_mean(logits).view_as(center) * (1 - momentum)
-    mean = rank_mean(logits)
-    reduce_ranks(mean)
-    return moved_center(center, mean, momentum)
+            mean = column_mean(logits) if mean is None else mean
+            return center * momentum + mean.view_as(center) * (1 - momentum)
+    means = rank_mean(logits, mean)
+    reduce_ranks(means)
+    return moved_center(center, means, momentum)

@@ -32,10 +32,10 @@ class LinearLogits(NamedTuple):
 
 
 @torch.no_grad()
-def rank_mean(logits: Tensor) -> Tensor:
-    """[K + 1]: the mean of this process's rows, and 1 if it has any. Summed over the ranks, the
-    last entry is the number of means in the sum."""
-    mean = column_mean(logits)
+def rank_mean(logits: Tensor, mean: Tensor | None = None) -> Tensor:
+    """[K + 1]: the mean of this process's rows (`mean` if it is known), and 1 if it has any. Summed
+    over the ranks, the last entry is the number of means in the sum."""
+    mean = column_mean(logits) if mean is None else mean
     return torch.cat([mean, mean.new_full((1,), float(logits.numel() > 0))])
 
 

@@ -48,23 +48,19 @@ def why_not(student: Tensor, rows: Sequence[Tensor] = ()) -> str | None:
 
 
 def distill_forward(
-    student: Tensor,
-    rows: Sequence[Tensor],
-    *rest: Any,
-    moved: Tensor | None = None,
-    momentum: float = 0.0,
+    student: Tensor, rows: Sequence[Tensor], *rest: Any, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [targets], stats [V + T, B, 2]; arguments as `distill._forward`.
 
-    moved: contiguous [K] of the arithmetic's dtype, to which the centre of the only target goes.
+    mean: contiguous [K] of the arithmetic's dtype, for the mean of all teacher rows.
     """
     loss, terms, stats = results(student, rows)
     call, _alive = native_call(student, rows, *rest)
     to = stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level()
-    if moved is None:
+    if mean is None:
         call.forward(*to)
     else:
-        call.forward(*to, moved=moved.data_ptr(), momentum=momentum)
+        call.forward(*to, mean=mean.data_ptr())
     return loss, terms, stats
 
 

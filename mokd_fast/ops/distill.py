@@ -125,37 +125,25 @@ def distill_cross_entropy(
     return loss, per_target
 
 
-def distill_and_move(
-    student: Tensor, target: Target, momentum: float, *, temperature: float | Tensor = 0.1
+def distill_with_mean(
+    student: Tensor, target: Target, *, temperature: float | Tensor = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """The loss with one target of logits, and the centre [K] that the next step takes:
-    momentum * center + (1 - momentum) * mean of the logits (`Center`, for a single process).
+    """The loss with one target of logits, and the mean [K] of these, to which a centre moves.
 
-    On the CPU the mean is made of the read that the loss makes of the logits anyway. The centre is
-    new, of the arithmetic's dtype; without images it has its old values. Errors as above, and
-    ValueError for a target of probabilities.
+    On a CPU both are made of one read of them where the threads can share out the work that way.
+    The mean is `column_mean`'s, in the student's arithmetic. Errors as above, and ValueError for a
+    target of probabilities.
     """
     _check(student, [target], temperature)
     if target.logits is None:
-        raise ValueError("target has probs: probabilities have no centre that could move")
+        raise ValueError("target has probs: only logits have a mean to which a centre moves")
     chosen = pick(OP, student, [target], temperature)
-    if chosen.name == "reference":
+    if chosen.name == "cpu":
+        loss, _, mean = _call("cpu", student, [target], temperature, with_mean=True)
+    else:
         loss, _ = chosen.run(student, [target], temperature)
-        return loss, _moved(momentum, [target.rows], [target.center])
-    loss, _, moved = _call(chosen.name, student, [target], temperature, momentum)
-    return loss, moved
-
-
-@torch.no_grad()
-def _moved(momentum: float, rows: Sequence[Tensor], centers: Sequence[Tensor | None]) -> Tensor:
-    """The centre of a single target as `distill_and_move` returns it."""
-    (logits,), (center,) = rows, centers
-    mean = column_mean(logits)
-    if center is None or not center.numel():
-        center = torch.zeros_like(mean)
-    if not logits.numel():
-        return center.to(mean.dtype, copy=True)
-    return center.to(mean.dtype) * momentum + mean * (1 - momentum)
+        mean = column_mean(target.logits).to(reference.accumulation_dtype(student))
+    return loss, mean
 
 
 @torch.library.custom_op("mokd_fast::distill_forward", mutates_args=())
@@ -168,10 +156,10 @@ def _forward(
     pairs: list[float],
     probabilities: list[bool],
     backend: str,
-    momentum: float | None = None,
+    with_mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], terms [targets], stats of each row and, with a momentum, the moved centre [K] of the
-    only target (else nothing, [0]); all of the arithmetic's dtype.
+    """Loss [], terms [targets], stats of each row and, on the CPU and if asked for, the mean [K] of
+    all teacher rows (else nothing, [0]); all of the arithmetic's dtype.
 
     One entry a target in rows [T_i, B, K], centers and row_weights (empty tensors when absent) and
     probabilities; pairs [sum T_i, V] flat; scalars [1 + 2 targets]: temperatures, the student's
@@ -179,19 +167,19 @@ def _forward(
     register_autograd.
     """
     arguments = rows, centers, row_weights, scalars, pairs, probabilities
-    loss, terms, stats, moved = _run_forward(student, *arguments, backend, momentum)
-    return loss, terms, stats, loss.new_empty(0) if moved is None else moved
+    loss, terms, stats, mean = _run_forward(student, *arguments, backend, with_mean)
+    return loss, terms, stats, loss.new_empty(0) if mean is None else mean
 
 
 @_forward.register_fake
-def _(student, rows, centers, row_weights, scalars, pairs, probabilities, backend, momentum=None):
+def _(student, rows, centers, row_weights, scalars, pairs, probabilities, backend, with_mean=False):
     dtype = reference.accumulation_dtype(student)
     count = student.shape[0] + sum(r.shape[0] for r in rows)
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty(len(rows), dtype=dtype),
         student.new_empty(count, student.shape[1], 2, dtype=dtype),
-        student.new_empty(0 if momentum is None else student.shape[2], dtype=dtype),
+        student.new_empty(student.shape[2] if with_mean else 0, dtype=dtype),
     )
 
 
@@ -248,17 +236,13 @@ def _kernels(backend: str) -> Any:
 
 
 def _run_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`_forward` with its arguments; None for a centre that nobody asked for."""
-    *call, backend, momentum = inputs
+    """`_forward` with its arguments; None for a mean that nobody asked for."""
+    student, *call, backend, with_mean = inputs
     kernels = _kernels(backend)
-    if momentum is None:
-        return (*kernels.distill_forward(*call), None)
-    student, rows, centers, *_ = call
-    if kernels is cpu:
-        moved = student.new_empty(student.shape[2], dtype=reference.accumulation_dtype(student))
-        return (*cpu.distill_forward(*call, moved=moved, momentum=momentum), moved)
-    moved = _moved(momentum, rows, centers).to(reference.accumulation_dtype(student))
-    return (*kernels.distill_forward(*call), moved)
+    if not with_mean:
+        return (*kernels.distill_forward(student, *call), None)
+    mean = student.new_empty(student.shape[2], dtype=reference.accumulation_dtype(student))
+    return (*kernels.distill_forward(student, *call, mean=mean), mean)
 
 
 # _kernels is looked up at each call: tests put others in its place.
@@ -276,6 +260,7 @@ _eager = with_autograd(
 def _run(
     backend: str, student: Tensor, targets: Sequence[Target], temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
+    """A backend's way to the loss and the terms."""
     loss, terms, _ = _call(backend, student, targets, temperature)
     return loss, terms.detach()
 
@@ -285,10 +270,9 @@ def _call(
     student: Tensor,
     targets: Sequence[Target],
     temperature: float | Tensor,
-    momentum: float | None = None,
+    with_mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, terms and moved centre of the custom operator, its flat arguments gathered from
-    `targets`."""
+    """Loss, terms and mean of the custom operator, its flat arguments gathered from `targets`."""
     dtype = reference.accumulation_dtype(student)
     empty = student.new_empty(0, dtype=dtype)
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
@@ -302,12 +286,12 @@ def _call(
         [weight for t in targets for row in t.pairs for weight in row],
         [t.probs is not None for t in targets],
         backend,
-        momentum,
+        with_mean,
     )
     rows, centers, row_weights = arguments[1:4]
     eager = plain((arguments[0], *rows, *centers, *row_weights, scalars))
-    loss, terms, _, moved = (_eager if eager else _forward)(*arguments)
-    return loss, terms, moved
+    loss, terms, _, mean = (_eager if eager else _forward)(*arguments)
+    return loss, terms, mean
 
 
 def plain(tensors: Iterable[Tensor]) -> bool:

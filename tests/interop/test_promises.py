@@ -5,7 +5,10 @@ import io
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from mokd_fast.interop import shared
+from mokd_fast.ops import cpu
 from tests.interop import oracle
 from tests.interop.cases import CASES, MASK, MASKED_ROWS_ONLY, B, K, T, V, center_of, logits
 
@@ -80,23 +83,77 @@ def test_the_teacher_gets_no_gradient(case):
 MOVING = [case for case in CASES if hasattr(case.build(), "update_center") and case.center]
 
 
-@pytest.mark.parametrize("way", ["subclass", "instance"])
+@pytest.mark.parametrize("way", ["class", "subclass", "instance"])
 @pytest.mark.parametrize("case", MOVING, ids=lambda case: case.name)
-def test_an_update_center_of_the_users_own_is_what_moves_it(case, way):
+def test_an_update_center_of_the_users_own_is_what_moves_it(case, way, monkeypatch):
     """Not the mean that comes with the loss: a training with another rule keeps it."""
     loss, calls = case.build().double(), []
 
     def update_center(*rows):
         calls.append(rows)
 
-    if way == "subclass":
-        method = {"update_center": lambda self, *rows: update_center(*rows)}
-        loss.__class__ = type("Own", (type(loss),), method)
-    else:
+    method = lambda self, *rows: update_center(*rows)  # noqa: E731
+    if way == "instance":
         loss.update_center = update_center
+    elif way == "class":
+        monkeypatch.setattr(type(loss), "update_center", method)
+    else:
+        loss.__class__ = type("Own", (type(loss),), {"update_center": method})
     case.call(loss, *logits())
     assert len(calls) == 1
     assert torch.equal(center_of(case, loss), torch.zeros(K, dtype=torch.float64))
+
+
+ONE_READ = [case for case in CASES if case.name in ("dino", "solo", "lightly")]
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
+@pytest.mark.parametrize("case", ONE_READ, ids=lambda case: case.name)
+def test_on_a_cpu_the_center_needs_no_read_of_its_own(case, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the teacher is read once more")
+
+    monkeypatch.setattr(shared, "column_mean", refuse)
+    monkeypatch.setattr(cpu, "column_mean", refuse)
+    loss = case.build()
+    case.call(loss, *logits(dtype=torch.float32))
+    assert center_of(case, loss).abs().max() > 0
+
+
+@pytest.mark.parametrize("case", ONE_READ, ids=lambda case: case.name)
+def test_a_center_momentum_that_changes(case):
+    """As a number in a compiled step too, with one compilation more; or one a prototype."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    loss, eager = case.build(), case.build()
+    step = torch.compile(lambda *args: case.call(loss, *args), backend=counter, fullgraph=True)
+    for i in range(10):
+        loss.center_momentum = eager.center_momentum = 0.9 + i / 200
+        batch = logits(i, torch.float32)
+        assert torch.equal(step(*batch), case.call(eager, *batch))
+    assert counter.frame_count <= 2
+    loss.center_momentum = eager.center_momentum = torch.linspace(0, 1, K)  # one a prototype
+    for i in range(2):
+        batch = logits(i, torch.float32)
+        assert torch.equal(step(*batch), case.call(eager, *batch))
+
+
+def test_lightlys_center_stays_the_same_buffer():
+    case = next(case for case in CASES if case.name == "lightly")
+    loss = case.build()
+    center = loss.center
+    case.call(loss, *logits(dtype=torch.float32))
+    assert loss.center is center and center.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", ONE_READ, ids=lambda case: case.name)
+def test_the_mean_is_in_the_teachers_arithmetic(case):
+    student, teacher = logits(dtype=torch.float32)[0], logits()[1]
+    assert teacher.dtype == torch.float64
+    loss = case.build()
+    case.call(loss, student, teacher)
+    exact = oracle.moved(torch.zeros(K, dtype=torch.float64), seen(case, teacher))
+    torch.testing.assert_close(center_of(case, loss).double(), exact, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("case", MOVING, ids=lambda case: case.name)

@@ -200,3 +200,9 @@ def test_the_flat_operator_refuses_what_would_crash():
     arguments = torch.zeros(3, 2, 40), [rows], [empty], [empty], scalars[:2], [1.0] * 6, [False]
     with pytest.raises(ValueError, match=r"scalars must be \[3\], got \[2\]"):
         distill._forward(*arguments, "cpu")
+    lists = [[rows], [empty], [empty], [False]]
+    for i in range(4):
+        one, two, three, four = (x * (1 + (i == j)) for j, x in enumerate(lists))
+        wrong = one, two, three, torch.tensor([0.1, *[0.05, 1.0] * len(one)]), [1.0] * 12, four
+        with pytest.raises(ValueError, match="must have an entry a target"):
+            distill._forward(torch.zeros(3, 2, 40), *wrong, "cpu")

@@ -60,8 +60,7 @@ struct Images {
   int64_t begin, end;
 };
 
-// Sums of a call's teacher rows, of groups of images: at most CHAIN rows, or one image. They take a share of
-// 1 / (rows of a group) of what the teacher does, twice that for bf16.
+// Sums of a call's teacher rows, a row [K] for each group of images: of at most CHAIN rows, or of one image.
 template <typename A>
 class RowSums {
  public:

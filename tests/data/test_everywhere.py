@@ -117,11 +117,17 @@ def test_memory_and_descriptors_are_flat_over_20_epochs(root):
     run = batches(open_source(root))
     for _ in range(3 * 5):  # 5 batches an epoch
         next(run)
-    descriptors, memory = state()
-    for _ in range(20 * 5):
-        next(run)
-    after = state()
-    assert after[0] <= descriptors and after[1] - memory < 2**20
+    grown = []
+    for _ in range(3):  # a leak grows every time, what malloc keeps of other tests' memory once
+        descriptors, memory = state()
+        for _ in range(20 * 5):
+            next(run)
+        after = state()
+        assert after[0] <= descriptors
+        grown.append(after[1] - memory)
+        if grown[-1] < 2**20:
+            break
+    assert min(grown) < 2**20, grown
 
 
 @pytest.mark.parametrize("root", ["tar"], indirect=True)

@@ -45,8 +45,8 @@ def check(student, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 33, 97, 2047, 2048, 2049, 8193, 16485])
-@pytest.mark.parametrize("b", [1, 9, 17])  # 8 images of two rows are one group
+@pytest.mark.parametrize("k", [1, 33, 2049, 16485])
+@pytest.mark.parametrize("b", [1, 17])  # 8 images of two rows are one group
 def test_loss_and_mean(b, k, dtype):
     check(*case(b=b, k=k, dtype=dtype))
 

@@ -192,9 +192,13 @@ def updated_center(
     if not _has_ranks():  # three operations instead of eight
         if logits.numel() == 0:
             return center
-        with torch.inference_mode(False), torch.no_grad():
-            mean = column_mean(logits) if mean is None else mean
-            return center * momentum + mean.view_as(center) * (1 - momentum)
+        mean = (column_mean(logits) if mean is None else mean).view_as(center)
+        # Modes that would change nothing are not entered: they take as long as the three.
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return center * momentum + mean * (1 - momentum)
+        moved = center * momentum + mean * (1 - momentum)
+        return moved.detach() if moved.requires_grad else moved
     means = rank_mean(logits, mean)
     reduce_ranks(means)
     return moved_center(center, means, momentum)

@@ -193,7 +193,7 @@ def updated_center(
         if logits.numel() == 0:
             return center
         mean = (column_mean(logits) if mean is None else mean).view_as(center)
-        # Modes that would change nothing are not entered: they take as long as the three.
+        # Modes that would change nothing are not entered, which takes time as well.
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return center * momentum + mean * (1 - momentum)

@@ -215,21 +215,19 @@ A forward_student(const Call& d, Block at, int v, Row row, Own own, const A* con
   return sum;
 }
 
-// Where one thread works: blocks of numbers for the scratch and for rows that are added, a State and pointers
-// to teacher rows.
+// Where one thread works: blocks of numbers for the scratch, a State and pointers to teacher rows.
 template <typename A>
 struct Workplace {
-  A *scratch, *added;
+  A* scratch;
   double* state;
   const A** rows;
   Workplace(char* at, const Shape& shape)
       : scratch(reinterpret_cast<A*>(at)),
-        added(scratch + (shape.teachers + 2) * ROW<A>),
-        state(reinterpret_cast<double*>(added + GROUP * BLOCK)),
+        state(reinterpret_cast<double*>(scratch + (shape.teachers + 2) * ROW<A>)),
         rows(reinterpret_cast<const A**>(state + state_size(shape))) {}
   static int64_t bytes(const Shape& shape) {
-    const int64_t size = ((shape.teachers + 2) * ROW<A> + GROUP * BLOCK) * sizeof(A) +
-                         state_size(shape) * sizeof(double) + shape.teachers * sizeof(A*);
+    const int64_t size = (shape.teachers + 2) * ROW<A> * sizeof(A) + state_size(shape) * sizeof(double) +
+                         shape.teachers * sizeof(A*);
     return (size / 64 + 1) * 64;
   }
 };
@@ -244,7 +242,7 @@ void forward_item(const Call& d, Tile at, Tile next, Workplace<A>& work, State s
     const int64_t n = k + BLOCK < at.end ? BLOCK : at.end - k;
     const bool first = k == at.begin, last = k + n == at.end;
     const Block block = {at.image, k, n, last ? next.image : at.image, last ? next.begin : k + n};
-    if (sum) add_teachers(d, at.image, k, n, fresh, work.added, sum + k);
+    if (sum) add_teachers(d, at.image, k, n, fresh, work.scratch, sum + k);
     State out = first ? state : state_at(work.state, d.shape);
     const bool pairs = paired<A>(d, block);
     for (int t = 0; t < T; ++t)
@@ -358,7 +356,7 @@ void forward(const Call& d, const Forward& out, double* running, Chunk chunk) {
       const Images images = rows.images(group);
       const Tile at = tile_at(d.shape, BLOCK, item % blocks);
       for (int64_t b = images.begin; b < images.end; ++b)
-        add_teachers(d, b, at.begin, at.end - at.begin, b == images.begin, work.added, rows.of(group) + at.begin);
+        add_teachers(d, b, at.begin, at.end - at.begin, b == images.begin, work.scratch, rows.of(group) + at.begin);
     });
   }
   if (d.mean) rows.write_mean();

@@ -27,7 +27,8 @@ void add_rows(const Vector& x, const Number& of, int64_t n, bool first, A* sum) 
   }
 }
 
-// Columns [k0, k0 + n) of an image's teacher rows, added to sum [n]. Scratch: GROUP rows to widen in.
+// Columns [k0, k0 + n) of an image's teacher rows, added to sum [n]. Scratch: as many blocks as
+// teacher rows, to widen in.
 template <typename A>
 void add_teachers(const Distill& d, int64_t image, int64_t k0, int64_t n, bool first, A* scratch, A* sum) {
   for (int t = 0; t < d.shape.teachers; t += GROUP, first = false) {

@@ -57,10 +57,7 @@ def distill_forward(
     loss, terms, stats = results(student, rows)
     call, _alive = native_call(student, rows, *rest)
     to = stats.data_ptr(), terms.data_ptr(), loss.data_ptr(), _level()
-    if mean is None:
-        call.forward(*to)
-    else:
-        call.forward(*to, mean=mean.data_ptr())
+    call.forward(*to, mean=0 if mean is None else mean.data_ptr())
     return loss, terms, stats
 
 

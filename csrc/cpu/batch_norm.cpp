@@ -43,12 +43,17 @@ inline Pair pair(const uint16_t* x) {
   return {reinterpret_cast<V>(both << 16), reinterpret_cast<V>(both & 0xffff0000)};
 }
 inline void put(float* to, Pair p) { store(to, p.first), store(to + L, p.second); }
-inline void put(uint16_t* to, Pair p) { store(to, PairedBf16::join(p.first, p.second)); }
 
-// Of numbers that came from a T.
-inline void put_back(float* to, Pair p) { put(to, p); }
-inline void put_back(uint16_t* to, Pair p) {
-  store(to, reinterpret_cast<Bits>(p.first) >> 16 | reinterpret_cast<Bits>(p.second));
+// What is written goes around the caches: when it is read, most of it is out of them in any case, and a
+// line that is not there need not be read to be written. `send_back`: of numbers that came from a T.
+inline void send(float* to, Pair p) { stream_vector(to, p.first), stream_vector(to + L, p.second); }
+inline void send(uint16_t* to, Pair p) {
+  stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(PairedBf16::join(p.first, p.second)));
+}
+inline void send_back(float* to, Pair p) { send(to, p); }
+inline void send_back(uint16_t* to, Pair p) {
+  const Bits both = reinterpret_cast<Bits>(p.first) >> 16 | reinterpret_cast<Bits>(p.second);
+  stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(both));
 }
 
 inline int64_t place(const float*, int64_t k) { return k; }
@@ -67,7 +72,6 @@ inline float number(float x) { return x; }
 inline float number(uint16_t x) { return widen(x, BF16); }
 inline void set(float* to, float x) { *to = x; }
 inline void set(uint16_t* to, float x) { *to = narrow_bf16(x); }
-
 
 int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
@@ -99,6 +103,7 @@ void each_piece(const BatchNorm& c, const Cut& cut, const Work& work) {
     const int64_t lines = cut.lines - line < cut.height ? cut.lines - line : cut.height;
     const int64_t columns = cut.width - column < COLUMNS ? cut.width - column : COLUMNS;
     work(Piece{index, line, lines, column, columns});
+    stream_fence();
   });
 }
 
@@ -249,8 +254,7 @@ void normalise(const BatchNorm& c, const Cut& cut, const T* added, T* y) {
           to.first += more.first, to.second += more.second;
         }
         if (RELU) to = {at_least(0, to.first), at_least(0, to.second)};
-        put(y + at + i * cut.width, to);
-        fetch(y + at + (i + cut.ahead) * cut.width);
+        send(y + at + i * cut.width, to);
       }
     });
   });
@@ -305,8 +309,7 @@ void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const 
           const Pair result = pair(y + at);
           fetch(y + at + cut.ahead * cut.width);
           dz = {masked(dz.first, result.first), masked(dz.second, result.second)};
-          put_back(out + at, dz);
-          fetch(out + at + cut.ahead * cut.width);
+          send_back(out + at, dz);
         }
         sum.first += dz.first, sum.second += dz.second;
         dot.first += dz.first * (v.first - mean.first), dot.second += dz.second * (v.second - mean.second);
@@ -358,9 +361,8 @@ void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& 
         if (MASK == FROM_X)
           dz = {masked(dz.first, affine(v.first, mean.first, scale.first, bias.first)),
                 masked(dz.second, affine(v.second, mean.second, scale.second, bias.second))};
-        fetch(dx + at + cut.ahead * cut.width);
-        put(dx + at, {(dz.first - plain.first - (v.first - mean.first) * along.first) * scale.first,
-                      (dz.second - plain.second - (v.second - mean.second) * along.second) * scale.second});
+        send(dx + at, {(dz.first - plain.first - (v.first - mean.first) * along.first) * scale.first,
+                       (dz.second - plain.second - (v.second - mean.second) * along.second) * scale.second});
       }
     });
   });

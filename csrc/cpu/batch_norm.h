@@ -14,7 +14,7 @@ struct BatchNorm {
   int threads;
 };
 
-// All but the sums over rows [channels] are [rows, channels].
+// All but the sums over rows [channels] are [rows, channels]. `masked` and dx begin on a cache line.
 struct BatchNormBackward {
   const void* grad;
   const void* y;            // what forward gave: where it added something and clipped the sum. Or null
@@ -24,7 +24,8 @@ struct BatchNormBackward {
 };
 
 struct BatchNormKernels {
-  // y = weight (x - mean) / std + bias, + `added` unless that is null, max(0, y) with relu.
+  // y = weight (x - mean) / std + bias, + `added` unless that is null, max(0, y) with relu. It begins on a
+  // cache line.
   void (*forward)(const BatchNorm&, double eps, const void* added, void* y);
   void (*backward)(const BatchNorm&, const BatchNormBackward&);
 };

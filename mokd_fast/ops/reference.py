@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """fp32 for 16-bit and fp32 tensors, fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def scalar(number: float | Tensor, like: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ constexpr int64_t NARROW = 512, MANY = 16, FEW = 4;  // bytes, lines, lines
 constexpr int64_t FEWEST = 64;      // lines of a piece: its sums are to be much less than they
 constexpr int64_t PIECES = 128;     // at most, in the direction of lines
 constexpr int64_t COLUMNS = 512;    // of a piece
+constexpr int64_t LARGE = 3 << 20;  // bytes of a map that does not stay in the caches (bench/layers.py)
 
 using V = Vec<float>;
 static_assert(UNIT % (2 * L) == 0, "a line is whole pairs of registers");
@@ -44,16 +45,27 @@ inline Pair pair(const uint16_t* x) {
 }
 inline void put(float* to, Pair p) { store(to, p.first), store(to + L, p.second); }
 
-// What is written goes around the caches: when it is read, most of it is out of them in any case, and a
-// line that is not there need not be read to be written. `send_back`: of numbers that came from a T.
-inline void send(float* to, Pair p) { stream_vector(to, p.first), stream_vector(to + L, p.second); }
-inline void send(uint16_t* to, Pair p) {
-  stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(PairedBf16::join(p.first, p.second)));
+// A result goes around the caches (AROUND) where it is large: most of it would have left them before it is
+// read, and a line that is written whole need not be there. `send_back`: of numbers that came from a T.
+template <bool AROUND>
+inline void send(float* to, Pair p) {
+  AROUND ? (stream_vector(to, p.first), stream_vector(to + L, p.second)) : put(to, p);
 }
-inline void send_back(float* to, Pair p) { send(to, p); }
+template <bool AROUND>
+inline void send(uint16_t* to, Bits both) {
+  AROUND ? stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(both)) : store(to, both);
+}
+template <bool AROUND>
+inline void send(uint16_t* to, Pair p) {
+  send<AROUND>(to, PairedBf16::join(p.first, p.second));
+}
+template <bool AROUND>
+inline void send_back(float* to, Pair p) {
+  send<AROUND>(to, p);
+}
+template <bool AROUND>
 inline void send_back(uint16_t* to, Pair p) {
-  const Bits both = reinterpret_cast<Bits>(p.first) >> 16 | reinterpret_cast<Bits>(p.second);
-  stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(both));
+  send<AROUND>(to, reinterpret_cast<Bits>(p.first) >> 16 | reinterpret_cast<Bits>(p.second));
 }
 
 inline int64_t place(const float*, int64_t k) { return k; }
@@ -81,11 +93,13 @@ struct Cut {
   int64_t rest;                  // the first row that is in no line
   int64_t height, pieces, columns;
   int64_t ahead;  // lines at a time, and to what is fetched
+  bool around;    // whether maps are written around the caches
 
   explicit Cut(const BatchNorm& c) {
     joined = UNIT / gcd(c.channels, UNIT);
     width = joined * c.channels, lines = c.rows / joined, rest = lines * joined;
     ahead = width * item_size(c.type) <= NARROW ? MANY : FEW;
+    around = c.rows * c.channels * item_size(c.type) >= LARGE;
     height = (lines + PIECES - 1) / PIECES;
     height = ((height < FEWEST ? FEWEST : height) + MANY - 1) / MANY * MANY;
     pieces = (lines + height - 1) / height, columns = (width + COLUMNS - 1) / COLUMNS;
@@ -235,7 +249,7 @@ struct Line {
 inline V affine(V x, V mean, V scale, V bias) { return (x - mean) * scale + bias; }
 inline float affine(float x, float mean, float scale, float bias) { return (x - mean) * scale + bias; }
 
-template <typename T, bool ADD, bool RELU>
+template <typename T, bool AROUND, bool ADD, bool RELU>
 void normalise(const BatchNorm& c, const Cut& cut, const T* added, T* y) {
   const T* x = static_cast<const T*>(c.x);
   const Line<T> of(c, cut);
@@ -254,7 +268,7 @@ void normalise(const BatchNorm& c, const Cut& cut, const T* added, T* y) {
           to.first += more.first, to.second += more.second;
         }
         if (RELU) to = {at_least(0, to.first), at_least(0, to.second)};
-        send(y + at + i * cut.width, to);
+        send<AROUND>(y + at + i * cut.width, to);
       }
     });
   });
@@ -266,16 +280,15 @@ void normalise(const BatchNorm& c, const Cut& cut, const T* added, T* y) {
   }
 }
 
-template <typename T>
-void forward(const BatchNorm& c, double eps, const void* added, void* y) {
-  const Cut cut(c);
+template <typename T, bool AROUND>
+void forward(const BatchNorm& c, const Cut& cut, double eps, const void* added, void* y) {
   statistics<T>(c, cut, eps);
   const T* more = static_cast<const T*>(added);
   T* to = static_cast<T*>(y);
   if (more)
-    c.relu ? normalise<T, true, true>(c, cut, more, to) : normalise<T, true, false>(c, cut, more, to);
+    c.relu ? normalise<T, AROUND, true, true>(c, cut, more, to) : normalise<T, AROUND, true, false>(c, cut, more, to);
   else
-    c.relu ? normalise<T, false, true>(c, cut, more, to) : normalise<T, false, false>(c, cut, more, to);
+    c.relu ? normalise<T, AROUND, false, true>(c, cut, more, to) : normalise<T, AROUND, false, false>(c, cut, more, to);
 }
 
 // Where a gradient's mask comes from.
@@ -285,7 +298,7 @@ inline V masked(V grad, V y) { return y <= 0.0f ? V{} : grad; }  // NaN lets thr
 inline float masked(float grad, float y) { return y <= 0 ? 0 : grad; }
 
 // sums [2, width]: of dz, and of dz (x - mean).
-template <typename T, Mask MASK>
+template <typename T, bool AROUND, Mask MASK>
 void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const Line<T>& of, double* total[2]) {
   const T *x = static_cast<const T*>(c.x), *grad = static_cast<const T*>(b.grad);
   const T* y = static_cast<const T*>(b.y);
@@ -309,7 +322,7 @@ void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const 
           const Pair result = pair(y + at);
           fetch(y + at + cut.ahead * cut.width);
           dz = {masked(dz.first, result.first), masked(dz.second, result.second)};
-          send_back(out + at, dz);
+          send_back<AROUND>(out + at, dz);
         }
         sum.first += dz.first, sum.second += dz.second;
         dot.first += dz.first * (v.first - mean.first), dot.second += dz.second * (v.second - mean.second);
@@ -344,7 +357,7 @@ void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const 
 }
 
 // dx, where dz is `grad` itself or masked from x. mean_dz, mean_dot: of a channel, of a line's places.
-template <typename T, Mask MASK>
+template <typename T, bool AROUND, Mask MASK>
 void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& of, const Table<float>& means,
               const float* mean_dz, const float* mean_dot, T* dx) {
   const T* x = static_cast<const T*>(c.x);
@@ -361,8 +374,9 @@ void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& 
         if (MASK == FROM_X)
           dz = {masked(dz.first, affine(v.first, mean.first, scale.first, bias.first)),
                 masked(dz.second, affine(v.second, mean.second, scale.second, bias.second))};
-        send(dx + at, {(dz.first - plain.first - (v.first - mean.first) * along.first) * scale.first,
-                       (dz.second - plain.second - (v.second - mean.second) * along.second) * scale.second});
+        const Pair to = {(dz.first - plain.first - (v.first - mean.first) * along.first) * scale.first,
+                         (dz.second - plain.second - (v.second - mean.second) * along.second) * scale.second};
+        send<AROUND>(dx + at, to);
       }
     });
   });
@@ -375,17 +389,16 @@ void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& 
   }
 }
 
-template <typename T>
-void backward(const BatchNorm& c, const BatchNormBackward& b) {
-  const Cut cut(c);
+template <typename T, bool AROUND>
+void backward(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b) {
   const Line<T> of(c, cut);
   const Table<double> totals(2, c.channels);
   double* total[2] = {totals[0], totals[1]};
   const bool from_x = c.relu && !b.y;
   if (b.y)
-    sums<T, FROM_Y>(c, cut, b, of, total);
+    sums<T, AROUND, FROM_Y>(c, cut, b, of, total);
   else
-    from_x ? sums<T, FROM_X>(c, cut, b, of, total) : sums<T, NONE>(c, cut, b, of, total);
+    from_x ? sums<T, AROUND, FROM_X>(c, cut, b, of, total) : sums<T, AROUND, NONE>(c, cut, b, of, total);
   const Table<float> of_channel(2, c.channels), means(2, cut.width);
   for (int64_t ch = 0; ch < c.channels; ++ch) {
     const double inverse = c.stats[c.channels + ch], n = double(c.rows);
@@ -396,16 +409,28 @@ void backward(const BatchNorm& c, const BatchNormBackward& b) {
     spread<T>(cut, c.channels, means[row], [&](int64_t ch) { return of_channel[row][ch]; });
   const T* dz = static_cast<const T*>(b.y ? b.masked : b.grad);
   T* dx = static_cast<T*>(b.dx);
-  from_x ? gradient<T, FROM_X>(c, cut, dz, of, means, of_channel[0], of_channel[1], dx)
-         : gradient<T, NONE>(c, cut, dz, of, means, of_channel[0], of_channel[1], dx);
+  from_x ? gradient<T, AROUND, FROM_X>(c, cut, dz, of, means, of_channel[0], of_channel[1], dx)
+         : gradient<T, AROUND, NONE>(c, cut, dz, of, means, of_channel[0], of_channel[1], dx);
+}
+
+template <typename T>
+void forward_of(const BatchNorm& c, double eps, const void* added, void* y) {
+  const Cut cut(c);
+  cut.around ? forward<T, true>(c, cut, eps, added, y) : forward<T, false>(c, cut, eps, added, y);
+}
+
+template <typename T>
+void backward_of(const BatchNorm& c, const BatchNormBackward& b) {
+  const Cut cut(c);
+  cut.around ? backward<T, true>(c, cut, b) : backward<T, false>(c, cut, b);
 }
 
 void run_forward(const BatchNorm& c, double eps, const void* added, void* y) {
-  c.type == BF16 ? forward<uint16_t>(c, eps, added, y) : forward<float>(c, eps, added, y);
+  c.type == BF16 ? forward_of<uint16_t>(c, eps, added, y) : forward_of<float>(c, eps, added, y);
 }
 
 void run_backward(const BatchNorm& c, const BatchNormBackward& b) {
-  c.type == BF16 ? backward<uint16_t>(c, b) : backward<float>(c, b);
+  c.type == BF16 ? backward_of<uint16_t>(c, b) : backward_of<float>(c, b);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 1, 1, 2),
     (2, 1030, 3, 3),  # pieces of columns
+    (5, 72, 67, 67),  # written around the caches, with a row that is in no line
 ]
 THEN = [(False, False), (False, True), (True, False), (True, True)]  # added, ReLU
 

@@ -45,29 +45,6 @@ inline Pair pair(const uint16_t* x) {
 }
 inline void put(float* to, Pair p) { store(to, p.first), store(to + L, p.second); }
 
-// A result goes around the caches (AROUND) where it is large: most of it would have left them before it is
-// read, and a line that is written whole need not be there. `send_back`: of numbers that came from a T.
-template <bool AROUND>
-inline void send(float* to, Pair p) {
-  AROUND ? (stream_vector(to, p.first), stream_vector(to + L, p.second)) : put(to, p);
-}
-template <bool AROUND>
-inline void send(uint16_t* to, Bits both) {
-  AROUND ? stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(both)) : store(to, both);
-}
-template <bool AROUND>
-inline void send(uint16_t* to, Pair p) {
-  send<AROUND>(to, PairedBf16::join(p.first, p.second));
-}
-template <bool AROUND>
-inline void send_back(float* to, Pair p) {
-  send<AROUND>(to, p);
-}
-template <bool AROUND>
-inline void send_back(uint16_t* to, Pair p) {
-  send<AROUND>(to, reinterpret_cast<Bits>(p.first) >> 16 | reinterpret_cast<Bits>(p.second));
-}
-
 inline int64_t place(const float*, int64_t k) { return k; }
 inline int64_t place(const uint16_t*, int64_t k) {
   return k / (2 * L) * (2 * L) + k % 2 * L + k % (2 * L) / 2;
@@ -78,6 +55,36 @@ template <typename T>
 inline void fetch(const T* next) {
   __builtin_prefetch(next);
   if (2 * L * sizeof(T) > 64) __builtin_prefetch(next + 64 / sizeof(T));
+}
+
+// Of a result. Where it is large it goes around the caches (AROUND): most of it would have left them before it
+// is read, and what is written whole, in lines of the cache, need not be fetched. `send_back`: of numbers that
+// came from a T.
+template <bool AROUND>
+inline void send(float* to, Pair p, int64_t ahead) {
+  if constexpr (AROUND)
+    stream_vector(to, p.first), stream_vector(to + L, p.second);
+  else
+    put(to, p), fetch(to + ahead);
+}
+template <bool AROUND>
+inline void send(uint16_t* to, Bits both, int64_t ahead) {
+  if constexpr (AROUND)
+    stream_vector(reinterpret_cast<float*>(to), reinterpret_cast<V>(both));
+  else
+    store(to, both), fetch(to + ahead);
+}
+template <bool AROUND>
+inline void send(uint16_t* to, Pair p, int64_t ahead) {
+  send<AROUND>(to, PairedBf16::join(p.first, p.second), ahead);
+}
+template <bool AROUND>
+inline void send_back(float* to, Pair p, int64_t ahead) {
+  send<AROUND>(to, p, ahead);
+}
+template <bool AROUND>
+inline void send_back(uint16_t* to, Pair p, int64_t ahead) {
+  send<AROUND>(to, reinterpret_cast<Bits>(p.first) >> 16 | reinterpret_cast<Bits>(p.second), ahead);
 }
 
 inline float number(float x) { return x; }
@@ -99,7 +106,9 @@ struct Cut {
     joined = UNIT / gcd(c.channels, UNIT);
     width = joined * c.channels, lines = c.rows / joined, rest = lines * joined;
     ahead = width * item_size(c.type) <= NARROW ? MANY : FEW;
-    around = c.rows * c.channels * item_size(c.type) >= LARGE;
+    // Of many lines, in each of which part of a cache line is written, too much would be under way at a time.
+    const bool whole = ahead == FEW || 2 * L * item_size(c.type) >= 64;
+    around = whole && c.rows * c.channels * item_size(c.type) >= LARGE;
     height = (lines + PIECES - 1) / PIECES;
     height = ((height < FEWEST ? FEWEST : height) + MANY - 1) / MANY * MANY;
     pieces = (lines + height - 1) / height, columns = (width + COLUMNS - 1) / COLUMNS;
@@ -268,7 +277,7 @@ void normalise(const BatchNorm& c, const Cut& cut, const T* added, T* y) {
           to.first += more.first, to.second += more.second;
         }
         if (RELU) to = {at_least(0, to.first), at_least(0, to.second)};
-        send<AROUND>(y + at + i * cut.width, to);
+        send<AROUND>(y + at + i * cut.width, to, cut.ahead * cut.width);
       }
     });
   });
@@ -322,7 +331,7 @@ void sums(const BatchNorm& c, const Cut& cut, const BatchNormBackward& b, const 
           const Pair result = pair(y + at);
           fetch(y + at + cut.ahead * cut.width);
           dz = {masked(dz.first, result.first), masked(dz.second, result.second)};
-          send_back<AROUND>(out + at, dz);
+          send_back<AROUND>(out + at, dz, cut.ahead * cut.width);
         }
         sum.first += dz.first, sum.second += dz.second;
         dot.first += dz.first * (v.first - mean.first), dot.second += dz.second * (v.second - mean.second);
@@ -376,7 +385,7 @@ void gradient(const BatchNorm& c, const Cut& cut, const T* grad, const Line<T>& 
                 masked(dz.second, affine(v.second, mean.second, scale.second, bias.second))};
         const Pair to = {(dz.first - plain.first - (v.first - mean.first) * along.first) * scale.first,
                          (dz.second - plain.second - (v.second - mean.second) * along.second) * scale.second};
-        send<AROUND>(dx + at, to);
+        send<AROUND>(dx + at, to, cut.ahead * cut.width);
       }
     });
   });

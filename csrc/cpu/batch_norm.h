@@ -24,8 +24,8 @@ struct BatchNormBackward {
 };
 
 struct BatchNormKernels {
-  // y = weight (x - mean) / std + bias, + `added` unless that is null, max(0, y) with relu. It begins on a
-  // cache line.
+  // y = weight (x - mean) / std + bias, + `added` unless that is null, max(0, y) with relu; y
+  // begins on a cache line.
   void (*forward)(const BatchNorm&, double eps, const void* added, void* y);
   void (*backward)(const BatchNorm&, const BatchNormBackward&);
 };

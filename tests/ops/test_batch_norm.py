@@ -23,7 +23,8 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 1, 1, 2),
     (2, 1030, 3, 3),  # pieces of columns
-    (5, 72, 67, 67),  # written around the caches, with a row that is in no line
+    (3, 64, 97, 97),  # written around the caches, many lines at a time
+    (5, 600, 23, 25),  # and few, with pieces of columns and rows that are in no line
 ]
 THEN = [(False, False), (False, True), (True, False), (True, True)]  # added, ReLU
 
@@ -101,7 +102,7 @@ def test_statistics_far_from_zero_and_outliers_are_exact(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_threads(dtype):
     before = torch.get_num_threads()
-    for shape in ((4, 96, 30, 30), (1, 24, 50, 61)):
+    for shape in ((4, 96, 30, 30), (1, 24, 50, 61), (5, 600, 23, 25)):
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

@@ -106,8 +106,8 @@ struct Cut {
     joined = UNIT / gcd(c.channels, UNIT);
     width = joined * c.channels, lines = c.rows / joined, rest = lines * joined;
     ahead = width * item_size(c.type) <= NARROW ? MANY : FEW;
-    // Of many lines, in each of which part of a cache line is written, too much would be under way at a time.
-    const bool whole = ahead == FEW || 2 * L * item_size(c.type) >= 64;
+    // A cache line that is written in two halves takes room in the processor meanwhile: of few lines only.
+    const bool whole = WIDTH * (ahead == FEW ? 2 : 1) >= 64;
     around = whole && c.rows * c.channels * item_size(c.type) >= LARGE;
     height = (lines + PIECES - 1) / PIECES;
     height = ((height < FEWEST ? FEWEST : height) + MANY - 1) / MANY * MANY;

@@ -398,10 +398,7 @@ def native_call(
         raise ValueError(f"scalars must be [{1 + 2 * len(rows)}], got {list(scalars.shape)}")
     if not len(rows) == len(centers) == len(row_weights) == len(probabilities):
         raise ValueError("rows, centers, row_weights and probabilities must have an entry a target")
-    alive = [
-        t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
-        for t in (*centers, *row_weights, scalars)
-    ]
+    alive = [t.to(dtype).contiguous() for t in (*centers, *row_weights, scalars)]
     at = [t.data_ptr() if t.numel() else 0 for t in alive]
     targets = zip(map(_stack, rows), at, at[len(rows) :], probabilities, strict=False)
     sizes = *student.shape[1:], torch.get_num_threads()

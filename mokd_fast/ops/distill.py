@@ -73,8 +73,7 @@ def cross_view_pairs(T: int, V: int) -> Pairs:
             f"cross_view_pairs: {T} teacher row(s) and {V} student view(s) leave nothing to pair; "
             "there must be at least one row and one view, and two of one of them"
         )
-    share = (1 / count,)
-    return tuple(share * t + (0.0,) + share * (V - t - 1) if t < V else share * V for t in range(T))
+    return tuple(tuple(0.0 if t == v else 1 / count for v in range(V)) for t in range(T))
 
 
 def matched_pairs(V: int, first: int = 0) -> Pairs:

@@ -16,13 +16,8 @@ if TYPE_CHECKING:
     from .distill import Target
 
 
-_SHORT = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """fp32 for 16-bit and fp32 tensors, fp64 for fp64."""
-    if x.dtype in _SHORT:  # asked many times a call: promote_types takes longer
-        return torch.float32
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -50,7 +50,13 @@ def augmented(at: "Where") -> None:
                 found = augment_crops(*there, backend=at.backend, **options).cpu().float()
                 off, blurred = (found - exact).abs(), params[:, 10] > 0
                 assert not off[~blurred].any(), f"{dtype} {list(crops.shape)}: {off.max()}"
-                assert off.max() <= 1.02 / (255 * min(std)) and (off > 0.01).float().mean() < 0.01
+                share = (off > 0.01).float().mean()
+                # One level, which the result's type rounds on both sides.
+                most = 1.02 / (255 * min(std)) + torch.finfo(dtype).eps * exact.abs().max()
+                assert off.max() <= most and share < 0.01, (
+                    f"{dtype} {list(crops.shape)}, blurred: {off.max():.3g} off, {share:.2%} of "
+                    "the numbers by more than 0.01"
+                )
 
 
 def measure(kind: str, pictures: int, dtype: torch.dtype, device: str, rate: float) -> dict:

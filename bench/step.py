@@ -41,7 +41,7 @@ CASES = {  # name -> recipe, overrides, rounds
     "resnet18+vit_tiny": ("resnet50-vit_small", [*SMALL, "train.batch=4"], 7),
     "resnet50+vit_small": ("resnet50-vit_small", ["train.batch=4"], 5),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIDE, PRODUCTS = 2048, 10  # of the square products that measure the matrix rate, and how many
 PEAKS = ("peak_bytes", "best_peak_bytes", "baseline_peak_bytes")  # ours, best plain, official
 
@@ -51,10 +51,10 @@ Run = Callable[[], Any]
 class Steps:
     """One case's step: a trainer's, the official one and the best plain one."""
 
-    def __init__(self, name: str, precision: str, folder: Path) -> None:
+    def __init__(self, name: str, precision: str, folder: Path, pictures: int = 64) -> None:
         base, overrides, self.rounds = CASES[name]
         common = [
-            f"data.root={blank_pictures(folder / 'pictures', 64)}",
+            f"data.root={blank_pictures(folder / 'pictures', pictures)}",
             "data.workers=0",
             f"train.precision={precision}",
             "models.1.drop_path=0",

@@ -172,13 +172,13 @@ def _owner(event: Any) -> str:
 
 def flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of the products, convolutions and attention in one step."""
-    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with counter:
         run()
     return int(counter.get_total_flops())
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
+def flop_formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
 
     def linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:

@@ -30,32 +30,34 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
     """
     mokd, run = steps.trainer.mokd, steps.ours()
     found = {
-        "our operators, not the reference": _row(_turns(run, *_operators())),
-        "logits not stored": _row(_turns(run, *_stored(mokd))),
-        "layers as they are fastest": _row(_turns(run, *_libraries(steps))),
-        "transformer blocks compiled": _compiled(run, mokd),
-        "crops of a ViT packed": _row(_turns(run, *_packed(mokd))),
+        "our operators, not the reference": _row(turns(run, *_operators())),
+        "logits not stored": _row(turns(run, *_stored(mokd))),
+        "layers as they are fastest": _row(turns(run, *_libraries(steps))),
+        "transformer blocks compiled": compiled(run, mokd),
+        "crops of a ViT packed": _row(turns(run, *_packed(mokd))),
     }
     plain = steps.ours(steps.make_trainer(channels_last=False))
     found["channels_last"] = _row(interleave({"with": run, "without": plain}, ROUNDS))
-    found["freed memory kept"] = _row(_turns(run, *_malloc(run)))
+    found["freed memory kept"] = _row(turns(run, *_malloc(run)))
     if steps.device.type == "cuda":
-        found["the step as a CUDA graph"] = _recorded(steps, run)
+        times = interleave({"with": recorded(steps), "without": run}, ROUNDS)
+        found["the step as a CUDA graph"] = _row(times)
     return found
 
 
-def _recorded(steps: Steps, run: Run) -> dict[str, float]:
+def recorded(steps: Steps) -> Run:
+    """Our step as a CUDA graph, recorded by now."""
     graphed = steps.ours(steps.make_trainer(cuda_graph=True))
-    for _ in range(WARMUP + 1):  # the last of them records it
+    for _ in range(WARMUP + 2):  # the last of them replays it
         graphed()
-    return _row(interleave({"with": graphed, "without": run}, ROUNDS))
+    return graphed
 
 
-def _turns(run: Run, on: Run, off: Run, usual: Run) -> Medians:
+def turns(run: Run, on: Run, off: Run, usual: Run, rounds: int | None = None) -> Medians:
     """`run` after `on` and after `off`, in turns; what they take does not count. `usual` of the two
     is how the trainer has it."""
     before = {"with": on, "without": off}
-    times = interleave({"with": run, "without": run}, ROUNDS, before=before)
+    times = interleave({"with": run, "without": run}, rounds or ROUNDS, before=before)
     usual()
     return times
 
@@ -96,7 +98,7 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
     return on, off, on
 
 
-def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
+def compiled(run: Run, mokd: MOKD, rounds: int | None = None) -> dict[str, float]:
     found = [module for module in mokd.modules() if isinstance(module, Block)]
     compile_blocks(mokd)
     calls = [block._compiled_call_impl for block in found]
@@ -109,7 +111,7 @@ def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
     on()
     run()
     graphs = _graphs()
-    times = _turns(run, on, off, off)
+    times = turns(run, on, off, off, rounds)
     return _row(times) | {"recompiled": _graphs() - graphs}
 
 

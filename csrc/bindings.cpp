@@ -92,11 +92,13 @@ struct Distill {
   std::vector<Rows> student;
   std::vector<Teacher> teacher;
   std::vector<double> pairs;
+  int64_t view;                  // stride of the student's views, in elements
+  bool scalars_on_host = false;  // of a call for CUDA
   mokd::cpu::Distill call;
 
   Distill(const Stack& student_, const std::vector<Target>& targets, std::vector<double> pairs_,
           uintptr_t scalars, int64_t images, int64_t columns, int threads)
-      : pairs(std::move(pairs_)) {
+      : pairs(std::move(pairs_)), view(std::get<3>(student_)) {
     each_row(student_, [&](const Rows& r) { student.push_back(r); });
     for (size_t i = 0; i < targets.size(); ++i) {
       const auto& [stack, center, row_weight, probabilities] = targets[i];
@@ -290,25 +292,32 @@ namespace cuda = mokd::cuda;
 cuda::Plan plan(const Distill& d, int tile) { return cuda::plan(d.call.shape, d.student.front().type, tile); }
 
 cuda::Call cuda_call(const Distill& d) {
-  if (d.student.size() > cuda::VIEWS || d.teacher.size() > cuda::TEACHERS || d.pairs.size() > cuda::PAIRS)
+  if (d.student.size() > cuda::VIEWS || d.teacher.size() > cuda::TEACHERS || d.pairs.size() > cuda::PAIRS ||
+      d.call.targets > cuda::TEACHERS)
     throw std::invalid_argument("more rows or pairs than a CUDA kernel takes");
-  cuda::Call call = {d.call.shape, d.call.scalars, d.call.targets, {}, {}, {}};
-  std::copy(d.student.begin(), d.student.end(), call.student);
+  const Rows& first = d.student.front();
+  cuda::Call call = {d.call.shape, d.call.scalars, {}, d.call.targets, first, d.view, {}, {}};
+  if (d.scalars_on_host) {
+    for (int i = 0; i < 1 + 2 * call.targets; ++i)
+      call.numbers[i] = first.type == mokd::F64 ? static_cast<const double*>(call.scalars)[i]
+                                                : static_cast<const float*>(call.scalars)[i];
+    call.scalars = nullptr;
+  }
   std::copy(d.teacher.begin(), d.teacher.end(), call.teacher);
   std::copy(d.pairs.begin(), d.pairs.end(), call.pairs);
   return call;
 }
 
-void cuda_forward(const Distill& d, uintptr_t states, int tile, int device, uintptr_t stream) {
+void cuda_forward(const Distill& d, uintptr_t states, uintptr_t joined, int tile, int device, uintptr_t stream) {
   py::gil_scoped_release unlocked;
-  cuda::forward(cuda_call(d), pointer<double>(states), plan(d, tile), {device, pointer<void>(stream)});
+  cuda::forward(cuda_call(d), pointer<void>(states), pointer<unsigned>(joined), plan(d, tile), {device, pointer<void>(stream)});
 }
 
 void cuda_finish(const Distill& d, uintptr_t stats, uintptr_t terms, uintptr_t loss, uintptr_t states,
-                 int64_t tiles, uintptr_t image_terms, int device, uintptr_t stream) {
+                 int64_t tiles, uintptr_t image_terms, uintptr_t joined, int device, uintptr_t stream) {
   py::gil_scoped_release unlocked;
   cuda::finish(cuda_call(d), {pointer<void>(stats), pointer<void>(terms), pointer<void>(loss)},
-               pointer<double>(states), tiles, pointer<double>(image_terms), {device, pointer<void>(stream)});
+               pointer<void>(states), tiles, pointer<double>(image_terms), pointer<unsigned>(joined), {device, pointer<void>(stream)});
 }
 
 void cuda_backward(const Distill& d, uintptr_t stats, uintptr_t grad, uintptr_t out, int tile, int device,
@@ -322,7 +331,8 @@ void bind_cuda(py::module_& m, py::class_<Distill>& distill) {
   m.attr("CUDA_CAPACITY") = py::make_tuple(cuda::VIEWS, cuda::TEACHERS, cuda::PAIRS);
   m.def("cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::built_version()); },
         "CUDA that the driver takes (0 without one) and CUDA built with: 1000 * major + 10 * minor.");
-  distill.def("cuda_forward", &cuda_forward)
+  distill.def_readwrite("scalars_on_host", &Distill::scalars_on_host, "They are read at each launch.")
+      .def("cuda_forward", &cuda_forward)
       .def("cuda_finish", &cuda_finish)
       .def("cuda_backward", &cuda_backward)
       .def("cuda_plan", [](const Distill& d, int tile) {

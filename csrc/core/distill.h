@@ -88,21 +88,27 @@ struct Partial {
   double max, sum;
 };
 
-// exp(x) for x <= 0; of two neighbours one always has the larger maximum and the factor 1.
-static MOKD_HOST_DEVICE inline double decay(double x) { return x == 0 ? 1 : exp(x); }
+// exp(x) for x <= 0; of two neighbours one always has the larger maximum and the factor 1. A: how exact.
+template <typename A = double>
+static MOKD_HOST_DEVICE inline double decay(double x) { return x == 0 ? 1 : double(exp(A(x))); }
 
 static MOKD_HOST_DEVICE inline Partial merge(Partial a, Partial b) {
   double max = a.max < b.max ? b.max : a.max;
   return {max, a.sum * decay(a.max - max) + b.sum * decay(b.max - max)};
 }
 
-// The dot of a pair, sum exp(u - teacher.max) (z - student.max), over the columns of a and of b.
+// The dot of a pair, sum exp(u - teacher.max) (z - student.max), as if the student's maximum were `top`.
+static MOKD_HOST_DEVICE inline double dot_at(double dot, Partial teacher, Partial student, double top) {
+  return dot + teacher.sum * (student.max - top);
+}
+
+// That over the columns of a and of b.
 static MOKD_HOST_DEVICE inline double merge_dots(double a, Partial teacher_a, Partial student_a,
                                                  double b, Partial teacher_b, Partial student_b) {
   double high = teacher_a.max < teacher_b.max ? teacher_b.max : teacher_a.max;
   double top = student_a.max < student_b.max ? student_b.max : student_a.max;
-  return decay(teacher_a.max - high) * (a + teacher_a.sum * (student_a.max - top)) +
-         decay(teacher_b.max - high) * (b + teacher_b.sum * (student_b.max - top));
+  return decay(teacher_a.max - high) * dot_at(a, teacher_a, student_a, top) +
+         decay(teacher_b.max - high) * dot_at(b, teacher_b, student_b, top);
 }
 
 // What one piece of work knows: every teacher row, every student row, the dot of every pair.
@@ -130,16 +136,21 @@ static MOKD_HOST_DEVICE inline double cross_entropy(double dot, Partial teacher,
 // Below, D is the call of one side, with shape, teacher, pairs [T, V], targets (their number) and
 // scalars [1 + 2 targets]: temperatures, the student's first, then weights. A is the arithmetic's type.
 
+template <typename A, typename D>
+static MOKD_HOST_DEVICE inline A scalar(const D& d, int i) {
+  return static_cast<const A*>(d.scalars)[i];
+}
+
 // tau of teacher row t, or of the student for t < 0.
 template <typename A, typename D>
 static MOKD_HOST_DEVICE inline A temperature(const D& d, int t) {
   if (t >= 0 && d.teacher[t].probabilities) return A(1);
-  return static_cast<const A*>(d.scalars)[t < 0 ? 0 : 1 + d.teacher[t].target];
+  return scalar<A>(d, t < 0 ? 0 : 1 + d.teacher[t].target);
 }
 
 template <typename A, typename D>
 static MOKD_HOST_DEVICE inline double weight(const D& d, int target) {
-  return static_cast<const A*>(d.scalars)[1 + d.targets + target];
+  return scalar<A>(d, 1 + d.targets + target);
 }
 
 template <typename A, typename D>

@@ -125,26 +125,31 @@ class ForwardChunks:
 
     def __init__(self, columns: int) -> None:
         self._left = columns
-        self._states: list[Tensor] = []  # [B, tiles, state_size] of each chunk
+        self._states: list[Tensor] = []  # [B, state_size, tiles] of each chunk
+        self._shares: Tensor | None = None  # of each image in each target, and a counter
 
     def add(
         self, student: Tensor, rows: Sequence[Tensor], *rest: Any, config: Config | None = None
     ) -> None:
         """Some columns of all arguments of `distill_forward`, centers too."""
         tile = _tile(student, rows, config, partial(_both_passes, student, rows, *rest))
-        call, _alive = cpu.native_call(student, rows, *rest)
-        size = student.shape[1], call.cuda_plan(tile)[1], call.state_size()
-        states = student.new_empty(size, dtype=torch.float64)
-        call.cuda_forward(states.data_ptr(), tile, *_place(student))
+        call, _alive = _native_call(student, rows, *rest)
+        size = student.shape[1], call.state_size(), call.cuda_plan(tile)[1]
+        states = student.new_empty(size, dtype=accumulation_dtype(student))
+        if self._shares is None:
+            count = len(rows) * student.shape[1] + 1
+            self._shares = student.new_empty(count, dtype=torch.float64)
+        shares = self._shares.data_ptr()
+        counter = shares + 8 * (len(self._shares) - 1)
+        call.cuda_forward(states.data_ptr(), counter, tile, *_place(student))
         self._states.append(states)
         self._left -= student.shape[2]
         if self._left:
             return
-        states = self._states[0] if len(self._states) == 1 else torch.cat(self._states, 1)
+        states = self._states[0] if len(self._states) == 1 else torch.cat(self._states, 2)
         self.outputs = loss, terms, stats = cpu.results(student, rows)
-        shares = student.new_empty(len(rows), student.shape[1], dtype=torch.float64)
         results = (t.data_ptr() for t in (stats, terms, loss, states))
-        call.cuda_finish(*results, states.shape[1], shares.data_ptr(), *_place(student))
+        call.cuda_finish(*results, states.shape[2], shares, counter, *_place(student))
 
 
 def distill_backward(
@@ -162,9 +167,16 @@ def distill_backward(
         out = student.new_empty(student.shape)
     grad = grad.to(accumulation_dtype(student)).contiguous()  # expanded gradients have stride 0
     tile = _tile(student, rows, config)
-    call, _alive = cpu.native_call(student, rows, *rest)
+    call, _alive = _native_call(student, rows, *rest)
     call.cuda_backward(stats.data_ptr(), grad.data_ptr(), out.data_ptr(), tile, *_place(student))
     return out
+
+
+def _native_call(student: Tensor, rows: Sequence[Tensor], *rest: Any) -> tuple[Any, list[Tensor]]:
+    """As `cpu.native_call`. Scalars on the host, `rest[2]`, go along as arguments of a kernel."""
+    call, alive = cpu.native_call(student, rows, *rest)
+    call.scalars_on_host = rest[2].device != student.device
+    return call, alive
 
 
 def _tile(

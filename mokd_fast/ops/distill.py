@@ -276,21 +276,25 @@ def _call(
     dtype = reference.accumulation_dtype(student)
     empty = student.new_empty(0, dtype=dtype)
     numbers = [temperature, *(t.temperature for t in targets), *(t.weight for t in targets)]
-    scalars = reference.scalars(numbers, student)
-    arguments = (
-        student.resolve_neg(),  # kernels read memory, where the sign of such a view is another
-        [t.rows.detach().resolve_neg() for t in targets],
-        [empty if t.center is None else t.center.detach().resolve_neg() for t in targets],
-        [empty if t.row_weight is None else t.row_weight.detach().resolve_neg() for t in targets],
-        scalars,
+    student = student.resolve_neg()  # kernels read memory, where the sign of such a view is another
+    rows = [t.rows.detach().resolve_neg() for t in targets]
+    centers = [empty if t.center is None else t.center.detach().resolve_neg() for t in targets]
+    row_weights = [
+        empty if t.row_weight is None else t.row_weight.detach().resolve_neg() for t in targets
+    ]
+    tensors = student, *rows, *centers, *row_weights
+    eager = plain((*tensors, *(n for n in numbers if isinstance(n, Tensor))))
+    loss, terms, _, mean = (_eager if eager else _forward)(
+        student,
+        rows,
+        centers,
+        row_weights,
+        reference.scalars(numbers, student, on_host=eager),
         [weight for t in targets for row in t.pairs for weight in row],
         [t.probs is not None for t in targets],
         backend,
         with_mean,
     )
-    rows, centers, row_weights = arguments[1:4]
-    eager = plain((arguments[0], *rows, *centers, *row_weights, scalars))
-    loss, terms, _, mean = (_eager if eager else _forward)(*arguments)
     return loss, terms, mean
 
 

@@ -30,10 +30,10 @@ def scalar(number: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), number, dtype=dtype, device=device)
 
 
-def scalars(numbers: "Sequence[float | Tensor]", like: Tensor) -> Tensor:
-    """All of them, [n]."""
-    if like.is_cpu and not any(isinstance(number, Tensor) for number in numbers):
-        return torch.tensor(numbers, dtype=accumulation_dtype(like), device=like.device)
+def scalars(numbers: "Sequence[float | Tensor]", like: Tensor, on_host: bool = False) -> Tensor:
+    """All of them, [n]. `on_host`: numbers of the host may stay there, which costs no launch."""
+    if (like.is_cpu or on_host) and not any(isinstance(number, Tensor) for number in numbers):
+        return torch.tensor(numbers, dtype=accumulation_dtype(like), device="cpu")
     return torch.stack([scalar(number, like) for number in numbers])
 
 

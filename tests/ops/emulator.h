@@ -106,6 +106,16 @@ T shuffle(T value, unsigned lane) {
 #define blockDim ::mokd::cuda::emulator::block_size
 
 inline void __syncthreads() { emulator::barrier(&emulator::Thread::barriers, 0, emulator::block_size.x); }
+inline void __threadfence() {}  // one thread runs at a time
+inline unsigned atomicAdd(unsigned* at, unsigned x) {
+  const unsigned before = *at;
+  *at += x;
+  return before;
+}
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle(value, threadIdx.x % 32 ^ mask);

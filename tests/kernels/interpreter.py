@@ -8,8 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+if triton.__version__.startswith("3.6."):
+    # It takes int() of arrays of one element, which NumPy 2.4 refuses (triton-lang/triton#9171).
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _with_index(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _with_index
 
 
 @pytest.fixture(autouse=True, scope="session")

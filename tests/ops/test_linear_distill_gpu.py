@@ -1,12 +1,13 @@
 """What linear_distill_cross_entropy does on a GPU beside its kernels, for machines without one:
 tensors of a device that is not there, in PyTorch's own checks of types and shapes."""
 
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_impls
 
 from mokd_fast.ops import LinearTarget, cpu, distill, linear_chunks, linear_distill
 from mokd_fast.ops.dispatch import pick
@@ -29,6 +30,22 @@ def l2(monkeypatch):
     return of
 
 
+@pytest.fixture
+def addmm(monkeypatch):
+    """What a GPU's addmm with an out_dtype checks. PyTorch's own check without a GPU takes the
+    dtype for beta in torch 2.11 (pytorch/pytorch#179634 mended it)."""
+    table, name = torch._decomp.decomposition_table, torch.ops.aten.addmm.dtype_out
+    if "out_dtype" in inspect.signature(table[name]).parameters:
+        return
+
+    def checked(mode, function, total, a, b, out_dtype, *, out):
+        assert total.dtype == out.dtype == out_dtype
+        return out.copy_(total + torch.mm(a, b, out_dtype=out_dtype))
+
+    monkeypatch.delitem(table, name)
+    monkeypatch.setitem(fake_impls.op_implementations_dict, name, checked)
+
+
 class Nothing:
     """Kernels that compute nothing, for tensors that hold nothing."""
 
@@ -48,7 +65,7 @@ class Nothing:
 @pytest.mark.parametrize("b", [0, B])
 @pytest.mark.parametrize("weight", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_product_is_one_that_a_gpu_makes(dtype, weight, b, l2, monkeypatch):
+def test_every_product_is_one_that_a_gpu_makes(dtype, weight, b, l2, addmm, monkeypatch):
     monkeypatch.setattr(distill, "_kernels", lambda backend: Nothing)
     monkeypatch.setattr(linear_chunks, "_identity", id)  # there are no addresses
     calls, k = [], 1300

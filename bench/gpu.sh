@@ -21,9 +21,8 @@ python=${PYTHON:-python3}
 total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
-LIMITS=(machine=30 build=110 check=100 tests=120 memcheck=80 racecheck=50 distill=90 linear=45
-    search=60 augment=20 sweep=60 step=60 data=60
-    initcheck=45)
+LIMITS=(machine=30 build=110 check=100 tests=100 distill=90 step=150 linear=45 search=60
+    memcheck=80 racecheck=50 augment=20 sweep=60 data=60 initcheck=45)
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -99,19 +98,19 @@ build_by_nvcc() { # needs no cmake, ninja or setuptools; torch has pybind11's he
 
 check() {
     if has_gpu; then
-        "$python" bench/gpu_check.py
+        "$python" bench/gpu_check.py --jobs 8
     else
         "$python" bench/gpu_check.py --device cpu --backends cpu --small || return
         TRITON_INTERPRET=1 "$python" bench/gpu_check.py --device cpu --backends triton --small
     fi
 }
 
-tests() {
+tests() { # those that use a GPU
     local workers=()
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    "$python" -m pytest -q -p no:cacheprovider --durations=8 "${workers[@]}" tests/ops tests/kernels \
-        tests/train/test_skipped.py::test_the_host_reads_once_a_row \
-        tests/train/test_graph.py::test_on_a_gpu
+    "$python" -m pytest -q -p no:cacheprovider -p tests.at_once --tb=short --durations=8 \
+        -m "gpu and not slow" "${workers[@]}" \
+        tests/ops tests/kernels tests/train/test_skipped.py tests/train/test_graph.py
 }
 
 sanitize() { # tool backends checks [options of the sanitizer]
@@ -132,7 +131,7 @@ linear() { "$python" bench/linear_distill_gpu.py --json "$OUT/linear_distill.jso
 search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
 augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
-step() { "$python" bench/step.py --full --json "$OUT/step.json"; }
+step() { "$python" bench/step_gpu.py --seconds 60 --json "$OUT/step.json"; }
 data() { "$python" bench/data.py --quick --json "$OUT/data.json"; } # the host's part of the machine
 
 if [[ ${1-} == --part ]]; then

@@ -1,21 +1,27 @@
 """What the fused operators must do on a device, checked without pytest.
 
     python bench/gpu_check.py [--device cuda] [--backends cuda,triton] [--only NAME,NAME] [--small]
+                              [--jobs 8]
 
 Every check is a function of a backend; each runs, whatever the ones before it did, and the exit
 status says whether all passed. Those in `bench/gpu_stream.py` and each module's ON_GPU need a GPU:
 they are left out, and named, for --device cpu. --small takes few and short rows, for slow machines,
-compute-sanitizer and Triton's interpreter.
+compute-sanitizer and Triton's interpreter. --jobs runs the checks in so many processes side by
+side, those that compile for long a dtype at a time: compilers need processors, the GPU has time.
 """
 
 import argparse
+import io
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,7 @@ class Where:
     backend: str
     device: str
     small: bool
+    only: torch.dtype | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
@@ -51,6 +58,8 @@ class Where:
 
     @property
     def dtypes(self) -> list[torch.dtype]:
+        if self.only is not None:
+            return [self.only]
         if self.backend != "triton":
             return [torch.float32, torch.bfloat16, torch.float16, torch.float64]
         interpreted = self.device == "cpu"  # where bf16 is cut off, not rounded as by a GPU
@@ -210,6 +219,10 @@ Check = Callable[[Where], None]
 CHECKS: tuple[Check, ...] = (values, targets, strides, extremes, repeats, scaled, drop_in, compiled)
 CHECKS += (*gpu_linear.CHECKS, *gpu_search.CHECKS, augment_gpu.augmented)
 ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU + gpu_search.ON_GPU
+KNOWN = {check.__name__: check for check in (*CHECKS, *ON_GPU)}
+# A loop over dtypes each, the ones that Triton compiles longest for first.
+LONG: tuple[Check, ...] = (gpu_search.search, augment_gpu.augmented, values, gpu_linear.linear)
+LONG += (targets,)
 
 
 def passes(check: Check, at: Where) -> bool:
@@ -221,9 +234,62 @@ def passes(check: Check, at: Where) -> bool:
     except Exception:  # the next check still runs
         error = traceback.format_exc()
     seconds = time.perf_counter() - begin
-    print(f"{'FAIL' if error else 'ok  '} {at.backend} {check.__name__} {seconds:.1f} s\n{error}",
-          end="", flush=True)  # fmt: skip
+    of = f" {str(at.only).removeprefix('torch.')}" if at.only is not None else ""
+    print(f"{'FAIL' if error else 'ok  '} {at.backend} {check.__name__}{of} {seconds:.1f} s\n"
+          f"{error}", end="", flush=True)  # fmt: skip
     return not error
+
+
+def heard(name: str, at: Where) -> tuple[bool, str]:
+    """`passes`, in a process of `side_by_side`, with all that was printed."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        passed = passes(KNOWN[name], at)
+    return passed, said.getvalue()
+
+
+def pieces(pairs: list[tuple[Check, Where]]) -> list[tuple[Check, Where]]:
+    """The same checks, the long ones a dtype at a time and first."""
+    found = []
+    for check, at in pairs:
+        dtypes = at.dtypes if check in LONG else [None]
+        found += [(check, replace(at, only=dtype)) for dtype in dtypes]
+    place = {check: i for i, check in enumerate(LONG)}
+    return sorted(found, key=lambda p: (p[1].backend != "triton", place.get(p[0], len(LONG))))
+
+
+def side_by_side(pairs: list[tuple[Check, Where]], jobs: int) -> list[bool]:
+    """`passes` of each by `jobs` processes. What a check prints comes when it is over; where its
+    process dies it has failed, and another process takes the next one."""
+    parts, lock = pieces(pairs), threading.Lock()
+    waiting, jobs = iter(parts), min(jobs, len(parts))
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def process() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
+
+    def worker() -> list[bool]:
+        results, pool = [], process()
+        while True:
+            with lock:
+                part = next(waiting, None)
+            if part is None:
+                pool.shutdown()
+                return results
+            check, at = part
+            try:
+                passed, said = pool.submit(heard, check.__name__, at).result()
+            except Exception as error:  # of the process: those of a check are in what it said
+                passed, said = False, f"FAIL {at.backend} {check.__name__}: {error}\n"
+                pool.shutdown()
+                pool = process()
+            with lock:
+                print(said, end="", flush=True)
+            results.append(passed)
+
+    with ThreadPoolExecutor(jobs) as workers:
+        found = [workers.submit(worker) for _ in range(jobs)]
+        return [passed for results in found for passed in results.result()]
 
 
 def main() -> None:
@@ -232,20 +298,24 @@ def main() -> None:
     parser.add_argument("--backends", default="cuda,triton", type=lambda x: x.split(","))
     parser.add_argument("--only", default=[], type=lambda x: x.split(","), help="names of checks")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
-    known = {check.__name__: check for check in (*CHECKS, *ON_GPU)}
-    if unknown := set(options.only) - known.keys():
-        parser.error(f"no check {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if unknown := set(options.only) - KNOWN.keys():
+        parser.error(f"no check {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device: --device cpu checks what needs none")
-    chosen = [check for name, check in known.items() if not options.only or name in options.only]
+    chosen = [check for name, check in KNOWN.items() if not options.only or name in options.only]
     if options.device == "cpu":
         print("need a GPU and are left out:", *(c.__name__ for c in chosen if c in ON_GPU))
         chosen = [check for check in chosen if check not in ON_GPU]
     at = [Where(backend, options.device, options.small) for backend in options.backends]
     pairs = [(check, where) for where in at for check in chosen]
     pairs = [(c, w) for c, w in pairs if c is not augment_gpu.augmented or w.backend != "cuda"]
-    results = [passes(check, where) for check, where in pairs]  # augment_crops has no CUDA C++
+    # augment_crops has no CUDA C++
+    if options.jobs > 1:
+        results = side_by_side(pairs, options.jobs)
+    else:
+        results = [passes(check, where) for check, where in pairs]
     print(f"{sum(results)} of {len(results)} checks passed")
     sys.exit(0 if results and all(results) else 1)
 

@@ -1,5 +1,6 @@
 """The GPU suite as far as no GPU is needed: its checks, its figures, and the script around them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,8 +16,8 @@ from bench import search as search_bench
 from mokd_fast.ops import cpu, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "distill", "linear"]
-PARTS += ["search", "augment", "sweep", "step", "data", "initcheck"]
+PARTS = ["machine", "build", "check", "tests", "distill", "step", "linear", "search"]
+PARTS += ["memcheck", "racecheck", "augment", "sweep", "data", "initcheck"]
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 
 
@@ -105,6 +106,42 @@ def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
     check = {check.__name__: check for check in gpu_check.CHECKS}[name]
     assert not gpu_check.passes(check, gpu_check.Where("cpu", "cpu", small=True))
     assert f"FAIL cpu {name}" in capsys.readouterr().out
+
+
+@needs_native
+def test_checks_run_side_by_side_and_the_long_ones_a_dtype_at_a_time():
+    command = "bench/gpu_check.py --device cpu --backends cpu --small --jobs 2 --only "
+    ended = run([sys.executable, *command.split(), "strides,search,scaled"])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "\n6 of 6 checks passed" in ended.stdout
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    searched = {line[3] for line in lines if line[:3] == ["ok", "cpu", "search"]}
+    assert searched == {"float32", "bfloat16", "float16", "float64"}
+
+
+def test_a_process_that_dies_fails_its_check_alone(tmp_path, monkeypatch, capsys):
+    other = "import os\ndef heard(name, at):\n    if name == 'scaled':\n        os._exit(3)\n"
+    other += "    return name != 'targets', f'{name} was heard\\n'\n"
+    (tmp_path / "other_heard.py").write_text(other)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gpu_check, "heard", importlib.import_module("other_heard").heard)
+    checks = [gpu_check.scaled, gpu_check.targets, gpu_check.repeats]
+    where = gpu_check.Where("cpu", "cpu", small=True, only=torch.float32)
+    results = gpu_check.side_by_side([(check, where) for check in checks], 1)
+    assert results == [False, False, True]  # targets come first: they take longest
+    said = capsys.readouterr().out
+    assert "FAIL cpu scaled: " in said and said.endswith("repeats was heard\n")
+
+
+def test_the_long_checks_come_first():
+    at = [gpu_check.Where(backend, "cuda", small=False) for backend in ("cuda", "triton")]
+    pairs = [(check, where) for where in at for check in gpu_check.CHECKS]
+    found = [(check.__name__, w.backend, w.only) for check, w in gpu_check.pieces(pairs)]
+    assert found[:2] == [("search", "triton", t) for t in (torch.float32, torch.float16)]
+    assert ("search", "cuda", torch.float64) in found and len(set(found)) == len(found)
+    assert {(name, backend) for name, backend, _ in found} == {
+        (check.__name__, where.backend) for check, where in pairs
+    }
 
 
 def test_checks_pass_in_the_triton_interpreter():
@@ -266,6 +303,10 @@ def test_every_part_runs_and_a_failing_one_stops_no_other(tmp_path):
     ended, summary, parts = suite(tmp_path / "out", COMMIT="abc", **tools)
     assert summary["commit"] == "abc" and summary["gpu"] and not summary["passed"]
     assert list(parts) == PARTS
+    said = [line for line in ended.stdout.splitlines() if line.startswith("python bench/")]
+    assert "python bench/gpu_check.py --jobs 8" in said
+    step = f"python bench/step_gpu.py --seconds 60 --json {tmp_path}/out/step.json"
+    assert step in said and "-m gpu and not slow" in ended.stdout
     wrong = {"tests": "failed with exit status 3", "racecheck": "failed with exit status 9"}
     assert parts == dict.fromkeys(PARTS, "passed") | wrong
     assert ended.returncode == 1 and ended.stdout.splitlines()[-1].endswith(": tests racecheck")
@@ -282,3 +323,12 @@ def test_a_part_that_hangs_is_stopped_and_the_rest_has_no_time(tmp_path):
     _, _, parts = suite(tmp_path / "out", PARTS="machine check step", TOTAL="6", **tools)
     assert parts["machine"] == "passed" and parts["check"].startswith("stopped at")
     assert parts["step"] == "not run: no time left"
+
+
+def test_a_failing_test_is_printed_before_the_others_are_over(tmp_path):
+    tests = "def test_a():\n    assert 1 == 2, 'why'\n\ndef test_b():\n    print('b ran')\n"
+    (tmp_path / "test_two.py").write_text(tests)
+    command = f"-m pytest -q -s -p no:cacheprovider -p tests.at_once --rootdir {tmp_path}"
+    ended = run([sys.executable, *command.split(), str(tmp_path / "test_two.py")])
+    first, rest = ended.stdout.split("b ran", 1)
+    assert "FAILED test_two.py::test_a" in first and "why" in first and "1 failed" in rest

@@ -148,6 +148,7 @@ def test_candidates_are_few_and_start_with_the_table():
         assert all(c.columns >= 32 * c.warps and c.warps >= 1 and c.stages >= 2 for c in found)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_times_its_kernels():
     x = torch.ones(1 << 24, device="cuda")

@@ -13,28 +13,31 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+VALUES = sorted(Path(__file__).parent.glob("*_values.py"))
 
 
 def test_in_the_interpreter():
-    run_values("interpreter", "not slow")
+    run_values("interpreter", "not slow", *VALUES)
 
 
 @pytest.mark.slow
 def test_in_the_interpreter_what_takes_long():
-    run_values("interpreter", "slow")
+    run_values("interpreter", "slow", *VALUES)
 
 
-def test_on_a_gpu():
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", VALUES, ids=lambda path: path.stem)
+def test_on_a_gpu(path):  # a file at a time: there it is compiling that takes long
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    run_values("cuda", "")
+    run_values("cuda", "", path)
 
 
-def run_values(device: str, marked: str) -> None:
-    values = map(str, sorted(Path(__file__).parent.glob("*_values.py")))
+def run_values(device: str, marked: str, *values: Path) -> None:
     interpreted = "01"[device == "interpreter"]
     environment = {"TRITON_INTERPRET": interpreted, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked]
+    command += map(str, values)
     environment = {**os.environ, **environment}
-    ended = subprocess.run([*command, *values], env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout + ended.stderr

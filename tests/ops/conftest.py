@@ -20,6 +20,17 @@ ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def pytest_collection_modifyitems(items):
+    """Marks what runs the CUDA kernels."""
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params.values()
+        called = "cuda" in [p for p in params or () if isinstance(p, str)]
+        if Path(__file__).parent in item.path.parents and (
+            called or "cuda_kernels" in getattr(item, "fixturenames", ())
+        ):
+            item.add_marker("gpu")
+
+
 def emulate(folder):
     """_C.so, all processors at work: the other processes of the tests may wait for it."""
     include = pybind11.get_include(), sysconfig.get_path("include"), ROOT / "tests/ops"

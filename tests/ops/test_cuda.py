@@ -286,6 +286,7 @@ def test_an_error_of_cuda_is_a_runtime_error(emulated):
         shape(emulated).cuda_backward(0, 0, 0, 256, 7, 0)
 
 
+@pytest.mark.gpu
 def test_reasons(monkeypatch):
     student, target = case()
     assert "one is on cpu" in cuda.why_not(student, [target.logits])
@@ -379,6 +380,7 @@ def test_global_memory_is_touched_16_bytes_at_a_time(machine_code):
         assert not re.search(r"\b(LDL|STL)\b", code), name
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_graph_keeps_the_call_and_nothing_synchronises():
     student, target = case(k=4096, dtype=torch.bfloat16)

@@ -363,6 +363,7 @@ def test_out_of_memory(short, data, tmp_path, on_the_cpu, monkeypatch):  # noqa:
         pretrain(recipe, run=tmp_path / "run", console=silent())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(data, tmp_path):
     """The losses of the steps without it, up to the order of a GPU's sums; no replay waits."""

@@ -184,6 +184,7 @@ class _PythonReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_host_reads_once_a_row(data, tmp_path, precision):
     overrides = (f"train.precision={precision}", "train.log_every=3")

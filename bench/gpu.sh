@@ -98,7 +98,7 @@ build_by_nvcc() { # needs no cmake, ninja or setuptools; torch has pybind11's he
 
 check() {
     if has_gpu; then
-        "$python" bench/gpu_check.py --jobs 8
+        "$python" bench/gpu_check.py --jobs 8 --json "$OUT/check.json"
     else
         "$python" bench/gpu_check.py --device cpu --backends cpu --small || return
         TRITON_INTERPRET=1 "$python" bench/gpu_check.py --device cpu --backends triton --small

@@ -1,7 +1,7 @@
 """What the fused operators must do on a device, checked without pytest.
 
     python bench/gpu_check.py [--device cuda] [--backends cuda,triton] [--only NAME,NAME] [--small]
-                              [--jobs 8]
+                              [--jobs 8] [--json FILE]
 
 Every check is a function of a backend; each runs, whatever the ones before it did, and the exit
 status says whether all passed. Those in `bench/gpu_stream.py` and each module's ON_GPU need a GPU:
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not i
 
 from bench import augment_gpu, gpu_linear, gpu_search, gpu_stream
 from bench.baseline.losses import DINOLoss as Official
+from bench.timing import machine, write_json
 from mokd_fast.interop.dino import DINOLoss
 from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
 from mokd_fast.ops.dispatch import ENVIRONMENT
@@ -216,6 +217,7 @@ def compiled(at: Where) -> None:
 
 
 Check = Callable[[Where], None]
+Keep = Callable[[Check, Where, bool], None]
 CHECKS: tuple[Check, ...] = (values, targets, strides, extremes, repeats, scaled, drop_in, compiled)
 CHECKS += (*gpu_linear.CHECKS, *gpu_search.CHECKS, augment_gpu.augmented)
 ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU + gpu_search.ON_GPU
@@ -234,9 +236,8 @@ def passes(check: Check, at: Where) -> bool:
     except Exception:  # the next check still runs
         error = traceback.format_exc()
     seconds = time.perf_counter() - begin
-    of = f" {str(at.only).removeprefix('torch.')}" if at.only is not None else ""
-    print(f"{'FAIL' if error else 'ok  '} {at.backend} {check.__name__}{of} {seconds:.1f} s\n"
-          f"{error}", end="", flush=True)  # fmt: skip
+    name = " ".join(filter(None, (at.backend, check.__name__, name_of(at.only))))
+    print(f"{'FAIL' if error else 'ok  '} {name} {seconds:.1f} s\n{error}", end="", flush=True)
     return not error
 
 
@@ -258,24 +259,22 @@ def pieces(pairs: list[tuple[Check, Where]]) -> list[tuple[Check, Where]]:
     return sorted(found, key=lambda p: (p[1].backend != "triton", place.get(p[0], len(LONG))))
 
 
-def side_by_side(pairs: list[tuple[Check, Where]], jobs: int) -> list[bool]:
+def side_by_side(pairs: list[tuple[Check, Where]], jobs: int, keep: Keep) -> None:
     """`passes` of each by `jobs` processes. What a check prints comes when it is over; where its
     process dies it has failed, and another process takes the next one."""
-    parts, lock = pieces(pairs), threading.Lock()
-    waiting, jobs = iter(parts), min(jobs, len(parts))
+    waiting, lock, jobs = iter(pairs), threading.Lock(), min(jobs, len(pairs))
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def process() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
 
-    def worker() -> list[bool]:
-        results, pool = [], process()
+    def worker() -> None:
+        pool = process()
         while True:
             with lock:
                 part = next(waiting, None)
             if part is None:
-                pool.shutdown()
-                return results
+                return pool.shutdown()
             check, at = part
             try:
                 passed, said = pool.submit(heard, check.__name__, at).result()
@@ -285,11 +284,36 @@ def side_by_side(pairs: list[tuple[Check, Where]], jobs: int) -> list[bool]:
                 pool = process()
             with lock:
                 print(said, end="", flush=True)
-            results.append(passed)
+                keep(check, at, passed)
 
     with ThreadPoolExecutor(jobs) as workers:
-        found = [workers.submit(worker) for _ in range(jobs)]
-        return [passed for results in found for passed in results.result()]
+        for ended in [workers.submit(worker) for _ in range(jobs)]:
+            ended.result()
+
+
+class Results:
+    """One row a check, in a file from the start: `passed` is None until it has run."""
+
+    def __init__(self, pairs: list[tuple[Check, Where]], path: Path | None) -> None:
+        self.path, self.machine = path, machine()
+        self.rows: dict[tuple[Check, Where], dict[str, Any]] = {
+            (check, at): {"check": check.__name__, "backend": at.backend, "dtype": name_of(at.only),
+                          "small": at.small, "passed": None}
+            for check, at in pairs
+        }  # fmt: skip
+        self.write()
+
+    def keep(self, check: Check, at: Where, passed: bool) -> None:
+        self.rows[check, at]["passed"] = passed
+        self.write()
+
+    def write(self) -> None:
+        if self.path:
+            write_json(self.path, {"machine": self.machine, "rows": list(self.rows.values())})
+
+
+def name_of(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def main() -> None:
@@ -299,6 +323,7 @@ def main() -> None:
     parser.add_argument("--only", default=[], type=lambda x: x.split(","), help="names of checks")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if unknown := set(options.only) - KNOWN.keys():
         parser.error(f"no check {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")
@@ -312,12 +337,16 @@ def main() -> None:
     pairs = [(check, where) for where in at for check in chosen]
     pairs = [(c, w) for c, w in pairs if c is not augment_gpu.augmented or w.backend != "cuda"]
     # augment_crops has no CUDA C++
+    pairs = pieces(pairs) if options.jobs > 1 else pairs
+    results = Results(pairs, options.json)
     if options.jobs > 1:
-        results = side_by_side(pairs, options.jobs)
+        side_by_side(pairs, options.jobs, results.keep)
     else:
-        results = [passes(check, where) for check, where in pairs]
-    print(f"{sum(results)} of {len(results)} checks passed")
-    sys.exit(0 if results and all(results) else 1)
+        for check, where in pairs:
+            results.keep(check, where, passes(check, where))
+    passed = [row["passed"] for row in results.rows.values()]
+    print(f"{sum(passed)} of {len(passed)} checks passed")
+    sys.exit(0 if passed and all(passed) else 1)
 
 
 if __name__ == "__main__":

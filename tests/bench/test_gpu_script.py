@@ -109,14 +109,18 @@ def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
 
 
 @needs_native
-def test_checks_run_side_by_side_and_the_long_ones_a_dtype_at_a_time():
-    command = "bench/gpu_check.py --device cpu --backends cpu --small --jobs 2 --only "
-    ended = run([sys.executable, *command.split(), "strides,search,scaled"])
+def test_checks_run_side_by_side_and_the_long_ones_a_dtype_at_a_time(tmp_path):
+    command = "bench/gpu_check.py --device cpu --backends cpu --small --jobs 2"
+    more = ["--only", "strides,search,scaled", "--json", str(tmp_path / "check.json")]
+    ended = run([sys.executable, *command.split(), *more])
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "\n6 of 6 checks passed" in ended.stdout
     lines = [line.split() for line in ended.stdout.splitlines()]
     searched = {line[3] for line in lines if line[:3] == ["ok", "cpu", "search"]}
     assert searched == {"float32", "bfloat16", "float16", "float64"}
+    rows = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert len(rows) == 6 and all(row["passed"] for row in rows)
+    assert {row["dtype"] for row in rows if row["check"] == "search"} == searched
 
 
 def test_a_process_that_dies_fails_its_check_alone(tmp_path, monkeypatch, capsys):
@@ -125,10 +129,13 @@ def test_a_process_that_dies_fails_its_check_alone(tmp_path, monkeypatch, capsys
     (tmp_path / "other_heard.py").write_text(other)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(gpu_check, "heard", importlib.import_module("other_heard").heard)
-    checks = [gpu_check.scaled, gpu_check.targets, gpu_check.repeats]
-    where = gpu_check.Where("cpu", "cpu", small=True, only=torch.float32)
-    results = gpu_check.side_by_side([(check, where) for check in checks], 1)
-    assert results == [False, False, True]  # targets come first: they take longest
+    at = gpu_check.Where("cpu", "cpu", small=True)
+    pairs = [(check, at) for check in (gpu_check.scaled, gpu_check.targets, gpu_check.repeats)]
+    results = gpu_check.Results(pairs, tmp_path / "check.json")
+    read = lambda: [r["passed"] for r in json.loads(results.path.read_text())["rows"]]  # noqa: E731
+    assert read() == [None, None, None]
+    gpu_check.side_by_side(pairs, 1, results.keep)
+    assert read() == [False, False, True]
     said = capsys.readouterr().out
     assert "FAIL cpu scaled: " in said and said.endswith("repeats was heard\n")
 
@@ -304,7 +311,7 @@ def test_every_part_runs_and_a_failing_one_stops_no_other(tmp_path):
     assert summary["commit"] == "abc" and summary["gpu"] and not summary["passed"]
     assert list(parts) == PARTS
     said = [line for line in ended.stdout.splitlines() if line.startswith("python bench/")]
-    assert "python bench/gpu_check.py --jobs 8" in said
+    assert f"python bench/gpu_check.py --jobs 8 --json {tmp_path}/out/check.json" in said
     step = f"python bench/step_gpu.py --seconds 60 --json {tmp_path}/out/step.json"
     assert step in said and "-m gpu and not slow" in ended.stdout
     wrong = {"tests": "failed with exit status 3", "racecheck": "failed with exit status 9"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench.report import plots
+from bench.report import gpu, gpu_step, plots
 from bench.report.data import augment_table, data_table
 from bench.report.operators import distill_table, linear_table, scaling_table, search_table
 from bench.report.results import ROOT
@@ -46,6 +46,14 @@ PARTS = {
     "ways-table": ways_table,
     "layers-table": layers_table,
     "activations": activations_sentence,
+    "gpu-checks": gpu.checks_sentence,
+    "gpu-distill-table": gpu.distill_table,
+    "gpu-linear-table": gpu.linear_table,
+    "gpu-search-table": gpu.search_table,
+    "gpu-augment-table": gpu.augment_table,
+    "gpu-step-table": gpu_step.step_table,
+    "gpu-parts-table": gpu_step.parts_table,
+    "gpu-means-table": gpu_step.means_table,
 }
 
 

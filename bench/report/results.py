@@ -7,10 +7,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "cpu-2core"
+GPU = "h200"  # the folder beside it, of bench/gpu.sh
 
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+
+def load_gpu(name: str) -> dict[str, Any]:
+    path = RESULTS.parent / GPU / f"{name}.json"
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
 def load_or_nothing(name: str) -> dict[str, Any]:
@@ -51,4 +57,13 @@ def machine(result: dict[str, Any]) -> str:
         f"Measured on {facts['cores']} cores of {facts['cpu']} ({facts['torch_threads']} threads), "
         f"torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}, "
         f"{facts['date']}."
+    )
+
+
+def measured_gpu(result: dict[str, Any]) -> str:
+    facts = result["machine"]
+    versions = [f"CUDA {facts['cuda']}", f"torch {facts['torch']}", f"Triton {facts['triton']}"]
+    return (
+        f"Measured on an {facts['gpu']}, driver {facts['driver']}, {', '.join(versions)}, "
+        f"Python {facts['python']}, commit {facts['commit']}, {facts['date']}."
     )

@@ -1,0 +1,109 @@
+"""The step's GPU benchmark on a tiny case and the CPU, and the tables made of what it writes."""
+
+import json
+
+import pytest
+import torch
+
+from bench import step, step_gpu
+from bench.report import gpu_step, results
+
+MEANS = ["our operators, not the reference", "crops of a ViT packed", "logits not stored"]
+FAILING = ["the step as a CUDA graph", "NVIDIA apex's optimizers"]  # both need a GPU
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The file of a run, and its exit status."""
+    path = tmp_path_factory.mktemp("step") / "h200" / "step.json"
+    compile_ = torch.compile  # Inductor takes a minute
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_gpu, "CASE", "tiny")
+        patch.setitem(step.CASES, "tiny", ("fashion-mnist", [], 1))
+        patch.setattr(step_gpu, "FEW", 1)
+        patch.setattr(torch, "compile", lambda f, **k: compile_(f, backend="eager", **k))
+        patch.setenv("MOKD_FAST_BACKEND", "")
+        argv = ["step_gpu.py", "--batch", "4", "--precisions", "bf16", "--rounds", "1"]
+        argv += ["--size", "64", "--means", ";".join(MEANS + FAILING), "--json", str(path)]
+        patch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            step_gpu.main()
+    return path, ended.value.code
+
+
+def test_row_compares_the_three_steps(measured):
+    path, code = measured
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["dtype"] == "bf16" and "batch 4" in row["shape"]
+    for name in ("baseline", "best_plain"):
+        assert row[f"{name}_ratio"] == pytest.approx(row[f"{name}_s"] / row["median_s"])
+    assert {"ours", "official", "best", "product"} == row["turns"].keys()
+    for whose in ("ours", "official", "best"):
+        assert row[f"{whose}_peak_bytes"] > 2**20 and row[f"{whose}_held_bytes"] > 2**20
+    networks = {"student mokd_cnn_tiny", "teacher mokd_vit_tiny", "backward of mokd_vit_tiny"}
+    assert networks | {"searches", "losses, prototype layers"} <= row["parts"].keys()
+    assert sum(part["flops"] for part in row["parts"].values()) == row["flops"] > 1e8
+    assert all(row["parts"][name]["matrix_share"] > 0 for name in networks)
+    for parts in (row["best_parts"], row["official_parts"]):
+        assert {"students", "teachers", "backward of networks", "losses"} <= parts.keys()
+    assert list(row["means"]) == MEANS and list(row["failed"]) == FAILING and code == 1
+    for found in row["means"].values():
+        assert found["ratio"] == pytest.approx(found["without_s"] / found["with_s"])
+    assert "UserError" in row["failed"]["the step as a CUDA graph"]
+
+
+def test_parts_lie_between_borders():
+    """A part within a part is taken from it, and a label may be another each time."""
+    now = iter([0, 1, 3, 6, 10, 15, 21, 28])
+
+    class Thing:
+        def outer(self):
+            self.inner()
+
+        def inner(self):
+            pass
+
+    thing, names = Thing(), iter(["a", "b"])
+    parts = [(thing, "outer", "outer"), (thing, "inner", lambda: next(names))]
+
+    def run():
+        thing.outer()
+        thing.inner()
+
+    found = step_gpu.apart(step_gpu.borders(run, parts, lambda: next(now)), lambda a, b: b - a)
+    assert found == {"other": 1 + 5 + 7, "outer": 2 + 4, "a": 3, "b": 6}
+    assert thing.outer.__func__ is Thing.outer
+
+
+def test_tables_show_what_was_measured(measured, monkeypatch):
+    path, _ = measured
+    monkeypatch.setattr(results, "RESULTS", path.parent.parent / "other")
+    result = json.loads(path.read_text())
+    (row,) = result["rows"]
+    table = gpu_step.step_table()
+    assert f"{row['baseline_s'] * 1e3:.1f} ms, {row['baseline_ratio']:.2f}x" in table
+    assert f"commit {result['machine']['commit']}" in table and "kernel runs" not in table
+    part = row["parts"]["searches"]
+    expected = f"| searches | {part['s'] * 1e3:.1f} ms, {part['matrix_share']:.0%} |"
+    assert expected in gpu_step.parts_table()
+    means = gpu_step.means_table()
+    assert all(f"| {name} | " in means for name in MEANS)
+    assert f"{row['means'][MEANS[0]]['ratio']:.2f}x |" in means
+    assert f"| {FAILING[0]} | failed |" in means and f"Failed: {FAILING[0]}, bf16: UserErr" in means
+
+    row["device_time"] = {"ours": {"gaps": 0.25, "busy_s": 0.5, "kernels": 7.2, "most": []}}
+    row["median_s"] = 0.75
+    graph = {"gaps": 0.1, "busy_s": 0.5, "kernels": 7, "most": []}
+    row["means"]["a graph"] = {"with_s": 0.6, "without_s": 0.75, "ratio": 1.25}
+    row["means"]["a graph"]["device_time"] = graph
+    row["failed"] = {"apex": "no time left"}
+    path.write_text(json.dumps(result))
+    assert (
+        "bf16: ours 500.0 of 750.0 ms (7 kernels, gaps 25%); "
+        "a graph 500.0 of 600.0 ms (7 kernels, gaps 10%)."
+    ) in gpu_step.step_table()
+    assert "| apex | no time left |" in gpu_step.means_table()
+    assert "Failed" not in gpu_step.means_table()
+    del row["means"], row["failed"]
+    path.write_text(json.dumps(result))
+    assert gpu_step.means_table() == "Not measured yet."

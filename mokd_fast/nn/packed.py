@@ -7,6 +7,7 @@ B crops of N tokens a group, S tokens of all groups, C width, H heads.
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,17 +23,27 @@ Groups = list[tuple[int, int]]  # B and N of each
 _XFORMERS = find_spec("xformers") is not None  # looked for once: it takes as long as a launch
 
 
+@cache  # for good: a CUDA graph reads it where it was
+def _mask(groups: tuple[tuple[int, int], ...], device: torch.device) -> Any:
+    """xformers' for packs of these crops. The host makes it and copies it to the device, so blocks
+    find it made: neither a compiled one nor a recording could."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens([N for B, N in groups for _ in range(B)]).to(device)
+
+
 class PackedAttention(Attention):
     """timm's, over [1, S, C] where `groups` is set and as ever where it is not."""
 
     groups: Groups | None = None
+    mask: Any = None  # of the groups, for xformers
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.groups is None:
             found: Tensor = super().forward(x, *args, **kwargs)
             return found
         qkv = self.qkv(x[0]).unflatten(1, (3, self.num_heads, -1))  # [S, 3, H, d]
-        if x.is_cuda and _XFORMERS:
+        if self.mask is not None:
             heard = self._xformers(qkv)
         elif self.plain():
             heard = self.attend(qkv, self.groups)
@@ -53,12 +64,10 @@ class PackedAttention(Attention):
 
     def _xformers(self, qkv: Tensor) -> Tensor:
         from xformers.ops import memory_efficient_attention
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-        assert self.groups is not None
         q, k, v = qkv.unsqueeze(0).unbind(2)  # [1, S, H, d]
-        mask = BlockDiagonalMask.from_seqlens([N for B, N in self.groups for _ in range(B)])
-        out: Tensor = memory_efficient_attention(self.q_norm(q), self.k_norm(k), v, attn_bias=mask)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out: Tensor = memory_efficient_attention(q, k, v, attn_bias=self.mask)
         return out[0]
 
 
@@ -99,22 +108,27 @@ def prepare(model: nn.Module) -> None:
 
 
 @contextmanager
-def _packing(blocks: nn.Module, groups: Groups | None) -> Any:
+def _packing(blocks: nn.Module, groups: Groups, device: torch.device) -> Any:
     members = [m for m in blocks.modules() if isinstance(m, PackedAttention | PackedDropPath)]
+    mask = _mask(tuple(groups), device) if device.type == "cuda" and _XFORMERS else None
     for member in members:
         member.groups = groups
+        if isinstance(member, PackedAttention):
+            member.mask = mask
     try:
         yield
     finally:
         for member in members:
             member.groups = None
+            if isinstance(member, PackedAttention):
+                member.mask = None
 
 
 def run(blocks: nn.Module, groups: Sequence[Tensor]) -> list[Tensor]:
     """What prepared blocks make of each group [B, N, C], all in one pass."""
     shapes = [(x.shape[0], x.shape[1]) for x in groups]
     rows = torch.cat([x.flatten(0, 1) for x in groups]).unsqueeze(0)  # [1, S, C]
-    with _packing(blocks, shapes):
+    with _packing(blocks, shapes, rows.device):
         rows = blocks(rows)[0]
     parts = rows.split([B * N for B, N in shapes])
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]

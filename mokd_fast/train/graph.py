@@ -41,7 +41,8 @@ Run = Callable[[Iterable[Batch], Sequence[Temperatures], Tensor, Kind], StepResu
 Recording = tuple[StepResult, Callable[[], object]]  # what a replay fills, and the replay
 
 # Steps that run as ever before one is recorded: libraries load their kernels and make their
-# workspaces, autotuning measures. PyTorch's notes take three.
+# workspaces, autotuning measures, torch.compile compiles, which is refused while one is recorded.
+# PyTorch's notes take three.
 WARMUP = 3
 
 

@@ -161,12 +161,6 @@ class TrainConfig(Config):
                 "cuda_graph: checkpoint_activations reads the state of the random numbers, which "
                 "cannot be recorded: set one of them to false"
             )
-        # xformers makes a pack's mask on the host.
-        if self.compile or self.pack_crops is True:
-            raise ValueError(
-                "cuda_graph has never been tried with compile or pack_crops: set it to false, or "
-                "both of them"
-            )
         return self
 
 

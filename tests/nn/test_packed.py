@@ -1,13 +1,18 @@
 """Crops of two sizes in one pass: what each gets is what it gets alone."""
 
 import copy
+import sys
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Attention
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mokd_fast.nn import Temperatures, blocks
+from mokd_fast.nn import packed as packing
 from mokd_fast.nn.fast import quicken
 from mokd_fast.nn.packed import PackedAttention, PackedDropPath, packs, prepare, run
 from mokd_fast.ops import cpu
@@ -127,11 +132,49 @@ def test_attention_with_normalised_heads_and_by_xformers(monkeypatch, fused, nor
     monkeypatch.setattr(ops, "memory_efficient_attention", attention)
     qkv = packed.qkv(torch.cat([x.flatten(0, 1) for x in groups])).unflatten(1, (3, 4, -1))
     packed.groups = [(3, 7), (5, 2)]
+    packed.mask = packing._mask(((3, 7), (5, 2)), torch.device("cpu"))
     by_group = torch.cat([
         packed._group(part, *shape)
         for part, shape in zip(qkv.split([21, 10]), packed.groups, strict=True)
     ])  # fmt: skip
     torch.testing.assert_close(packed._xformers(qkv), by_group)
+
+
+def test_a_mask_is_made_once(monkeypatch):
+    """For all blocks and steps of the same groups, on their device: a recording reads it there."""
+    made, used = [], []
+
+    class Mask:
+        def __init__(self, lengths):
+            made.append(lengths)
+
+        from_seqlens = classmethod(lambda cls, lengths: cls(lengths))
+
+        def to(self, device):
+            self.device = device
+            return self
+
+    def attention(q, k, v, attn_bias):
+        used.append((attn_bias, attn_bias.device == q.device))
+        return v
+
+    monkeypatch.setattr(packing, "_XFORMERS", True)
+    monkeypatch.setattr(packing, "_mask", cache(packing._mask.__wrapped__))
+    for name, parts in {
+        "xformers.ops": {"memory_efficient_attention": attention},
+        "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask": Mask},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+    with FakeTensorMode():
+        layers = [Attention(32, 4, qkv_bias=True, device="cuda") for _ in range(2)]
+        both = torch.nn.Sequential(*layers)
+        prepare(both)
+        for tokens in (5, 5, 6):
+            run(both, [torch.empty(B, N, 32, device="cuda") for B, N in ((3, 7), (2, tokens))])
+    assert made == [[7, 7, 7, 5, 5], [7, 7, 7, 6, 6]]
+    masks, there = zip(*used, strict=True)
+    assert all(there) and len(masks) == 6 and len(set(masks)) == 2
+    assert all(layer.mask is None and layer.groups is None for layer in layers)
 
 
 def run_attention(attention, groups):

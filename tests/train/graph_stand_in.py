@@ -42,6 +42,11 @@ class _Notes(TorchDispatchMode):
         self.lasting = frozenset(map(_memory, known))
         self.known = set(self.lasting)
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs under it, and its operators are noted."""
+        return True
+
     def spoil(self) -> None:
         """NaN into all memory of the recording's own."""
         for tensor in self.alive:
@@ -92,7 +97,8 @@ class StandIn:
         known = self._known()
         before = [tensor.detach().clone() for tensor in known]
         try:
-            with _Notes(known) as notes:
+            # As nothing can be compiled while a GPU records.
+            with torch.compiler.set_stance("fail_on_recompile"), _Notes(known) as notes:
                 out = run()
         finally:
             with torch.no_grad():

@@ -158,17 +158,24 @@ WAYS = {
     "bf16, logits stored": (("train.precision=bf16", "loss.prototypes=fused"), {}),
     "fp16": (("train.precision=fp16",), {"models": (VIT,), "t_head": None}),
     "channels_last, no local crops": (("train.channels_last=true", "augment.locals=0"), {}),
+    "compiled, packed": (("train.compile=true", "train.pack_crops=true"), {}),
+    "compiled": (("train.compile=true",), {}),
+    "packed": (("train.pack_crops=true",), {}),
     "cross search": (("t_head.search=cross",), {}),
     "all queries in both maps": (("t_head.queries=all", "t_head.maps=both"), {}),
 }
-MORE = ("cross search", "all queries in both maps")
+MORE = ("compiled", "packed", "cross search", "all queries in both maps")
 
 
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=pytest.mark.slow) if way in MORE else way for way in WAYS]
 )
-def test_every_way_has_the_bits(way, data, tmp_path, on_the_cpu):  # noqa: F811
+def test_every_way_has_the_bits(way, data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811
     overrides, more = WAYS[way]
+    compile_ = nn.Module.compile  # by Inductor on a GPU; here it has to call operators
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **k: compile_(self, backend="eager", **k)
+    )
     recipe = recipe_of(data, *overrides, GRAPH, **more)
     plain = trained(recipe, tmp_path / "eager", recorded=False)
     replayed = trained(recipe, tmp_path / "replayed")
@@ -271,8 +278,6 @@ def test_a_dry_run_times_replays(data, on_the_cpu, monkeypatch):  # noqa: F811
     [
         ("train.accumulate=2", "set accumulate=1 or cuda_graph=false"),
         ("train.checkpoint_activations=true", "set one of them to false"),
-        ("train.compile=true", "never been tried with compile or pack_crops"),
-        ("train.pack_crops=true", "never been tried with compile or pack_crops"),
     ],
 )
 def test_what_it_cannot_be_used_with(override, expected, data):
@@ -365,11 +370,17 @@ def test_out_of_memory(short, data, tmp_path, on_the_cpu, monkeypatch):  # noqa:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(data, tmp_path):
+@pytest.mark.parametrize(
+    "how",
+    [(), ("train.compile=true",), ("train.compile=true", "train.pack_crops=true")],
+    ids=["plain", "compiled", "compiled, packed"],
+)
+def test_on_a_gpu(how, data, tmp_path):
     """The losses of the steps without it, up to the order of a GPU's sums; no replay waits."""
     found = []
     for more in ((), (GRAPH,)):
-        trainer = Trainer(recipe_of(data, "train.device=cuda", *more), tmp_path / "run", silent())
+        recipe = recipe_of(data, "train.device=cuda", *how, *more)
+        trainer = Trainer(recipe, tmp_path / "run", silent())
         trainer.mokd.train()
         batches, losses = trainer.loader.batches(0), []
         views = [trainer.to_device(next(batches)) for _ in range(STEPS)]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.baseline.official import clip_per_tensor_, ema_
-from mokd_fast.ops import clip_grad_per_tensor_, cpu, ema_update_
+from mokd_fast.ops import clip_grad_per_tensor_, cpu, ema_update_, foreach
 from mokd_fast.ops.foreach import Snapshot
 
 
@@ -72,6 +72,37 @@ def test_clip_of_odd_gradients():
     assert (params[0].grad == 0).all() and params[2].grad.isnan().all()
     assert params[1].grad.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(params[1].grad.norm(), torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_vectors_are_scaled_at_once_as_a_gpu_has_it(dtype):
+    """The bits of one after the other; of every layout and size, NaN among them."""
+    torch.manual_seed(0)
+    shapes = [(5,), (), (1,), (0,), (3, 4), (7,), (2, 3, 4, 4)]
+    grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    grads += [torch.randn(8, dtype=dtype)[::2], torch.randn(6, dtype=torch.float64)]
+    grads[6] = grads[6].to(memory_format=torch.channels_last)
+    grads[5][2] = torch.nan
+    scales = list(torch.rand(len(grads)).to(dtype).unbind())
+    want = [grad.clone().mul_(scale) for grad, scale in zip(grads, scales, strict=True)]
+    with Calls() as calls:
+        foreach._scale_in_few_launches(grads, scales)
+    assert calls.found == [3, 6]  # tensors of each product
+    for mine, theirs in zip(grads, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+class Calls(TorchDispatchMode):
+    """How many tensors each foreach operator takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_foreach_" in str(func):
+            self.found.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(cpu.native is None, reason=cpu.missing)

@@ -16,6 +16,7 @@ from ..data.sources import open_source
 from ..errors import UserError
 from ..nn import Temperatures
 from ..nn.mokd import StepLosses
+from ..nn.tally import add_counts, counters
 from ..ops import Clip, explain, grad_norms
 from ..ops.center import LinearLogits
 from ..ops.foreach import Snapshot
@@ -202,6 +203,7 @@ class Trainer:
         self.bad_files = BadFiles(self.loader.bad_files, self.world)
         self.mokd = make_networks(recipe, self.device, self.precision, self.world, self.note)
         self.statistics = Snapshot(self.mokd.statistics())
+        self.counters = counters(self.mokd)
         self._schedules()
         self.way = self._prototype_loss()
         # fp16: one a student, so that each looks for its own scale.
@@ -349,6 +351,7 @@ class Trainer:
         skip = self._update(kind, skip, momentum, known)
         logits = {h: LinearLogits(m, prototypes[h]) if prototypes else m for h, m in means.items()}
         self.mokd.centers.update(logits, skip=skip)
+        add_counts(self.counters)
         self.statistics.restore_(skip)
         if diagnostics:
             for i in range(len(self.scalers)):

@@ -7,6 +7,7 @@ from timm.layers import convert_sync_batchnorm
 
 from ..nn import MOKD, build_mokd, checkpoint_activations
 from ..nn.fast import compile_blocks, quicken
+from ..nn.tally import count_at_once
 from .distributed import World
 from .recipe import Recipe, TrainConfig
 
@@ -33,6 +34,8 @@ def make_networks(
     if train.channels_last:
         mokd.to(memory_format=torch.channels_last)
     quicken(mokd, device, precision)
+    if device.type == "cuda":
+        count_at_once(mokd)  # the trainer's step does
     if packs_crops(train, device, precision) and not mokd.pack() and train.pack_crops is True:
         note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
     if train.compile and not compile_blocks(mokd):

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mokd_fast.errors import UserError
-from mokd_fast.nn import Temperatures
+from mokd_fast.nn import Temperatures, tally
 from mokd_fast.ops.foreach import Snapshot
-from mokd_fast.train import loop, optim
+from mokd_fast.train import loop, networks, optim
 from mokd_fast.train.adapters import Fused
 from mokd_fast.train.checkpoint import newest
 from mokd_fast.train.diagnose import diagnose
@@ -180,6 +180,20 @@ def test_every_way_has_the_bits(way, data, tmp_path, on_the_cpu, monkeypatch):  
     plain = trained(recipe, tmp_path / "eager", recorded=False)
     replayed = trained(recipe, tmp_path / "replayed")
     assert on_the_cpu[1].replays == REPLAYED
+    assert_same(plain, replayed)
+
+
+def test_batches_that_are_counted_at_once(data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811
+    """As on a GPU: what each BatchNorm counts, over replays and a skipped step."""
+    resnet = {**CNN, "name": "resnet18", "kwargs": {"layers": [1, 1, 1, 1]}}
+    recipe = recipe_of(data, GRAPH, models=(resnet, VIT))
+    monkeypatch.setattr(networks, "quicken", lambda *_: None)  # has a BatchNorm of its own here
+    plain = trained(recipe, tmp_path / "eager", recorded=False)
+    monkeypatch.setattr(networks, "quicken", lambda mokd, *_: tally.count_at_once(mokd))
+    replayed = trained(recipe, tmp_path / "replayed")
+    norms = tally.counters(replayed[0].mokd)
+    assert on_the_cpu[1].replays == REPLAYED and len(norms) > 20
+    assert {int(norm.num_batches_tracked) for norm in norms} == {STEPS - 1, 2 * (STEPS - 1)}
     assert_same(plain, replayed)
 
 

@@ -350,7 +350,7 @@ def compiled(name, folder):
 @needs_nvcc
 def test_no_kernel_spills(machine_code):
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", machine_code[1])
-    # Two kernels for four types, for three of them and whole tiles of three sizes, two for two types.
+    # Two for four types, two for three of them and whole tiles of three sizes, two for two types.
     assert len(used) == 3 * (2 * 4 + 2 * 3 * 3 + 2 * 2)
     assert set(used) == {("0", "0", "0")}, machine_code[1]
     assert "warning" not in machine_code[1]

@@ -21,7 +21,7 @@ python=${PYTHON:-python3}
 total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
-LIMITS=(machine=30 build=110 check=100 tests=100 distill=90 step=150 linear=45 search=60
+LIMITS=(machine=30 build=110 check=100 tests=100 distill=90 step=170 linear=45 search=60
     memcheck=80 racecheck=50 augment=20 sweep=60 data=60 initcheck=45)
 NEED_NO_GPU=" machine build check "
 
@@ -131,7 +131,7 @@ linear() { "$python" bench/linear_distill_gpu.py --json "$OUT/linear_distill.jso
 search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
 augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
-step() { "$python" bench/step_gpu.py --seconds 60 --json "$OUT/step.json"; }
+step() { "$python" bench/step_gpu.py --seconds 110 --json "$OUT/step.json"; }
 data() { "$python" bench/data.py --quick --json "$OUT/data.json"; } # the host's part of the machine
 
 if [[ ${1-} == --part ]]; then

@@ -77,7 +77,7 @@ class Steps:
     def make_trainer(self, **train: Any) -> Trainer:
         changed = self.recipe.train.model_copy(update=train)
         recipe = self.recipe.model_copy(update={"train": changed})
-        folder = self.folder / ("run " + " ".join(train))
+        folder = self.folder / ("run " + " ".join(f"{key}={value}" for key, value in train.items()))
         trainer = Trainer(recipe, folder, Console(quiet=True))
         trainer.mokd.train()
         return trainer

@@ -45,9 +45,9 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
     return found
 
 
-def recorded(steps: Steps) -> Run:
-    """Our step as a CUDA graph, recorded by now."""
-    graphed = steps.ours(steps.make_trainer(cuda_graph=True))
+def recorded(steps: Steps, **train: Any) -> Run:
+    """Our step as a CUDA graph, recorded by now; `train` changes the recipe."""
+    graphed = steps.ours(steps.make_trainer(**{"cuda_graph": True, **train}))
     for _ in range(WARMUP + 2):  # the last of them replays it
         graphed()
     return graphed

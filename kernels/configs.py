@@ -54,13 +54,14 @@ class Line(NamedTuple):
 
 
 ANY = 1 << 62  # columns
-# The first line that covers a case is taken. No GPU chose them, but what the compiler shows and the
-# tests see again (tests/kernels/test_distill.py, tests/ops/test_cuda.py): no spill (but 48 bytes a
-# thread on an H100 of 24 fp32 rows with Triton 3.6, none with 3.8); 16-byte loads (8-byte ones of
-# 16-bit logits above 16 rows); and `in_flight`. To hide a latency of 0.7 us at the memory rate on
-# the data sheet takes 13 KiB on a multiprocessor of an A100, 18 on an H100's, 38 on a B200's. Above
-# 4 rows registers leave Triton 2 blocks; more stages make up for it, up to 6: with 10 views a
-# longer queue is hardly ever full. Up to K = 1024, tiles of 2048 would be half empty.
+# The first line that covers a case is taken. A GPU measured some (in CUDA beside tiles of 512 and
+# 256, which take longer there above 16 images); the others are what the compiler shows and the tests
+# see again (tests/kernels/test_distill.py, tests/ops/test_cuda.py): no spill (but 48 bytes a thread
+# on an H100 of 24 fp32 rows with Triton 3.6, none with 3.8); 16-byte loads (8-byte ones of 16-bit
+# logits above 16 rows); and `in_flight`. To hide a latency of 0.7 us at the memory rate on the data
+# sheet takes 13 KiB on a multiprocessor of an A100, 18 on an H100's, 38 on a B200's. Above 4 rows
+# registers leave Triton 2 blocks; more stages make up for it, up to 6: with 10 views a longer queue
+# is hardly ever full. Up to K = 1024, tiles of 2048 would be half empty.
 TABLE = (
     Line("triton", 80, 1024, 4, 4, Config(1024, 4, 3), 20),
     Line("triton", 80, ANY, 4, 4, Config(2048, 4, 3), 32),
@@ -69,7 +70,7 @@ TABLE = (
     Line("triton", 80, ANY, 24, 2, Config(512, 4, 6), 10),
     Line("triton", 80, ANY, 24, 4, Config(512, 4, 5), 16),
     Line("triton", 90, 1024, 4, 4, Config(1024, 4, 3), 20),
-    Line("triton", 90, ANY, 4, 4, Config(2048, 4, 4), 48),
+    Line("triton", 90, ANY, 4, 4, Config(2048, 4, 4), 48, "H200, 2026-11-27: 133 us (2 rows)"),
     Line("triton", 90, ANY, 16, 2, Config(1024, 4, 6), 20),
     Line("triton", 90, ANY, 16, 4, Config(1024, 4, 4), 24),
     Line("triton", 90, ANY, 24, 4, Config(512, 4, 6), 10),
@@ -80,7 +81,7 @@ TABLE = (
     # A warp keeps rows x columns numbers in shared memory: above 20 KiB too few warps fit.
     Line("cuda", 80, 256, 24, 8, Config(256), 3),
     Line("cuda", 80, 512, 10, 4, Config(512), 8),
-    Line("cuda", 80, ANY, 5, 4, Config(1024), 16),
+    Line("cuda", 80, ANY, 5, 4, Config(1024), 16, "H200, 2026-11-27: 97 us (2 rows)"),
     Line("cuda", 80, ANY, 10, 4, Config(512), 8),
     Line("cuda", 80, ANY, 24, 4, Config(256), 3),
     Line("cuda", 80, ANY, 5, 8, Config(512), 32),

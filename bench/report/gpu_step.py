@@ -6,6 +6,7 @@ from bench.report.results import load_gpu, measured_gpu
 
 Row = dict[str, Any]
 WHOSE = {"ours": "ours", "best": "best plain", "official": "official"}
+NAMES = WHOSE | {"eager": "with the recipe's own"}
 BUSY = (
     "Time of a step in which a kernel runs (the gaps are those of steps that the profiler watches, "
     "which makes the host slower and so gaps longer):"
@@ -17,28 +18,42 @@ def step_table() -> str:
     """Ours, the official step and the best plain one, in the same precision; then the kernels."""
     result = load_gpu("step")
     lines = [
-        "| pair | dtype | ours | official | best plain | of the matrix rate "
-        "| peak beyond what lasts: ours / best plain / official | with it |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pair | dtype | ours with | ours | official | best plain | of the matrix rate "
+        "| peak beyond what lasts: ours / best plain / official | with it | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         beyond = [row[f"{whose}_peak_bytes"] for whose in WHOSE]
         whole = [row[f"{whose}_held_bytes"] + p for whose, p in zip(WHOSE, beyond, strict=True)]
+        flops = row["flops"] or _counted(row, result["rows"])
+        share = flops / row["median_s"] / row["matrix_TFLOP_per_s"] / 1e12
         lines.append(
-            f"| {row['shape']} | {row['dtype']} | {_ms(row['median_s'])} "
+            f"| {row['shape']} | {row['dtype']} | {_with(row)} | {_ms(row['median_s'])} "
             f"| {_ms(row['baseline_s'])}, {row['baseline_ratio']:.2f}x "
             f"| {_ms(row['best_plain_s'])}, {row['best_plain_ratio']:.2f}x "
-            f"| {row['matrix_share']:.0%} of {row['matrix_TFLOP_per_s']:.0f} TFLOP/s "
-            f"| {_gib(beyond)} | {_gib(whole)} |"
+            f"| {share:.0%} of {row['matrix_TFLOP_per_s']:.0f} TFLOP/s "
+            f"| {_gib(beyond)} | {_gib(whole)} | {row['commit']} |"
         )
     if busy := [said for row in result["rows"] if (said := _busy(row))]:
         lines += ["", " ".join([BUSY, *busy])]
     return "\n".join([*lines, "", measured_gpu(result)])
 
 
+def _with(row: Row) -> str:
+    """The switches that were on; none is the recipe's own."""
+    names = (text.removeprefix("train.").removesuffix("=true") for text in row["set"])
+    return ", ".join(names) or "the recipe's own"
+
+
+def _counted(row: Row, rows: list[Row]) -> float:
+    """The operations of the same step where they were counted: of a recording nobody can."""
+    same = (r["flops"] for r in rows if (r["shape"], r["dtype"]) == (row["shape"], row["dtype"]))
+    return max(same)
+
+
 def parts_table() -> str:
     """The device's time: each of our parts with its share of the matrix rate, then the others'."""
-    rows = load_gpu("step")["rows"]
+    rows = [row for row in load_gpu("step")["rows"] if row["flops"]]
     heads = [row["dtype"] for row in rows]
     lines = [f"| ours | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for part in dict.fromkeys(part for row in rows for part in row["parts"]):
@@ -78,17 +93,17 @@ def means_table() -> str:
 
 def _busy(row: Row) -> str:
     """How much of a step has a kernel. Its whole is the clock's, of steps without the profiler."""
-    whole = {"ours": row["median_s"], "best": row["best_plain_s"]}
+    whole = {"ours": row["median_s"], "best": row["best_plain_s"], "eager": row.get("eager_s")}
     found = {key: (time, whole[key]) for key, time in row.get("device_time", {}).items()}
     for name, means in row.get("means", {}).items():
         if "device_time" in means:
             found[name] = means["device_time"], means["with_s"]
     said = (
-        f"{WHOSE.get(name, name)} {time['busy_s'] * 1e3:.1f} of {_ms(seconds)} "
+        f"{NAMES.get(name, name)} {time['busy_s'] * 1e3:.1f} of {_ms(seconds)} "
         f"({time['kernels']:.0f} kernels, gaps {time['gaps']:.0%})"
         for name, (time, seconds) in found.items()
     )
-    return f"{row['dtype']}: {'; '.join(said)}." if found else ""
+    return f"{row['dtype']}, {_with(row)}: {'; '.join(said)}." if found else ""
 
 
 def _part(part: dict[str, float] | None) -> str:

@@ -8,7 +8,6 @@ B crops of N tokens a group, S tokens of all groups, C width, H heads.
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from timm.layers import DropPath
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from ..ops.attention import xformers_missing
 from .blocks import Attention
 
 Groups = list[tuple[int, int]]  # B and N of each
-_XFORMERS = find_spec("xformers") is not None  # looked for once: it takes as long as a launch
 
 
 @cache  # for good: a CUDA graph reads it where it was
@@ -110,7 +109,9 @@ def prepare(model: nn.Module) -> None:
 @contextmanager
 def _packing(blocks: nn.Module, groups: Groups, device: torch.device) -> Any:
     members = [m for m in blocks.modules() if isinstance(m, PackedAttention | PackedDropPath)]
-    mask = _mask(tuple(groups), device) if device.type == "cuda" and _XFORMERS else None
+    mask = (
+        _mask(tuple(groups), device) if device.type == "cuda" and not xformers_missing() else None
+    )
     for member in members:
         member.groups = groups
         if isinstance(member, PackedAttention):

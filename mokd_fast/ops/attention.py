@@ -5,7 +5,8 @@ joint_attention repeats the tokens, once a query. Letters as in `search`.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -61,14 +62,32 @@ def _sdpa_why_not(first: Tensor, *rest: Any, weights: bool = False) -> str | Non
     return transformed(first, *(t for t in rest if isinstance(t, Tensor)))
 
 
+@cache  # to look takes as long as a launch, to import it seconds
+def xformers_missing() -> str | None:
+    """Why xformers has no kernels here, or None."""
+    if find_spec("xformers") is None:
+        return "xformers is not installed: pip install 'mokd_fast[xformers]'"
+    try:
+        # Where they do not load, xformers warns, and fails at the first call.
+        loaded = import_module("xformers._cpp_lib")._cpp_library_load_exception is None
+    except Exception as error:  # it imports much, which may fail in any way
+        return f"xformers cannot be imported ({type(error).__name__}: {error})"
+    return (
+        None
+        if loaded
+        else (
+            "the xformers here was built for another PyTorch, its kernels do not load (python -m "
+            "xformers.info says more): install the one that belongs to this PyTorch"
+        )
+    )
+
+
 def _xformers_why_not(first: Tensor, *rest: Any, weights: bool = False) -> str | None:
     if first.device.type != "cuda":
         return f"xformers has no attention for {first.device.type} tensors"
     if first.dtype == torch.float64:
         return "xformers takes fp16, bf16 and fp32"
-    if find_spec("xformers") is None:
-        return "xformers is not installed: pip install 'mokd_fast[xformers]'"
-    return _sdpa_why_not(first, *rest, weights=weights)
+    return xformers_missing() or _sdpa_why_not(first, *rest, weights=weights)
 
 
 for _op, _form in (("feature_search", _search), ("joint_attention", _joint)):

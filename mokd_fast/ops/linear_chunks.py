@@ -49,7 +49,7 @@ def chunk_size(features: Tensor, rows: int, dtype: torch.dtype) -> int:
     prototypes; that is what backward needs beyond inputs and gradients, too.
     """
     views, images, width = features.shape
-    if features.device.type == "cuda":  # no GPU has measured it
+    if features.device.type == "cuda":  # no other size was ever tried
         numbers = rows + views * images + width  # of a column
         columns = l2_bytes(features.get_device()) // 2 // (numbers * dtype.itemsize)
         return max(512, columns // 256 * 256)

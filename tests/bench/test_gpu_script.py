@@ -312,7 +312,7 @@ def test_every_part_runs_and_a_failing_one_stops_no_other(tmp_path):
     assert list(parts) == PARTS
     said = [line for line in ended.stdout.splitlines() if line.startswith("python bench/")]
     assert f"python bench/gpu_check.py --jobs 8 --json {tmp_path}/out/check.json" in said
-    step = f"python bench/step_gpu.py --seconds 60 --json {tmp_path}/out/step.json"
+    step = f"python bench/step_gpu.py --seconds 110 --json {tmp_path}/out/step.json"
     assert step in said and "-m gpu and not slow" in ended.stdout
     wrong = {"tests": "failed with exit status 3", "racecheck": "failed with exit status 9"}
     assert parts == dict.fromkeys(PARTS, "passed") | wrong

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
+from mokd_fast.ops import attention as forms
 from mokd_fast.ops import cpu, cuda, dispatch, explain, feature_search, joint_attention, search
 
 from .conftest import levels
@@ -129,6 +130,19 @@ def test_plain_sdpa(operator):
     check(operator, tensors, "sdpa")
     with torch.autocast("cpu", torch.bfloat16):
         check(operator, tensors, "sdpa")
+
+
+@pytest.mark.parametrize("found", ["nothing", "another's", "ours"])
+def test_why_xformers_has_no_kernels(found, monkeypatch):
+    monkeypatch.setattr(forms, "find_spec", lambda name: None if found == "nothing" else name)
+    error = None if found == "ours" else OSError("libcudart.so.12")
+    library = types.SimpleNamespace(_cpp_library_load_exception=error)
+    monkeypatch.setattr(forms, "import_module", lambda name: library)
+    forms.xformers_missing.cache_clear()
+    said = forms.xformers_missing()
+    forms.xformers_missing.cache_clear()
+    reasons = {"nothing": "is not installed", "another's": "built for another PyTorch"}
+    assert said is None if found == "ours" else reasons[found] in said
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

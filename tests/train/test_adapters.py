@@ -13,10 +13,12 @@ from timm.optim import Lamb
 
 from mokd_fast import UserError
 from mokd_fast.train import apex
+from mokd_fast.train.adapters import Row
 from mokd_fast.train.checkpoint import checkpoints, load_checkpoint
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.networks import build
 from mokd_fast.train.optim import KINDS, ScheduledOptimizer, freeze_last_layers
+from mokd_fast.train.recipe import OptimizerConfig
 from tests.train.recipes import CNN, T_HEAD, VIT, broken_off, pictures, silent, small
 from tests.train.test_skipped import HostReads, poison
 
@@ -381,3 +383,31 @@ def test_apex_needs_a_gpu(tmp_path, data):
 def test_lamb_without_decay_is_refused():
     with pytest.raises(UserError, match="LAMB adapts the tensors that are decayed"):
         small("x", models=[{**VIT, "optimizer": {**of("apex-lamb"), **ZERO}}], t_head=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or apex.why_not() is not None,
+    reason="needs a GPU and NVIDIA apex",
+)
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_genuine_apex_makes_torchs_steps(name):
+    """Twelve, one of them skipped with gradients that are NaN."""
+    shapes = [(64, 32), (64,), (300, 64), (7,), (1000, 129)]
+    first, *steps = ([torch.randn(*s, device="cuda") for s in shapes] for _ in range(13))
+
+    def trained(name: str) -> list[torch.Tensor]:
+        tensors = [torch.nn.Parameter(x.clone()) for x in first]
+        config = OptimizerConfig.model_validate(of(name))
+        rows = [Row(tensors[::2], config, True), Row(tensors[1::2], config, False)]
+        adapter = KINDS[name](rows, config)
+        for i, grads in enumerate(steps):
+            for group, decay in zip(adapter.torch.param_groups, (0.04, 0.0), strict=True):
+                group.update(lr=0.02 / (1 + i), weight_decay=decay)
+            for tensor, grad in zip(tensors, grads, strict=True):
+                tensor.grad = grad * (torch.nan if i == 5 else 1)
+            adapter.update(torch.tensor(i == 5, device="cuda"), None, None)
+        return tensors
+
+    for mine, theirs in zip(trained(name), trained(f"apex-{name}"), strict=True):
+        assert (mine - theirs).abs().max() <= 1e-6 * mine.abs().max()

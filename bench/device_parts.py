@@ -1,0 +1,129 @@
+"""Where a step's time goes on a device: spans between events, operations, and its kernels."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from itertools import cycle, pairwise
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import mokd_fast.train.loop as our_module
+from bench.step import Run
+from bench.step_parts import flop_formulas
+from mokd_fast.train.loop import Trainer
+
+OPTIMIZERS, OTHER = "clip, optimizers, EMA", "other"
+T = TypeVar("T")
+
+
+def our_parts(trainer: Trainer) -> list[tuple[Any, str, Any]]:
+    """As `parts_of`, but each network apart."""
+    mokd, names = trainer.mokd, [config.name for config in trainer.recipe.models]
+    backward = cycle([f"backward of {name}" for name in names])
+    found: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "backward", lambda: next(backward)),
+        (mokd, "_search", "searches"),
+        (mokd, "_losses", "losses, prototype layers"),
+        (mokd, "_rows", "losses, prototype layers"),
+        (our_module, "grad_norms", OPTIMIZERS),
+        *((o, "step", OPTIMIZERS) for o in trainer.optimizers),
+        (mokd.centers, "update", "centres"),
+        (mokd.centers, "wait", "centres"),
+    ]
+    for i, name in enumerate(names):
+        found += [(mokd.students[i], "forward", f"student {name}")]
+        found += [(mokd.teachers[i], "forward", f"teacher {name}")]
+    return found
+
+
+def borders(
+    run: Run, parts: Iterable[tuple[Any, str, Any]], read: Callable[[], T]
+) -> list[tuple[str, T]]:
+    """What `read` says wherever another part begins, with its name; in the end once more."""
+    inside, found = [OTHER], [(OTHER, read())]
+
+    def watched(original: Callable[..., Any], label: Any) -> Callable[..., Any]:
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            inside.append(label() if callable(label) else label)
+            found.append((inside[-1], read()))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                inside.pop()
+                found.append((inside[-1], read()))
+
+        return seen
+
+    with ExitStack() as stack:
+        for thing, name, label in parts:
+            seen = watched(getattr(thing, name), label)
+            stack.enter_context(mock.patch.object(thing, name, seen))
+        run()
+    return [*found, ("", read())]
+
+
+def apart(found: list[tuple[str, T]], difference: Callable[[T, T], float]) -> dict[str, float]:
+    """Of each part, the sum of what lies between its borders; most first."""
+    total: dict[str, float] = defaultdict(float)
+    for (name, begin), (_, end) in pairwise(found):
+        total[name] += difference(begin, end)
+    return dict(sorted(total.items(), key=lambda pair: -pair[1]))
+
+
+def seconds_of_parts(run: Run, parts: list[tuple[Any, str, Any]], device: str) -> dict[str, float]:
+    if device == "cpu":
+        found = borders(run, parts, time.perf_counter)
+        return apart(found, lambda begin, end: end - begin)
+
+    def event() -> torch.cuda.Event:
+        made = torch.cuda.Event(enable_timing=True)
+        made.record()
+        return made
+
+    torch.cuda.synchronize()
+    marks = borders(run, parts, event)
+    torch.cuda.synchronize()
+    return apart(marks, lambda begin, end: begin.elapsed_time(end) / 1e3)
+
+
+def flops_of_parts(run: Run, parts: list[tuple[Any, str, Any]]) -> dict[str, float]:
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    with counter:
+        found = borders(run, parts, counter.get_total_flops)
+    return apart(found, lambda begin, end: float(end - begin))
+
+
+def kernels(run: Run, steps: int = 3) -> dict[str, Any]:
+    """The share of the time without a kernel, and where the kernels' time goes."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    spans, by_name = [], defaultdict(lambda: [0.0, 0])
+    for event in profiler.events():
+        if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue
+        begin, end = event.time_range.start, event.time_range.end  # us
+        spans.append((begin, end))
+        row = by_name[event.name[:120]]
+        row[0] += (end - begin) / steps / 1e6
+        row[1] += 1 / steps
+    spans.sort()
+    busy, until = 0.0, spans[0][0]
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    most = sorted(by_name.items(), key=lambda pair: -pair[1][0])
+    return {
+        "gaps": 1 - busy / (until - spans[0][0]),
+        "busy_s": busy / steps / 1e6,
+        "kernels": sum(count for _, count in by_name.values()),
+        "most": [[name, *row] for name, row in most[:40]],
+    }

@@ -22,6 +22,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace mokd::cuda {
 
@@ -39,6 +40,14 @@ template <typename S, int E>
 constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? 6 : 10;
 template <int E>
 constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : E == 16 ? 6 : 8;
+// Of backward_tiles: fp32 on sm_80 would spill with four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <typename S>
+constexpr int TILES_BLOCKS = std::is_same_v<S, float> ? 3 : 4;
+#else
+template <typename S>
+constexpr int TILES_BLOCKS = 4;
+#endif
 
 struct Parameters {
   Call call;
@@ -53,6 +62,7 @@ struct Parameters {
   unsigned* joined;      // how many images `merge_tiles` has joined; forward sets it to 0
 };
 static_assert(sizeof(Parameters) <= 4096, "more than a kernel takes");
+static_assert(VIEWS <= 32, "more than bits of `paired`");
 
 template <typename S>
 using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
@@ -356,7 +366,7 @@ __global__ void of_no_images(const __grid_constant__ Parameters p) {
 }
 
 template <typename S>
-__global__ void __launch_bounds__(THREADS, 4) backward_tiles(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(THREADS, TILES_BLOCKS<S>) backward_tiles(const __grid_constant__ Parameters p) {
   using A = Arithmetic<S>;
   const Call& d = p.call;
   const int T = d.shape.teachers, V = d.shape.views;

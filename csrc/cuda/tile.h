@@ -143,6 +143,18 @@ __device__ __forceinline__ void load(const Rows& rows, Tile at, Lane<A>& x) {
   else load_as<__half>(rows, at, x);
 }
 
+// As one store: nvcc may find an assignment's numbers stored one by one nearby, and join the two so.
+__device__ __forceinline__ void write(void* p, uint4 x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(p) = x;
+#endif
+}
+
 template <typename S, typename A>
 __device__ __forceinline__ void store(S* p, int n, const Lane<A>& x) {
   const bool vectors = aligned(p);
@@ -155,7 +167,7 @@ __device__ __forceinline__ void store(S* p, int n, const Lane<A>& x) {
       uint4 words[WORDS];
       memcpy(words, one, sizeof(one));
 #pragma unroll
-      for (int w = 0; w < WORDS; ++w) reinterpret_cast<uint4*>(p + k)[w] = words[w];
+      for (int w = 0; w < WORDS; ++w) write(reinterpret_cast<uint4*>(p + k) + w, words[w]);
     } else {
 #pragma unroll
       for (int j = 0; j < STEP; ++j)

@@ -513,16 +513,17 @@ void launch_tiles(const Kernels& whole, const Kernels& any, Parameters p, const 
   const Shape& s = p.call.shape;
   const Type type = p.call.student.type;
   const int64_t all = tiles(s, plan.tile), warps = plan.warps;
-  const size_t kept = size_t(warps) * s.teachers * plan.tile * (type == F64 ? 8 : 4), more = kept + beside * sizeof(float);
+  const size_t rows = size_t(s.teachers) * plan.tile * (type == F64 ? 8 : 4), more = beside * sizeof(float);
   for (int t = 0; t < s.teachers; ++t)
     for (int v = 0; v < s.views; ++v) p.paired[t] |= unsigned(p.call.pairs[t * s.views + v] != 0) << v;
-  const bool fit = more <= SHARED && aligned_call(p.call, p.backward.gradient);
-  p.count = fit ? s.columns / plan.tile : 0;
-  if (const int64_t blocks = s.images * ((p.count + warps - 1) / warps))
-    launch(whole.of(type), blocks, warps * WARP, more, stream, p);
+  // A warp fewer where all would leave no room beside their rows, as for 4, 8 or 12 of these.
+  const int64_t fit = warps * rows + more <= SHARED ? warps : warps - 1;
+  p.count = fit && aligned_call(p.call, p.backward.gradient) ? s.columns / plan.tile : 0;
+  if (p.count && s.images)
+    launch(whole.of(type), s.images * ((p.count + fit - 1) / fit), fit * WARP, fit * rows + more, stream, p);
   p.first = p.count, p.count = all - p.first;
   if (const int64_t pieces = s.images * p.count)
-    launch(any.of(type), (pieces + warps - 1) / warps, warps * WARP, kept, stream, p);
+    launch(any.of(type), (pieces + warps - 1) / warps, warps * WARP, warps * rows, stream, p);
 }
 
 template <typename A>

@@ -318,13 +318,6 @@ def _pairs(rows: Sequence[Tensor], pairs: Sequence[float], probabilities: Sequen
     return _table(tuple(pairs), targets, tuple(probabilities), rows[0].device)
 
 
-def _on_device(scalars: Tensor, student: Tensor) -> Tensor:
-    """Beside the student: by fills, since a copy from the host would synchronise."""
-    if scalars.device == student.device:
-        return scalars
-    return torch.stack([student.new_full((), x, dtype=scalars.dtype) for x in scalars.tolist()])
-
-
 def distill_forward(
     student: Tensor, rows: Sequence[Tensor], *rest: Any, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,7 +343,6 @@ class ForwardChunks:
     ) -> None:
         """Some columns of all arguments of `distill_forward`, centers too."""
         centers, row_weights, scalars, pairs, probabilities = rest
-        scalars = _on_device(scalars, student)
         if student.numel():
             run = partial(_both_passes, student, rows, *rest)
             config = config or _config(student, rows, run)
@@ -428,7 +420,6 @@ def distill_backward(
         out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if not student.numel():
         return out
-    scalars = _on_device(scalars, student)
     common = _arguments(
         student, rows, centers, scalars, probabilities, config or _config(student, rows)
     )

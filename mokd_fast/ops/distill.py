@@ -289,7 +289,7 @@ def _call(
         rows,
         centers,
         row_weights,
-        reference.scalars(numbers, student, on_host=eager),
+        reference.scalars(numbers, student, on_host=eager and backend == "cuda"),
         [weight for t in targets for row in t.pairs for weight in row],
         [t.probs is not None for t in targets],
         backend,

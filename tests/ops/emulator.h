@@ -1,11 +1,13 @@
 // Runs the CUDA kernels on a host, block after block: a thread is a coroutine, a barrier and a shuffle
 // hand over to the next one. It proves indices and arithmetic, not speed. Shared memory starts as NaN,
-// and MOKD_EMULATE_REVERSED=1 runs the threads of a block in the other order: a race changes bits.
+// that past a block's own must stay so, and MOKD_EMULATE_REVERSED=1 runs the blocks and the threads of
+// each in the other order: a race changes bits.
 #pragma once
 #include <cuda_runtime.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -66,8 +68,7 @@ inline void entry() {
   setcontext(&thread.start);
 }
 
-inline void run_block(unsigned count) {
-  const bool reversed = std::getenv("MOKD_EMULATE_REVERSED") != nullptr;
+inline void run_block(unsigned count, size_t bytes, bool reversed) {
   std::memset(shared, 0xff, sizeof(shared));
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
@@ -86,6 +87,9 @@ inline void run_block(unsigned count) {
       resume(self());
     }
   }
+  const auto* all = reinterpret_cast<const unsigned char*>(shared);
+  if (std::any_of(all + bytes, all + sizeof(shared), [](unsigned char x) { return x != 0xff; }))
+    throw std::logic_error("a block wrote past its shared memory");
 }
 
 template <typename T>
@@ -141,9 +145,10 @@ void launch(void (*kernel)(P), int64_t blocks, int count, size_t bytes, void*, c
     threads.back().stack.reset(new char[STACK]);
   }
   body = [&] { kernel(parameters); };
+  const bool reversed = std::getenv("MOKD_EMULATE_REVERSED") != nullptr;
   for (int64_t i = 0; i < blocks; ++i) {
-    block_index.x = i;
-    run_block(count);
+    block_index.x = reversed ? blocks - 1 - i : i;
+    run_block(count, bytes, reversed);
   }
 }
 

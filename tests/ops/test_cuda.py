@@ -13,8 +13,17 @@ import pytest
 import torch
 from mokd_fast.kernels import configs
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from mokd_fast.ops import Target, cpu, cross_view_pairs, cuda, distill, distill_cross_entropy
+from mokd_fast.ops import (
+    Target,
+    cpu,
+    cross_view_pairs,
+    cuda,
+    distill,
+    distill_cross_entropy,
+    reference,
+)
 
 from .conftest import NVCC, ROOT
 
@@ -71,6 +80,172 @@ def test_columns_around_every_border(backend, dtype, multiprocessors, monkeypatc
 @pytest.mark.parametrize(("t", "v"), [(1, 2), (8, 18), (24, 8), (8, 24)])
 def test_views_and_teachers(backend, t, v):
     check(*case(v=v, t=t, b=1, k=300))
+
+
+@pytest.mark.parametrize("t", [1, 3, 4, 5, 7, 8, 9, 12])
+def test_whole_tiles_that_do_not_fill_a_block(backend, t):
+    """Warps without a tile, and rows in groups of 3, 4, 4, ...; a few pairs are missing."""
+    for tiles, dtype in (1, torch.float16), (5, torch.float32), (6, torch.bfloat16):
+        student, target = case(v=3, t=t, b=3, k=512 * tiles + 8, dtype=dtype)
+        pairs = tuple(
+            tuple(0.0 if (3 * i + v) % 4 == 1 else w + 0.01 for v, w in enumerate(row))
+            for i, row in enumerate(target.pairs)
+        )
+        logits = target.logits.float().softmax(-1).to(dtype)
+        check(
+            student,
+            Target(pairs, target.logits, temperature=0.05, center=target.center),
+            *[Target(pairs[:1], probs=logits[:1], weight=0.5)] * (t < 12),
+        )
+
+
+def test_what_has_no_pair_may_hold_anything(backend):
+    """In whole tiles and in a ragged one; with one teacher row of them, with several."""
+    for t in (2, 6):
+        student, target = case(v=4, t=t, b=2, k=1024 + 40)
+        pairs = [[0.0, 0.3, 0.0, 0.2] for _ in range(t)]
+        pairs[-1] = [0.0] * 4
+        expected = run(student, Target(pairs, target.logits, temperature=0.05))
+        held, logits = student.detach().clone(), target.logits.clone()
+        for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+            held[::2, :, 7 + i :: 100] = bad
+            logits[-1, :, 7 + i :: 100] = bad
+        found = run(held.requires_grad_(), Target(pairs, logits, temperature=0.05))
+        assert all(map(torch.equal, found, expected)) and not found[2][::2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_whole_tiles_cannot_take(backend, dtype):
+    """What is read 16 bytes at a time must lie at a multiple of 16 bytes: a stride, an address or a
+    type forbids it. (Emulated, another address ends the process.)"""
+    student, target = case(v=3, t=2, b=2, k=1024, dtype=dtype)
+    rows, center, k = target.logits, target.center, 1024
+
+    def wider(x, *shape):
+        """The same numbers in a larger tensor: other strides."""
+        return x.detach().new_zeros(shape)[tuple(map(slice, x.shape))].copy_(x.detach())
+
+    def shifted(x):
+        return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x.detach())
+
+    def target_of(rows=rows, center=center):
+        return Target(target.pairs, rows, temperature=0.05, center=center)
+
+    odd = k + 1
+    of_views = student.new_zeros(3 * (2 * k + 1)).as_strided((3, 2, k), (2 * k + 1, k, 1))
+    columns = student.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for moved in (
+        wider(student, 3, 2, odd),
+        of_views.copy_(student.detach()),
+        shifted(student),
+        columns,
+    ):
+        check(moved.requires_grad_(), target_of())
+    spread = (x.detach().new_zeros(*x.shape[:2], 2 * k) for x in (student, rows))
+    one, other = (x[..., ::2] for x in spread)  # columns 2 apart, other numbers between them
+    check(one.copy_(student.detach()).requires_grad_(), target_of())
+    check(student, target_of(other.copy_(rows)))
+    for other in (wider(rows, 2, 2, odd), shifted(rows), rows.double(), rows.float(), rows.half()):
+        check(student, target_of(other))
+    check(student, target_of(center=shifted(center)))
+    check(student, target_of(rows[:, :1].expand(2, 2, k)))
+    # One image or one view: its stride says nothing.
+    one = student.detach().as_strided((1, 1, k), (7, 3, 1)).requires_grad_()
+    check(one, Target([[1.0]], rows.as_strided((1, 1, k), (5, 9, 1)), temperature=0.05))
+    # Rows of a gradient whose columns are no multiple of 8 begin anywhere.
+    narrow = wider(student, 3, 2, odd + 7)[..., : k - 3].requires_grad_()
+    check(narrow, target_of(wider(rows, 2, 2, odd + 7)[..., : k - 3], center[: k - 3]))
+
+
+def flat(student, target):
+    """The arguments of cuda.distill_forward."""
+    empty, pairs = torch.empty(0), [w for row in target.pairs for w in row]
+    scalars = torch.tensor([0.1, 0.05, 1.0])
+    return student.detach(), [target.logits], [target.center], [empty], scalars, pairs, [False]
+
+
+def test_a_gradient_at_an_odd_address(backend):
+    student, target = case(k=1024)
+    arguments = flat(student, target)
+    kernels = distill._kernels("cuda")
+    stats, grad = kernels.distill_forward(*arguments)[2], torch.ones(())
+    out = torch.empty(student.numel() + 1)[1:].view(student.shape)
+    expected = kernels.distill_backward(grad, stats, *arguments)
+    torch.testing.assert_close(kernels.distill_backward(grad, stats, *arguments, out=out), expected)
+
+
+@pytest.mark.parametrize("k", [1024, 1000])  # the kernels for whole tiles alone; the others too
+def test_chunks_count_images_from_0(backend, k):
+    """With whatever lay in the counter's place before."""
+    student, target = case(b=3, k=k)
+    student, rows, centers, *rest = flat(student, target)
+    kernels = distill._kernels("cuda")
+    expected = kernels.distill_forward(student, rows, centers, *rest)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for ends in ([k], [512, k], [8, 264, 263 + 512, k]):
+        chunks, begin = kernels.ForwardChunks(k), 0
+        chunks._shares = torch.full((3 + 1,), 1e300, dtype=torch.float64, device=device)
+        for end in ends:
+            at = slice(begin, end)
+            chunks.add(student[..., at], [rows[0][..., at]], [centers[0][at]], *rest)
+            begin = end
+        for mine, theirs in zip(chunks.outputs, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulator, as on a GPU: below")
+def test_numbers_of_the_host_go_along(backend, dtype, monkeypatch):
+    student, target = case(k=300, dtype=dtype)
+    targets = [
+        Target(target.pairs, target.logits, temperature=0.05 + i / 30, weight=0.7 - i)
+        for i in range(3)
+    ]
+    expected, real = run(student, *targets), cuda._native_call
+
+    def on_host(*arguments):
+        call, alive = real(*arguments)
+        assert not call.scalars_on_host  # on the tensors' own device
+        call.scalars_on_host = True
+        return call, alive
+
+    monkeypatch.setattr(cuda, "_native_call", on_host)
+    assert all(map(torch.equal, run(student, *targets), expected))
+
+
+def test_images_for_several_warps_and_of_no_weight(backend):
+    """The last block sums them by all of its warps; that nothing comes out tells none to stop."""
+    student, target = case(v=3, b=70, k=8)
+    check(student, target)
+    zeros = torch.zeros(70)
+    nothing = Target(target.pairs, target.logits, temperature=0.05, row_weight=zeros)
+    assert not any(found.any() for found in run(student, nothing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_number_of_a_tile_is_found_in_every_column(backend, dtype):
+    """One far above all others in each row: relative to another maximum it would be infinite."""
+    student, target = case(v=16, t=1, b=16, k=256, dtype=dtype)
+    at = torch.arange(256).view(16, 16, 1)
+    check(student.detach().scatter(2, at, 100.0).requires_grad_(), target)
+
+
+def test_which_numbers_stay_on_the_host(backend, monkeypatch):
+    """Those of calls whose kernels are launched at once, and by CUDA: what is traced is for any."""
+    student, target = case()
+    seen, real = [], reference.scalars
+
+    def noted(numbers, like, on_host=False):
+        seen.append(on_host)
+        return real(numbers, like, on_host)
+
+    monkeypatch.setattr(reference, "scalars", noted)
+    run(student, target)
+    make_fx(lambda s: distill_cross_entropy(s, [target])[0])(student.detach())
+    assert seen == [True, False]
+    far = torch.empty(2, device="meta")  # of another device than the host
+    assert real([0.1, 2.0], far).is_meta and real([0.1, torch.tensor(2.0)], far, True).is_meta
+    assert torch.equal(real([0.1, 2.0], far, True), torch.tensor([0.1, 2.0]))
 
 
 def test_more_tiles_than_lanes_of_a_warp(backend):
@@ -130,8 +305,9 @@ def test_nothing_is_read_past_the_end(backend, k):
     assert all(map(torch.equal, again, run(student, target)))
 
 
-def test_infinities_and_nan_stay_where_they_are(backend):
-    student, target = case(v=3, b=2, k=1025)
+@pytest.mark.parametrize("k", [1024, 1025])  # whole tiles, and rows that allow none
+def test_infinities_and_nan_stay_where_they_are(backend, k):
+    student, target = case(v=3, b=2, k=k)
     target.logits[:, :, :512] = -torch.inf  # whole tiles
     check(student, target)
     bad = student.detach().clone()
@@ -274,6 +450,14 @@ def test_tuning_times_the_kernels_and_both_passes_use_the_fastest(backend, monke
     assert used == [256, 256, 1024, 1024, 512, 512, *[512] * 4]
 
 
+def test_as_many_targets_as_rows(emulated):
+    """Numbers of the host have room for so many; targets without a row do not slip through."""
+    none, one = [(((0, 0, n, 8, 8, 1), 0, 0, False)) for n in (0, 1)]
+    many = emulated.Distill((0, 0, 1, 8, 8, 1), [*[none] * 24, one], [1.0], 0, 1, 8, 1)
+    with pytest.raises(ValueError, match="more rows or pairs than a CUDA kernel takes"):
+        many.cuda_forward(0, 0, 256, 0, 0)
+
+
 def test_capacity_is_refused_by_the_native_module_too(emulated):
     assert emulated.CUDA_CAPACITY == (24, 24, 192)
     for many in ({"v": 25, "t": 1}, {"v": 1, "t": 25}, {"v": 24, "t": 9}):
@@ -397,6 +581,9 @@ def test_a_graph_keeps_the_call_and_nothing_synchronises():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    tensors = Target(target.pairs, on_gpu.logits, temperature=torch.tensor(0.05, device="cuda"))
+    loss, _ = distill_cross_entropy(leaf, [tensors], backend="cuda")  # numbers of the device
+    assert torch.equal(loss, expected[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

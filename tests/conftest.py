@@ -1,12 +1,22 @@
 """For every test: one thread, for on a busy machine the barriers of tiny operators cost far more;
-a process that can be forked; a cache folder of its own. The command line in this process."""
+a process that can be forked; a cache folder of its own; no GPU but for those that want one. The
+command line in this process."""
 
+import os
+import re
 import sys
 
 import pytest
 import torch
 
 from mokd_fast import cli
+
+
+def pytest_configure(config):
+    """Without `-m gpu` a GPU stays out of sight, of other processes too: most tests are of what a
+    machine without one does, and of bits that a GPU does not keep."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):

@@ -134,7 +134,7 @@ class Apart:
                 part.step()
 
 
-@pytest.mark.parametrize("kind", ["stand-in", "genuine"])
+@pytest.mark.parametrize("kind", ["stand-in", pytest.param("genuine", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", NVIDIA)
 def test_apex_is_the_ordinary_one(name, kind, request):
     """Over a freeze, schedules of rate and decay, and skipped steps, the very first one too."""

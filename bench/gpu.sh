@@ -22,7 +22,7 @@ total=${TOTAL:-530}
 
 # part=limit in seconds, in order of worth. What a part does is the function of its name below.
 LIMITS=(machine=30 build=110 check=100 tests=100 distill=90 step=170 linear=45 search=60
-    memcheck=80 racecheck=50 augment=20 sweep=60 data=60 initcheck=45)
+    memcheck=80 racecheck=50 augment=20 sweep=60 data=60 initcheck=45 compiled=150)
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -105,13 +105,15 @@ check() {
     fi
 }
 
-tests() { # those that use a GPU
-    local workers=()
-    "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+pytests() { # processes, marks, files
+    local count=$1 marks=$2 workers=()
+    shift 2
+    "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$count")
     "$python" -m pytest -q -p no:cacheprovider -p tests.at_once --tb=short --durations=8 \
-        -m "gpu and not slow" "${workers[@]}" \
-        tests/ops tests/kernels tests/train/test_skipped.py tests/train/test_graph.py
+        -m "$marks" "${workers[@]}" "$@"
 }
+tests() { pytests 8 "gpu and not slow" tests/ops tests/kernels tests/train/test_{skipped,graph,adapters}.py; }
+compiled() { pytests 3 "gpu and slow" tests/train/test_graph.py; } # by Inductor, for minutes
 
 sanitize() { # tool backends checks [options of the sanitizer]
     local tool=$1 backends=$2 checks=$3 found=compute-sanitizer

@@ -17,7 +17,7 @@ from mokd_fast.ops import cpu, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["machine", "build", "check", "tests", "distill", "step", "linear", "search"]
-PARTS += ["memcheck", "racecheck", "augment", "sweep", "data", "initcheck"]
+PARTS += ["memcheck", "racecheck", "augment", "sweep", "data", "initcheck", "compiled"]
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 
 

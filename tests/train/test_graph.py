@@ -414,9 +414,10 @@ def on_a_gpu(recipe, run, dtype):
 
 # How many steps are compared, and how closely. The recipe is chaotic. On a CPU, with weights that
 # differ by a rounding (2^-24), the losses of the worst of twenty runs differ in fp32 by 9e-4 in
-# step 5 and 4e-2 later on (1e-1 where convolutions are TF32's), in bf16 by 1e-2 in step 2 and 3e-1
-# later on; in fp64 (2^-53) by 6e-14 at most. What `without` leaves out makes 9e-6 in step 5, 2e-4
-# in the last. So in fp64 all steps are compared, in fp32 two that are replays, in bf16 none.
+# step 5 and 4e-2 later on, in bf16 by 1e-2 in step 2 and 3e-1 later on; of four with convolutions
+# rounded as TF32's are by 1e-1; of six in fp64 (2^-53) by 6e-14. What `without` leaves out makes
+# 9e-6 in step 5, 2e-4 in the last. So in fp64 all steps are compared, in fp32
+# two that are replays, in bf16 none.
 CLOSE = {"fp64": (STEPS, 1e-6), "fp32": (5, 2e-2), "bf16": (2, 5e-2)}
 COMPILED = ("train.compile=true",)
 

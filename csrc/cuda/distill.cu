@@ -36,7 +36,7 @@ constexpr int THREADS = 128, MERGE_THREADS = 640;
 constexpr int64_t SHARED = 48 << 10;  // bytes that a block has without an attribute
 constexpr double LOG2_E = 1.4426950408889634;
 // Of the kernels for whole tiles, by the columns of a lane.
-template <typename S, int E>
+template <int E>
 constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? 6 : 10;
 template <int E>
 constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : E == 16 ? 6 : 8;
@@ -195,7 +195,7 @@ __device__ __forceinline__ void subtract_center(const Teacher& teacher, int64_t 
 
 // As forward_tiles. Rows are one stream, teachers first: the next one is on its way while one is used.
 template <typename S, int N>
-__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<S, N * WIDTH<S>>)
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<N * WIDTH<S>>)
     forward_whole(const __grid_constant__ Parameters p) {
   constexpr int E = N * WIDTH<S>;
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.joined = 0;

@@ -1,16 +1,20 @@
 """Where a step's time goes on a device: spans between events, operations, and its kernels."""
 
+import json
+import tempfile
 import time
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from itertools import cycle, pairwise
+from itertools import count, cycle, pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import mokd_fast.train.loop as our_module
@@ -19,6 +23,8 @@ from bench.step_parts import flop_formulas
 from mokd_fast.train.loop import Trainer
 
 OPTIMIZERS, OTHER = "clip, optimizers, EMA", "other"
+BORDER = "border "  # and a number: in a profiler's trace
+LAUNCHES, LAUNCHED = ("cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
 T = TypeVar("T")
 
 
@@ -97,6 +103,47 @@ def flops_of_parts(run: Run, parts: list[tuple[Any, str, Any]]) -> dict[str, flo
     with counter:
         found = borders(run, parts, counter.get_total_flops)
     return apart(found, lambda begin, end: float(end - begin))
+
+
+def kernel_seconds_of_parts(run: Run, parts: list[tuple[Any, str, Any]]) -> dict[str, float]:
+    """Of a GPU: a part's kernels are those launched between its borders, by whichever thread; how
+    long the device waits for the host does not count."""
+    numbers = count()
+
+    def mark() -> str:
+        name = f"{BORDER}{next(numbers)}"
+        with record_function(name):
+            return name
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        found = borders(run, parts, mark)
+        torch.cuda.synchronize()
+    return kernels_between(found, _trace(profiler))
+
+
+def _trace(profiler: profile) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
+
+
+def kernels_between(found: list[tuple[str, str]], trace: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of the kernels of each part, by when they were launched; most first."""
+    at = {event["name"]: event["ts"] for event in trace if event.get("cat") == "user_annotation"}
+    begins = [at[mark] for _, mark in found]
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in trace
+        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
+    }
+    total: dict[str, float] = defaultdict(float)
+    for event in trace:
+        if event.get("cat") in LAUNCHED:
+            ts = launched.get(event["args"].get("correlation"), event["ts"])
+            total[found[max(bisect(begins, ts) - 1, 0)][0]] += event["dur"] / 1e6
+    return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
 
 def kernels(run: Run, steps: int = 3) -> dict[str, Any]:

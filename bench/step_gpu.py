@@ -7,9 +7,9 @@ on the device, and what each of its means is worth there.
 ResNet-50 + ViT-S, K = 65536, 2 x 224 + 8 x 96. Ours runs with all that a GPU gains by (FAST, or
 what --set says). All steps of a row run in turns, in one precision; seconds are of the clock,
 device and host together. `parts` are those of our step as the recipe has it, without a recording:
-spans of the device's time, between events, which wait for the host; their share of the matrix rate
-is that of a large product in the same run. The gaps are what no kernel fills of the time from the
-first kernel of some steps to the last.
+spans of the device's time, between events, which wait for the host, and the time of their kernels
+alone, by which their share of the matrix rate is (that of a large product in the same run). The
+gaps are what no kernel fills of the time from the first kernel of some steps to the last.
 
 A means comes in the order of `means`; what there is no time left for is left out, and named.
 --quick takes few rounds and no means; --full, with which `mokd-fast bench` may call it, changes
@@ -34,7 +34,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
 from bench.baseline.official import OfficialStep
-from bench.device_parts import OPTIMIZERS, flops_of_parts, kernels, our_parts, seconds_of_parts
+from bench.device_parts import (
+    OPTIMIZERS,
+    flops_of_parts,
+    kernel_seconds_of_parts,
+    kernels,
+    our_parts,
+    seconds_of_parts,
+)
 from bench.step import CASES, DTYPES, Run, Steps
 from bench.step_parts import parts_of
 from bench.step_ways import turns
@@ -103,8 +110,14 @@ def compare(steps: Steps, eager: Trainer, rounds: int, size: int) -> dict[str, A
     for key, step in whose.items():
         row |= {f"{key}_peak_bytes": peaks[key], f"{key}_held_bytes": held_bytes(step)}
     seconds = seconds_of_parts(runs["eager"], parts, kind)
+    busy = kernel_seconds_of_parts(runs["eager"], parts) if kind == "cuda" else seconds
     row["parts"] = {
-        name: {"s": s, "flops": made.get(name, 0.0), "matrix_share": made.get(name, 0) / s / rate}
+        name: {
+            "s": s,
+            "kernels_s": busy.get(name, 0.0),
+            "flops": made.get(name, 0.0),
+            "matrix_share": made.get(name, 0.0) / (busy.get(name) or s) / rate,
+        }
         for name, s in seconds.items()
     }
     row["best_parts"] = seconds_of_parts(runs["best"], parts_of(steps.best), kind)
@@ -222,7 +235,8 @@ def say(row: dict[str, Any]) -> None:
         peak, held = row[f"{key}_peak_bytes"], row[f"{key}_held_bytes"]
         print(f"  {key}: peak {peak / 2**30:.2f} GiB beyond {held / 2**30:.2f} GiB that last")
     for name, part in row["parts"].items():
-        print(f"  {name}: {part['s'] * 1e3:.1f} ms, {part['matrix_share']:.0%}")
+        print(f"  {name}: {part['s'] * 1e3:.1f} ms, its kernels {part['kernels_s'] * 1e3:.1f} ms, "
+              f"{part['matrix_share']:.0%}")  # fmt: skip
     for whose in ("best", "official"):
         print(f"  {whose}: " + ", ".join(
             f"{name} {s * 1e3:.1f}" for name, s in row[f"{whose}_parts"].items()))  # fmt: skip

@@ -109,8 +109,9 @@ def _busy(row: Row) -> str:
 def _part(part: dict[str, float] | None) -> str:
     if part is None:
         return ""
+    alone = f", its kernels {_ms(part['kernels_s'])}" if "kernels_s" in part else ""
     share = f", {part['matrix_share']:.0%}" if part["flops"] else ""
-    return _ms(part["s"]) + share
+    return _ms(part["s"]) + alone + share
 
 
 def _means(row: Row, name: str) -> str:

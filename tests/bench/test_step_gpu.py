@@ -79,6 +79,34 @@ def test_parts_lie_between_borders():
     assert thing.outer.__func__ is Thing.outer
 
 
+def test_kernels_belong_to_the_part_that_launched_them():
+    """By whichever thread, however late they run; the marks are those of a real trace."""
+
+    class Thing:
+        def part(self):
+            with torch.profiler.record_function("within"):
+                pass
+
+    thing, numbers = Thing(), iter(range(9))
+
+    def mark():
+        with torch.profiler.record_function(name := f"border {next(numbers)}"):
+            return name
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        found = device_parts.borders(lambda: thing.part(), [(thing, "part", "part")], mark)
+    trace = device_parts._trace(profiler)
+    (within,) = (event["ts"] for event in trace if event.get("name") == "within")
+    last = max(event["ts"] for event in trace if event.get("cat") == "user_annotation")
+    assert [name for name, _ in found] == ["other", "part", "other", ""]
+    for correlation, cat, ts in ((7, "cuda_driver", within), (8, "cuda_runtime", 0.0)):
+        trace.append({"cat": cat, "ts": ts, "dur": 1, "args": {"correlation": correlation}})
+        args = {"correlation": correlation}
+        trace.append({"cat": "kernel", "ts": last + 9, "dur": 3e6 + correlation, "args": args})
+    seconds = device_parts.kernels_between(found, trace)
+    assert seconds == {"other": pytest.approx(3.000008), "part": pytest.approx(3.000007)}
+
+
 def test_tables_show_what_was_measured(measured, monkeypatch):
     path, _ = measured
     monkeypatch.setattr(results, "RESULTS", path.parent.parent / "other")
@@ -89,7 +117,8 @@ def test_tables_show_what_was_measured(measured, monkeypatch):
     assert f"{row['baseline_s'] * 1e3:.1f} ms, {row['baseline_ratio']:.2f}x" in table
     assert f"commit {result['machine']['commit']}" in table and "kernel runs" not in table
     part = row["parts"]["searches"]
-    expected = f"| searches | {part['s'] * 1e3:.1f} ms, {part['matrix_share']:.0%} |"
+    ms = f"{part['s'] * 1e3:.1f} ms, its kernels {part['kernels_s'] * 1e3:.1f} ms"
+    expected = f"| searches | {ms}, {part['matrix_share']:.0%} |"
     assert expected in gpu_step.parts_table()
     means = gpu_step.means_table()
     assert all(f"| {name} | " in means for name in MEANS)

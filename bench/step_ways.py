@@ -33,22 +33,22 @@ def ways(steps: Steps) -> dict[str, dict[str, float]]:
         "our operators, not the reference": _row(turns(run, *_operators())),
         "logits not stored": _row(turns(run, *_stored(mokd))),
         "layers as they are fastest": _row(turns(run, *_libraries(steps))),
-        "transformer blocks compiled": compiled(run, mokd),
+        "transformer blocks compiled": _compiled(run, mokd),
         "crops of a ViT packed": _row(turns(run, *_packed(mokd))),
     }
     plain = steps.ours(steps.make_trainer(channels_last=False))
     found["channels_last"] = _row(interleave({"with": run, "without": plain}, ROUNDS))
     found["freed memory kept"] = _row(turns(run, *_malloc(run)))
     if steps.device.type == "cuda":
-        times = interleave({"with": recorded(steps), "without": run}, ROUNDS)
+        times = interleave({"with": _recorded(steps), "without": run}, ROUNDS)
         found["the step as a CUDA graph"] = _row(times)
     return found
 
 
-def recorded(steps: Steps, **train: Any) -> Run:
-    """Our step as a CUDA graph, recorded by now; `train` changes the recipe."""
-    graphed = steps.ours(steps.make_trainer(**{"cuda_graph": True, **train}))
-    for _ in range(WARMUP + 2):  # the last of them replays it
+def _recorded(steps: Steps) -> Run:
+    """Our step as a CUDA graph, recorded by now."""
+    graphed = steps.ours(steps.make_trainer(cuda_graph=True))
+    for _ in range(WARMUP + 1):  # the last of them records it
         graphed()
     return graphed
 
@@ -98,7 +98,7 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
     return on, off, on
 
 
-def compiled(run: Run, mokd: MOKD, rounds: int | None = None) -> dict[str, float]:
+def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
     found = [module for module in mokd.modules() if isinstance(module, Block)]
     compile_blocks(mokd)
     calls = [block._compiled_call_impl for block in found]
@@ -111,7 +111,7 @@ def compiled(run: Run, mokd: MOKD, rounds: int | None = None) -> dict[str, float
     on()
     run()
     graphs = _graphs()
-    times = turns(run, on, off, off, rounds)
+    times = turns(run, on, off, off)
     return _row(times) | {"recompiled": _graphs() - graphs}
 
 

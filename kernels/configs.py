@@ -54,14 +54,14 @@ class Line(NamedTuple):
 
 
 ANY = 1 << 62  # columns
-# The first line that covers a case is taken. A GPU measured some (in CUDA beside tiles of 512 and
-# 256, which take longer there above 16 images); the others are what the compiler shows and the
-# tests see again (tests/kernels/test_distill.py, tests/ops/test_cuda.py): no spill (but 48 bytes a
-# thread on an H100 of 24 fp32 rows with Triton 3.6, none with 3.8); 16-byte loads (8-byte ones of
-# 16-bit logits above 16 rows); and `in_flight`. To hide a latency of 0.7 us at the memory rate on
-# the data sheet takes 13 KiB on a multiprocessor of an A100, 18 on an H100's, 38 on a B200's. Above
-# 4 rows registers leave Triton 2 blocks; more stages make up for it, up to 6: with 10 views a
-# longer queue is hardly ever full. Up to K = 1024, tiles of 2048 would be half empty.
+# The first line that covers a case is taken. A GPU measured some (bench/results/h200/distill.json);
+# like them, the others are what the compiler shows and the tests see again (tests/ops/test_cuda.py,
+# tests/kernels/test_distill.py): no spill (but 48 bytes a thread on an H100 of 24 fp32 rows with
+# Triton 3.6, none with 3.8); 16-byte loads (8-byte ones of 16-bit logits above 16 rows); and
+# `in_flight`. To hide a latency of 0.7 us at the memory rate on the data sheet takes 13 KiB on a
+# multiprocessor of an A100, 18 on an H100's, 38 on a B200's. Above 4 rows registers leave Triton 2
+# blocks; more stages make up for it, up to 6: with 10 views a longer queue is hardly ever full. Up
+# to K = 1024, tiles of 2048 would be half empty.
 TABLE = (
     Line("triton", 80, 1024, 4, 4, Config(1024, 4, 3), 20),
     Line("triton", 80, ANY, 4, 4, Config(2048, 4, 3), 32),

@@ -258,13 +258,6 @@ struct Pair {
   double dot;
 };
 
-template <typename A>
-__device__ __forceinline__ A largest_of_warp(A x) {
-#pragma unroll
-  for (int i = WARP / 2; i; i /= 2) x = larger(x, __shfl_xor_sync(0xffffffff, x, i));
-  return x;
-}
-
 // A warp joins all tiles of a pair of image b, whose maxima are `high` and `top` in units of the logits.
 template <typename A>
 __device__ __forceinline__ Pair join_tiles(const Parameters& p, int64_t b, int t, int v, A& high, A& top) {
@@ -276,7 +269,7 @@ __device__ __forceinline__ Pair join_tiles(const Parameters& p, int64_t b, int t
     high = larger(high, (&first.teacher(t, 0))[i]);
     top = larger(top, (&first.student(v, 0))[i]);
   }
-  high = largest_of_warp(high), top = largest_of_warp(top);
+  high = warp_largest(high), top = warp_largest(top);
   Pair all = {{double(high) * of_t, 0}, {double(top) * of_s, 0}, 0};
   for (int64_t i = lane; i < p.all; i += WARP) {
     const Partial teacher = {double((&first.teacher(t, 0))[i]) * of_t, double((&first.teacher(t, 1))[i])};

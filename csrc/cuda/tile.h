@@ -189,6 +189,13 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
+template <typename A>
+__device__ __forceinline__ A warp_largest(A x) {  // NaN left out
+#pragma unroll
+  for (int i = WARP / 2; i; i /= 2) x = larger(x, __shfl_xor_sync(0xffffffff, x, i));
+  return x;
+}
+
 // `start` joined with f(e) for every element e of a lane: pairwise in a step, so that chains are short.
 template <typename A, typename F, typename Join>
 __device__ __forceinline__ A fold(Lane<A>& x, int n, A start, const F& f, const Join& join) {
@@ -214,10 +221,7 @@ __device__ __forceinline__ A sum_of(Lane<A>& x, int n, const F& f) {
 template <typename A>
 __device__ __forceinline__ A max_of(Lane<A>& x, int n) {
   const A lowest = sizeof(A) == 4 ? A(-FLT_MAX) : A(-DBL_MAX);
-  A top = fold(x, n, lowest, [](A e) { return e; }, [](A a, A b) { return larger(a, b); });
-#pragma unroll
-  for (int i = WARP / 2; i; i /= 2) top = larger(top, __shfl_xor_sync(0xffffffff, top, i));
-  return top;
+  return warp_largest(fold(x, n, lowest, [](A e) { return e; }, [](A a, A b) { return larger(a, b); }));
 }
 
 // Tiles that a lane keeps for itself in shared memory, one a teacher row: 16 bytes beside the 16 of

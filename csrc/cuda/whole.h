@@ -28,6 +28,16 @@ __device__ __forceinline__ uint4 read(const void* p) {
 template <typename S>
 struct Word;
 
+template <typename S>
+__device__ __forceinline__ unsigned largest_as_float(unsigned a, unsigned b) {
+  constexpr int PER = WIDTH<S> / 4;
+  float x[PER], y[PER];
+  Word<S>::wide(a, x), Word<S>::wide(b, y);
+#pragma unroll
+  for (int i = 0; i < PER; ++i) x[i] = larger(x[i], y[i]);
+  return Word<S>::narrow(x);
+}
+
 template <>
 struct Word<float> {
   static __device__ __forceinline__ void wide(unsigned w, float* x) { memcpy(x, &w, sizeof(w)); }
@@ -37,10 +47,7 @@ struct Word<float> {
     return w;
   }
   static __device__ __forceinline__ unsigned largest(unsigned a, unsigned b) {
-    float x, y;
-    wide(a, &x), wide(b, &y);
-    x = larger(x, y);
-    return narrow(&x);
+    return largest_as_float<float>(a, b);
   }
 };
 
@@ -62,10 +69,7 @@ struct Word<__nv_bfloat16> {
     asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
     return a;
 #else
-    float x[2], y[2];
-    wide(a, x), wide(b, y);
-    x[0] = larger(x[0], y[0]), x[1] = larger(x[1], y[1]);
-    return narrow(x);
+    return largest_as_float<__nv_bfloat16>(a, b);
 #endif
   }
 };
@@ -89,20 +93,13 @@ struct Word<__half> {
     asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
     return a;
 #else
-    float x[2], y[2];
-    wide(a, x), wide(b, y);
-    x[0] = larger(x[0], y[0]), x[1] = larger(x[1], y[1]);
-    return narrow(x);
+    return largest_as_float<__half>(a, b);
 #endif
   }
 };
 
 // NaN left out; finite for columns of -inf alone.
-__device__ __forceinline__ float warp_max(float top) {
-#pragma unroll
-  for (int i = WARP / 2; i; i /= 2) top = larger(top, __shfl_xor_sync(0xffffffff, top, i));
-  return larger(top, -FLT_MAX);
-}
+__device__ __forceinline__ float warp_max(float top) { return larger(warp_largest(top), -FLT_MAX); }
 
 template <int E>
 __device__ __forceinline__ float warp_max(const float (&x)[E]) {

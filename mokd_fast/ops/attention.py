@@ -72,13 +72,11 @@ def xformers_missing() -> str | None:
         loaded = import_module("xformers._cpp_lib")._cpp_library_load_exception is None
     except Exception as error:  # it imports much, which may fail in any way
         return f"xformers cannot be imported ({type(error).__name__}: {error})"
+    if loaded:
+        return None
     return (
-        None
-        if loaded
-        else (
-            "the xformers here was built for another PyTorch, its kernels do not load (python -m "
-            "xformers.info says more): install the one that belongs to this PyTorch"
-        )
+        "the xformers here was built for another PyTorch, its kernels do not load (python -m "
+        "xformers.info says more): install the one that belongs to this PyTorch"
     )
 
 

@@ -72,19 +72,14 @@ def _clip(grads: list[Tensor], max_norm: float, norms: list[Tensor] | None = Non
     if not math.isinf(max_norm):
         total = torch.stack(norms) + 1e-6
         scales = torch.full_like(total, max_norm).div_(total).clamp_(max=1)
-        scale = _scale if grads[0].is_cpu else _scale_in_few_launches
+        scale = torch._foreach_mul_ if grads[0].is_cpu else _scale_in_few_launches
         scale(grads, list(scales.unbind()))
     return norms
 
 
-def _scale(grads: list[Tensor], scales: list[Tensor]) -> None:
-    """Each by a 0-d number of its own, in place: on a GPU a launch each."""
-    torch._foreach_mul_(grads, scales)
-
-
 def _scale_in_few_launches(grads: list[Tensor], scales: list[Tensor]) -> None:
-    """The same bits: all vectors (biases, norms: most of a model's tensors) at once, each by its
-    number repeated."""
+    """The bits of _foreach_mul_, which on a GPU launches once a 0-d number: all vectors (biases,
+    norms: most of a model's tensors) at once, each by its number repeated."""
     alone: list[tuple[Tensor, Tensor]] = []
     together: list[tuple[Tensor, Tensor]] = []
     for grad, scale in zip(grads, scales, strict=True):
@@ -96,7 +91,7 @@ def _scale_in_few_launches(grads: list[Tensor], scales: list[Tensor]) -> None:
         repeated = torch.cat([scale.expand(len(grad)) for grad, scale in together])
         torch._foreach_mul_([grad for grad, _ in together], list(repeated.split(sizes)))
     if alone:
-        _scale([grad for grad, _ in alone], [scale for _, scale in alone])
+        torch._foreach_mul_([grad for grad, _ in alone], [scale for _, scale in alone])
 
 
 def _clip_cpu(

@@ -1,6 +1,8 @@
 """The step's GPU benchmark on a tiny case and the CPU, and the tables made of what it writes."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +54,26 @@ def test_row_compares_the_three_steps(measured):
     for found in row["means"].values():
         assert found["ratio"] == pytest.approx(found["without_s"] / found["with_s"])
     assert "apex" in row["failed"][FAILING[0]]
+
+
+def test_the_reference_is_chosen_for_the_steps_without_our_operators_alone(monkeypatch):
+    """The trainers' own are recorded, or not: neither may see the other's choice."""
+    seen = {"ours": set(), "other": set()}
+
+    class Steps:
+        trainer = SimpleNamespace(mokd=None)
+
+        def make_trainer(self, **train):
+            return SimpleNamespace(graph=None)
+
+        def ours(self, trainer=None):
+            key = "other" if trainer else "ours"
+            return lambda: seen[key].add(os.environ["MOKD_FAST_BACKEND"])
+
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "")
+    step_gpu.means(Steps(), None)["our operators, not the reference"]()
+    assert seen == {"ours": {""}, "other": {"reference"}}
+    assert os.environ["MOKD_FAST_BACKEND"] == ""
 
 
 def test_parts_lie_between_borders():

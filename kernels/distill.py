@@ -203,9 +203,11 @@ def _backward(grad, stats, student, stride_v: tl.int64, stride_b: tl.int64, stri
               tiles: tl.int64, N: tl.constexpr, COUNTS: tl.constexpr, PADS: tl.constexpr,
               CENTERED: tl.constexpr, WEIGHTED: tl.constexpr, PROBS: tl.constexpr,
               BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One tile of the gradient of every view: out [V, B, K]."""
-    b = tl.program_id(0).to(tl.int64) // tiles
-    tile = tl.program_id(0).to(tl.int64) % tiles
+    """One tile of the gradient of every view: out [V, B, K]. From the last one to the first: what
+    forward read last is still in the L2."""
+    piece = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    b = piece // tiles
+    tile = piece % tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     q = ()  # of each target [PAD, BLOCK]
     weights = ()

@@ -6,7 +6,8 @@
 //   forward   reads (T + V) B K, writes what a piece says of its rows and pairs; once all columns were
 //             read, `merge_tiles` joins them, and its last block sums the images. Nothing waits for a
 //             lock, and no sum is made in the order in which blocks end: the same bits.
-//   backward  reads (T + V) B K, writes V B K.
+//   backward  reads (T + V) B K, writes V B K; from the last piece to the first, since what forward
+//             read last is still in the L2.
 // Each comes twice: `_whole` for tiles that are whole in rows that allow 16 bytes at a time and are of
 // one 16 or 32 bit type (whole.h), `_tiles` for all others, ragged ends among them (tile.h).
 // Maxima are those of the logits, before the temperature: s - max is exact where s * 1/tau is not.
@@ -67,9 +68,12 @@ static_assert(VIEWS <= 32, "more than bits of `paired`");
 template <typename S>
 using Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>;
 
-// The piece of this warp; false past the last one.
-__device__ __forceinline__ bool my_piece(const Parameters& p, int64_t& image, int64_t& tile) {
-  const int64_t item = int64_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+// This block in backward.
+__device__ __forceinline__ unsigned from_the_end() { return gridDim.x - 1 - blockIdx.x; }
+
+// The piece of this warp of a block; false past the last one.
+__device__ __forceinline__ bool my_piece(const Parameters& p, unsigned block, int64_t& image, int64_t& tile) {
+  const int64_t item = int64_t(block) * (blockDim.x / WARP) + threadIdx.x / WARP;
   if (item >= p.call.shape.images * p.count) return false;
   const unsigned count = unsigned(p.count);  // a grid has fewer than 2^31 blocks, of 4 pieces
   image = item <= 0xffffffffu ? unsigned(item) / count : item / p.count;
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 3 : 5)
   const int T = d.shape.teachers, V = d.shape.views;
   const A infinity = A(INFINITY);
   int64_t image, tile;
-  if (!my_piece(p, image, tile)) return;
+  if (!my_piece(p, blockIdx.x, image, tile)) return;
   const Tile at = tile_at(d.shape, p.tile, image * tiles(d.shape, p.tile) + tile);
   const int n = int(at.end - at.begin);
   const bool first = threadIdx.x % WARP == 0;
@@ -165,10 +169,11 @@ struct Piece {
   int warp, lane;
   bool any;
 
-  __device__ __forceinline__ Piece(const Parameters& p, int width) : warp(threadIdx.x / WARP), lane(threadIdx.x % WARP) {
+  __device__ __forceinline__ Piece(const Parameters& p, unsigned block, int width)
+      : warp(threadIdx.x / WARP), lane(threadIdx.x % WARP) {
     const unsigned warps = blockDim.x / WARP, blocks = (unsigned(p.count) + warps - 1) / warps;  // of an image
-    image = blockIdx.x / blocks;
-    tile = int64_t(blockIdx.x % blocks) * warps + warp;
+    image = block / blocks;
+    tile = int64_t(block % blocks) * warps + warp;
     any = tile < p.count;
     k = tile * p.tile + lane * width;
   }
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<N * WIDTH<S>>)
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.joined = 0;
   const Call& d = p.call;
   const int T = d.shape.teachers, V = d.shape.views;
-  const Piece at(p, WIDTH<S>);
+  const Piece at(p, blockIdx.x, WIDTH<S>);
   if (!at.any) return;
   const Written<float> out(p, at.image, at.tile);
   Shelf<E> e(shared, T, at.warp, at.lane);
@@ -365,7 +370,7 @@ __global__ void __launch_bounds__(THREADS, TILES_BLOCKS<S>) backward_tiles(const
   const int T = d.shape.teachers, V = d.shape.views;
   const A* stats = static_cast<const A*>(p.backward.stats);
   int64_t b, tile;
-  if (!my_piece(p, b, tile)) return;
+  if (!my_piece(p, from_the_end(), b, tile)) return;
   const Tile at = tile_at(d.shape, p.tile, b * tiles(d.shape, p.tile) + tile);
   const int n = int(at.end - at.begin);
   const int64_t B = d.shape.images, K = d.shape.columns;
@@ -412,7 +417,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
   const Call& d = p.call;
   const int T = d.shape.teachers, V = d.shape.views;
   const float* stats = static_cast<const float*>(p.backward.stats);
-  const Piece at(p, WIDTH<S>);
+  const Piece at(p, from_the_end(), WIDTH<S>);
   const int64_t B = d.shape.images, K = d.shape.columns;
   Shelf<E> q(shared, T, at.warp, at.lane);
   Words<S, N> next;

@@ -41,7 +41,7 @@ struct Thread {
 inline std::vector<Thread> threads;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-inline dim3 thread_index, block_index, block_size;
+inline dim3 thread_index, block_index, block_size, grid_size;
 
 inline Thread& self() { return threads[thread_index.x]; }
 
@@ -108,6 +108,7 @@ T shuffle(T value, unsigned lane) {
 #define threadIdx ::mokd::cuda::emulator::thread_index
 #define blockIdx ::mokd::cuda::emulator::block_index
 #define blockDim ::mokd::cuda::emulator::block_size
+#define gridDim ::mokd::cuda::emulator::grid_size
 
 inline void __syncthreads() { emulator::barrier(&emulator::Thread::barriers, 0, emulator::block_size.x); }
 inline void __threadfence() {}  // one thread runs at a time
@@ -140,6 +141,7 @@ void launch(void (*kernel)(P), int64_t blocks, int count, size_t bytes, void*, c
   using namespace emulator;
   if (bytes > sizeof(shared)) throw std::runtime_error("CUDA: too much shared memory");
   block_size.x = count;
+  grid_size.x = unsigned(blocks);
   while (int(threads.size()) < count) {
     threads.emplace_back();
     threads.back().stack.reset(new char[STACK]);

@@ -31,7 +31,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench import augment_gpu, gpu_linear, gpu_search, gpu_stream
+from bench import augment_gpu, batch_norm_gpu, gpu_linear, gpu_search, gpu_stream
 from bench.baseline.losses import DINOLoss as Official
 from bench.timing import machine, write_json
 from mokd_fast.interop.dino import DINOLoss
@@ -219,7 +219,8 @@ def compiled(at: Where) -> None:
 Check = Callable[[Where], None]
 Keep = Callable[[Check, Where, bool], None]
 CHECKS: tuple[Check, ...] = (values, targets, strides, extremes, repeats, scaled, drop_in, compiled)
-CHECKS += (*gpu_linear.CHECKS, *gpu_search.CHECKS, augment_gpu.augmented)
+TRITON: tuple[Check, ...] = (augment_gpu.augmented, batch_norm_gpu.normalised)  # no CUDA C++
+CHECKS += (*gpu_linear.CHECKS, *gpu_search.CHECKS, *TRITON)
 ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU + gpu_search.ON_GPU
 KNOWN = {check.__name__: check for check in (*CHECKS, *ON_GPU)}
 # A loop over dtypes each, the ones that Triton compiles longest for first.
@@ -335,8 +336,7 @@ def main() -> None:
         chosen = [check for check in chosen if check not in ON_GPU]
     at = [Where(backend, options.device, options.small) for backend in options.backends]
     pairs = [(check, where) for where in at for check in chosen]
-    pairs = [(c, w) for c, w in pairs if c is not augment_gpu.augmented or w.backend != "cuda"]
-    # augment_crops has no CUDA C++
+    pairs = [(c, w) for c, w in pairs if c not in TRITON or w.backend != "cuda"]
     pairs = pieces(pairs) if options.jobs > 1 else pairs
     results = Results(pairs, options.json)
     if options.jobs > 1:

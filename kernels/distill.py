@@ -259,19 +259,23 @@ def _table(
 
 def why_not(student: Tensor, rows: Sequence[Tensor]) -> str | None:
     """Why these kernels cannot take the student and its targets' logits or probs, or None."""
-    device = student.device
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"it takes tensors on a GPU, the student is on {device}"
     if student.dtype not in TYPES:
         return f"it takes fp32, bf16 and fp16, the student is {student.dtype}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
-        return "it takes GPUs of compute capability 8.0 and above"
     padded = sum(_pad(len(r)) for r in rows)
     if padded > ROWS:
         return (
             f"it takes {ROWS} teacher rows, those of each target rounded up to a power of two: "
             f"here they are {padded}"
         )
+    return None
+
+
+def gpu_why_not(device: torch.device) -> str | None:
+    """Why no kernel here runs on a device, or None."""
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"it takes tensors on a GPU, this one is on {device}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "it takes GPUs of compute capability 8.0 and above"
     return None
 
 

@@ -26,7 +26,7 @@ from .attend import (
     store_rows,
     wide,
 )
-from .distill import CAPABILITY, INTERPRETED, TYPES
+from .distill import TYPES
 
 
 @triton.jit
@@ -98,13 +98,8 @@ def _unmerge(grad, q, q_stride, kx, kx_stride, vx, vx_stride, rows, rows_stride,
 
 def why_not(first: Tensor, rest: Sequence[Tensor]) -> str | None:
     """Why these kernels cannot take the tensors, or None."""
-    device = first.device
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"it takes tensors on a GPU, these are on {device}"
     if first.dtype not in TYPES:
         return f"it takes fp32, bf16 and fp16, these are {first.dtype}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
-        return "it takes GPUs of compute capability 8.0 and above"
     return None
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..ops import batch_norm
 from .blocks import watched
 from .checkpointing import keeps_statistics
+from .tally import Counted
 
 ACTIVATIONS = ("act1", "act2", "act3")
 NOTHING = ("drop_block", "aa")  # nn.Identity unless asked for
 OPTIONAL = ("se", "drop_path")  # and None
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(Counted, nn.BatchNorm2d):
     """nn.BatchNorm2d, then + `added` and ReLU if asked for."""
 
     def forward(self, x: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -26,7 +27,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return _normalised(self, x, added, relu)
 
 
-class BatchNormAct2d(timm.layers.BatchNormAct2d):
+class BatchNormAct2d(Counted, timm.layers.BatchNormAct2d):
     """timm's, where its activation is a ReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,14 +37,16 @@ class BatchNormAct2d(timm.layers.BatchNormAct2d):
         return _normalised(self, x, None, True)
 
 
-def _normalised(norm: nn.BatchNorm2d, x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+def _normalised(norm: Any, x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
     """What nn.BatchNorm2d.forward says of statistics."""
     moves = norm.training and norm.track_running_stats
     momentum = norm.momentum or 0.0
     if moves and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # a cumulative average
+            norm.num_batches_tracked.add_(1)
             momentum = 1.0 / float(norm.num_batches_tracked)
+        else:
+            norm.count()
     mean, var = norm.running_mean, norm.running_var
     own = norm.training or (mean is None and var is None)
     if norm.training and not norm.track_running_stats:

@@ -97,21 +97,25 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def quicken(model: nn.Module, device: torch.device, precision: str) -> None:
+def quicken(model: nn.Module, device: torch.device, precision: str, recorded: bool = False) -> None:
     """Changes, in place, how layers of `model` compute, not what.
 
-    Linear layers by oneDNN (of bf16 those that need no gradient), convolutions as `Conv2d` here,
-    BatchNorm with a ResNet's sums and ReLUs in its pass (batch_norm.py). bf16: timm's blocks as in
-    blocks.py, their attention by a kernel of its own, or by batched products where there is none:
-    PyTorch's fused one is slow there, most of all backward. step.json has what all this is worth.
+    On a GPU, where the step is `recorded` as a CUDA graph, BatchNorm with a ResNet's sums and ReLUs
+    in its pass (batch_norm.py); unrecorded its launches would take the host longer than PyTorch's.
+    On the CPU, in fp32 and bf16, such BatchNorm too, linear layers by oneDNN (of bf16 those that
+    need no gradient), convolutions as `Conv2d` here. bf16: timm's blocks as in blocks.py, their
+    attention by a kernel of its own, or by batched products where there is none: PyTorch's fused
+    one is slow there, most of all backward. step.json has what all this is worth.
     """
-    if device.type != "cpu" or precision not in ("fp32", "bf16"):
-        return
-    kinds = KINDS | (blocks.KINDS if precision == "bf16" else {})
+    kinds: dict[type[nn.Module], type[nn.Module]] = {}
+    if device.type == "cuda" and recorded:
+        kinds = dict(batch_norm.KINDS)
+    elif device.type == "cpu" and precision in ("fp32", "bf16"):
+        kinds = KINDS | (blocks.KINDS if precision == "bf16" else {})
     if cpu.bf16_why_not() is not None:
         kinds.pop(vit.Attention, None)
     for module in model.modules():
-        if precision == "bf16" and isinstance(module, vit.Attention):
+        if device.type == "cpu" and precision == "bf16" and isinstance(module, vit.Attention):
             module.fused_attn = False  # type: ignore[misc]
         kind = kinds.get(type(module))
         if kind and (kind is not Conv2d or _plain(module)):  # type: ignore[arg-type]

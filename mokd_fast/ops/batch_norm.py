@@ -4,10 +4,11 @@ PyTorch makes four passes: statistics, result, sum, ReLU. Here the last three ar
 has two, for two sums and for x's gradient (layers.json has what that saves). No more is kept than
 there: the ReLU's mask is made again from x, or from the result where something was added.
 
-The kernels take maps [B, C, H, W] with the channels innermost, in fp32 or bf16, in training, with
-weights and statistics in fp32; for all others the backend of the CPU is PyTorch's operators.
+The kernels take maps [B, C, H, W] with the channels innermost, in fp32, bf16 or (Triton) fp16, in
+training, with weights and statistics in fp32; for all others a backend is PyTorch's operators.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import cpu, distill
 from .dispatch import pick, register
-from .eager import with_autograd
+from .eager import kernel, with_autograd
 
 OP = "batch_norm"
 
@@ -60,16 +61,37 @@ def batch_norm(
     return found
 
 
+TYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def _kernels(backend: str) -> Any:
+    """The module of a backend. Triton is imported at first use, as in `distill._kernels`."""
+    if backend == "triton":
+        from mokd_fast.kernels import batch_norm as kernels
+
+        return kernels
+    return cpu
+
+
 @torch.library.custom_op("mokd_fast::batch_norm", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    eps: float,
+    relu: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The result, and mean, 1 / std and unbiased variance of the channels [3, C]."""
-    return cpu.batch_norm(x, weight, bias, added, eps, relu)
+    return _kernels(backend).batch_norm(x, weight, bias, added, eps, relu)
 
 
 @_forward.register_fake
-def _(x, weight, bias, added, eps, relu):
+def _(x, weight, bias, added, eps, relu, backend):
     return torch.empty_like(x), weight.new_empty(3, len(weight))
 
 
@@ -82,42 +104,45 @@ def _backward(
     stats: Tensor,
     y: Tensor | None,
     relu: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, and of what was added where y is given (else empty)."""
-    return cpu.batch_norm_backward(grad, x, weight, bias, stats, y, relu)
+    return _kernels(backend).batch_norm_backward(grad, x, weight, bias, stats, y, relu)
 
 
 @_backward.register_fake
-def _(grad, x, weight, bias, stats, y, relu):
+def _(grad, x, weight, bias, stats, y, relu, backend):
     added = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), added
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, added, _, ctx.relu = inputs
+    x, weight, bias, added, _, ctx.relu, *_, ctx.backend = inputs
     y, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.adds = added is not None
+    ctx.adds, ctx.inputs = added is not None, len(inputs)
     ctx.save_for_backward(x, weight, bias, stats, y if ctx.adds and ctx.relu else None)
 
 
 def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-    return grad, *ctx.saved_tensors, ctx.relu
+    return grad, *ctx.saved_tensors, ctx.relu, ctx.backend
 
 
 def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     *own, for_added = found
     if ctx.adds and not ctx.relu:
         for_added = grads[0]
-    return *own, for_added if ctx.adds else None, None, None
+    return *own, for_added if ctx.adds else None, *[None] * (ctx.inputs - 4)
 
 
-_KERNELS = cpu.batch_norm, cpu.batch_norm_backward
-_eager = with_autograd(OP, (_forward, _backward), _KERNELS, _setup, _arguments, _gradients)
+# The kernels' own forward takes what moves as well, which a functional operator must not.
+_FUNCTIONS = kernel(_kernels, "batch_norm"), kernel(_kernels, "batch_norm_backward")
+_eager = with_autograd(OP, (_forward, _backward), _FUNCTIONS, _setup, _arguments, _gradients)
 
 
-def _cpu(
+def _run(
+    backend: str,
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -130,24 +155,26 @@ def _cpu(
     relu: bool,
 ) -> Tensor:
     arguments = x, running_mean, running_var, weight, bias, training, momentum, eps, added, relu
-    if _library(*arguments):
+    if _library(backend, *arguments):
         return _reference(*arguments)
-    run: Any = _forward
-    if distill.plain(t for t in arguments if isinstance(t, Tensor)):
-        run = _eager if torch.is_grad_enabled() else cpu.batch_norm
-    y: Tensor
-    y, stats = run(x, weight, bias, added, eps, relu)
+    moving = None
     if running_mean is not None and running_var is not None:
-        mean, _, var = stats.unbind()
         if not torch.compiler.is_compiling():
             # As in PyTorch they move unseen by autograd, which may have kept them for backward.
             running_mean, running_var = running_mean.data, running_var.data
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var, momentum)
-    return y
+        moving = running_mean, running_var, momentum
+    if distill.plain(t for t in arguments if isinstance(t, Tensor)):
+        run: Any = _eager if torch.is_grad_enabled() else _FUNCTIONS[0]
+        y, _ = run(x, weight, bias, added, eps, relu, moving, backend)
+    else:
+        y, stats = _forward(x, weight, bias, added, eps, relu, backend)
+        cpu.move_statistics(stats, moving)
+    found: Tensor = y
+    return found
 
 
 def _library(
+    backend: str,
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -159,11 +186,12 @@ def _library(
     added: Tensor | None = None,
     relu: bool = False,
 ) -> str | None:
-    """Why the CPU takes PyTorch's operators as well, or None."""
+    """Why this backend takes PyTorch's operators as well, or None."""
     if not training:
         return "but its kernels are of training"
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
-        return f"but its kernels take [B, C, H, W] in fp32 or bf16, this is {x.dtype}"
+    if x.ndim != 4 or x.dtype not in TYPES[backend]:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in TYPES[backend])
+        return f"but its kernels take [B, C, H, W] in {names}, this is {x.ndim}-D {x.dtype}"
     if x.numel() <= x.shape[1] or not x.is_contiguous(memory_format=torch.channels_last):
         return "but its kernels take several values a channel, the channels innermost"
     if added is not None and added.dtype != x.dtype:
@@ -178,9 +206,10 @@ def _library(
     return None
 
 
-def _cpu_why_not(x: Tensor, *rest: Any, **options: Any) -> str | None:
+def _why_not(backend: str, x: Tensor, *rest: Any, **options: Any) -> str | None:
     tensors = [t for t in (x, *rest, *options.values()) if isinstance(t, Tensor)]
-    return distill.transformed(*tensors) or cpu.why_not(x, tensors)
+    of_device = distill.triton_why_not(x) if backend == "triton" else cpu.why_not(x, tensors)
+    return distill.transformed(*tensors) or of_device
 
 
 def _reference(x: Tensor, *rest: Any) -> Tensor:
@@ -191,5 +220,7 @@ def _reference(x: Tensor, *rest: Any) -> Tensor:
     return F.relu(y) if relu else y
 
 
-register(OP, "cpu", _cpu, _cpu_why_not, avoid=_library)
+for _name in TYPES:
+    _own = partial(_run, _name), partial(_why_not, _name)
+    register(OP, _name, *_own, avoid=partial(_library, _name))
 register(OP, "reference", _reference)

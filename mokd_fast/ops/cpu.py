@@ -200,16 +200,31 @@ def _prototype_linear_call(
 
 
 def batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    eps: float,
+    relu: bool,
+    moving: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `batch_norm._forward`."""
+    """Arguments and results as `batch_norm._forward`; `moving` statistics move in place."""
     x = _channels_last(x)
     y, stats = torch.empty_like(x), weight.new_empty(3, len(weight))
     call, _alive = _batch_norm_call(x, weight, bias, stats, relu)
     if added is not None:
         added = _channels_last(added)
     call.forward(eps, 0 if added is None else added.data_ptr(), y.data_ptr(), _level())
+    move_statistics(stats, moving)
     return y, stats
+
+
+def move_statistics(stats: Tensor, moving: tuple[Tensor, Tensor, float] | None) -> None:
+    """Running mean and variance towards those of `batch_norm._forward`."""
+    if moving is not None:
+        mean, _, var = stats.unbind()
+        moving[0].lerp_(mean, moving[2])
+        moving[1].lerp_(var, moving[2])
 
 
 def batch_norm_backward(

@@ -325,10 +325,10 @@ def triton_why_not(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it takes tensors on a GPU, this one is on {tensor.device}"
     try:
-        _kernels("triton")
+        found: str | None = _kernels("triton").gpu_why_not(tensor.device)
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return None
+    return found
 
 
 def why_not(backend: str, student: Tensor, rows: Sequence[Tensor]) -> str | None:

@@ -33,7 +33,7 @@ def make_networks(
             checkpoint_activations(student)  # type: ignore[arg-type]
     if train.channels_last:
         mokd.to(memory_format=torch.channels_last)
-    quicken(mokd, device, precision)
+    quicken(mokd, device, precision, train.cuda_graph)
     if device.type == "cuda":
         count_at_once(mokd)  # the trainer's step does
     if packs_crops(train, device, precision) and not mokd.pack() and train.pack_crops is True:

@@ -36,6 +36,7 @@ from bench.baseline.losses import DINOLoss as Official
 from bench.timing import machine, write_json
 from mokd_fast.interop.dino import DINOLoss
 from mokd_fast.ops import Target, cross_view_pairs, distill_cross_entropy, matched_pairs
+from mokd_fast.ops import weight_norm as normalized
 from mokd_fast.ops.dispatch import ENVIRONMENT
 
 # V, T, B, K: below, at and off the kernels' tiles and 16-byte loads; then the sizes of training.
@@ -216,11 +217,43 @@ def compiled(at: Where) -> None:
     assert counter.frame_count == 1
 
 
+def weight_norm(at: Where) -> None:
+    """Matrix and gradients, by the rule of `agree`, the same bits twice and of any strides; a row
+    of zeros is NaN, alone."""
+
+    def run(*call: Any, backend: str = at.backend) -> list[Tensor]:
+        *tensors, grad, dtype = call
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with at.forcing(backend):
+            w = normalized(*leaves, dtype)
+        return [w.detach(), *torch.autograd.grad(w, leaves, grad)]
+
+    for dtype in (dtype for dtype in at.dtypes if dtype.itemsize == 2):
+        for k, d in [(7, 97), (1000, 384), *([] if at.small else [(65536, 256)])]:
+            v, g, grad = at.randn(k, d), at.randn(k, 1) + 1, at.randn(k, d, dtype=dtype)
+            exact = run(v.double(), g.double(), grad.double(), torch.float64, backend="reference")
+            rough, mine = run(v, g, grad, dtype, backend="reference"), run(v, g, grad, dtype)
+            for name, m, r, e in zip(("matrix", "dv", "dg"), mine, rough, exact, strict=True):
+                error, allowed, top = (m - e).abs().max(), (r - e).abs().max(), e.abs().max()
+                assert top.isfinite() and m.dtype == r.dtype and m.shape == r.shape
+                assert error <= allowed + 1e-6 * top, (
+                    f"{name} of {dtype} {[k, d]}: error {error:.3g}, the reference's "
+                    f"{allowed:.3g}, largest value {top:.3g}"
+                )
+            moved = v.t().contiguous().t(), g, grad.t().contiguous().t()
+            for again in (run(v, g, grad, dtype), run(*moved, dtype)):
+                assert all(map(torch.equal, mine, again))
+            v[k - 1] = 0
+            for m, before in zip(run(v, g, grad, dtype), mine, strict=True):
+                assert m[k - 1].isnan().all() and torch.equal(m[: k - 1], before[: k - 1])
+
+
 Check = Callable[[Where], None]
 Keep = Callable[[Check, Where, bool], None]
 CHECKS: tuple[Check, ...] = (values, targets, strides, extremes, repeats, scaled, drop_in, compiled)
-TRITON: tuple[Check, ...] = (augment_gpu.augmented, batch_norm_gpu.normalised)  # no CUDA C++
-CHECKS += (*gpu_linear.CHECKS, *gpu_search.CHECKS, *TRITON)
+# Operators without CUDA C++.
+NO_CUDA: tuple[Check, ...] = (augment_gpu.augmented, batch_norm_gpu.normalised, weight_norm)
+CHECKS += (*gpu_linear.CHECKS, *gpu_search.CHECKS, *NO_CUDA)
 ON_GPU: tuple[Check, ...] = gpu_stream.CHECKS + gpu_linear.ON_GPU + gpu_search.ON_GPU
 KNOWN = {check.__name__: check for check in (*CHECKS, *ON_GPU)}
 # A loop over dtypes each, the ones that Triton compiles longest for first.
@@ -336,7 +369,7 @@ def main() -> None:
         chosen = [check for check in chosen if check not in ON_GPU]
     at = [Where(backend, options.device, options.small) for backend in options.backends]
     pairs = [(check, where) for where in at for check in chosen]
-    pairs = [(c, w) for c, w in pairs if c not in TRITON or w.backend != "cuda"]
+    pairs = [(c, w) for c, w in pairs if c not in NO_CUDA or w.backend != "cuda"]
     pairs = pieces(pairs) if options.jobs > 1 else pairs
     results = Results(pairs, options.json)
     if options.jobs > 1:

@@ -3,10 +3,11 @@
 PyTorch's own operator is fused in both directions and near the memory floor (linear_parts.json),
 but gives v's type: under autocast a cast of the whole matrix follows, forward and backward. Here
 one pass reads v and writes 16 bits, and one reads their gradient and v and writes v's: layers.json.
-For other dtypes the backend of the CPU is PyTorch's operator.
+For other dtypes every backend is PyTorch's operator.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import cpu, distill
 from .dispatch import pick, register
-from .eager import differentiable, with_autograd
+from .eager import differentiable, kernel, with_autograd
 
 OP = "weight_norm"
 
@@ -71,57 +72,91 @@ class WeightNormed:
 
 
 @torch.library.custom_op("mokd_fast::weight_norm", mutates_args=())
-def _forward(v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _forward(v: Tensor, g: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     """The matrix, and the norms [K]."""
-    return cpu.weight_norm(v, g, dtype)
+    found: tuple[Tensor, Tensor] = _kernels(backend).weight_norm(v, g, dtype)
+    return found
 
 
 @_forward.register_fake
-def _(v, g, dtype):
+def _(v, g, dtype, backend):
     return v.new_empty(v.shape, dtype=dtype), v.new_empty(len(v))
 
 
 @torch.library.custom_op("mokd_fast::weight_norm_backward", mutates_args=())
-def _backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu.weight_norm_backward(grad, v, g, norms)
+def _backward(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _kernels(backend).weight_norm_backward(grad, v, g, norms)
+    return found
 
 
 @_backward.register_fake
-def _(grad, v, g, norms):
+def _(grad, v, g, norms, backend):
     return v.new_empty(v.shape), g.new_empty(g.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], output[1])
+    v, g, _, ctx.backend = inputs
+    ctx.save_for_backward(v, g, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor, ...]:
-    return grad, *ctx.saved_tensors
+def _arguments(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, ctx.backend
 
 
 def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-    return found[0], found[1] if ctx.needs_input_grad[1] else None, None
+    return found[0], found[1] if ctx.needs_input_grad[1] else None, None, None
 
 
-_KERNELS = cpu.weight_norm, cpu.weight_norm_backward
-_eager = with_autograd(OP, (_forward, _backward), _KERNELS, _save, _arguments, _gradients)
+def _kernels(backend: str) -> Any:
+    """The module of a backend. Triton is imported at first use, as in `distill._kernels`."""
+    if backend == "triton":
+        from mokd_fast.kernels import weight_norm
+
+        return weight_norm
+    return cpu
 
 
-def _cpu(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    if v.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+_kernel = partial(kernel, lambda backend: _kernels(backend))  # as in ops/distill.py
+_eager = with_autograd(
+    OP,
+    (_forward, _backward),
+    (_kernel("weight_norm"), _kernel("weight_norm_backward")),
+    _save,
+    _arguments,
+    _gradients,
+)
+
+
+def _run(backend: str, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    if _library(v, g, dtype):
         return _reference(v, g, dtype)
     v, g = v.resolve_neg(), g.resolve_neg()
-    if not distill.plain((v, g)):
-        found: Tensor = _forward(v, g, dtype)[0]
-    else:
-        found = (_eager if differentiable((v, g)) else cpu.weight_norm)(v, g, dtype)[0]
+    run: Any = _forward
+    if distill.plain((v, g)):
+        run = _eager if differentiable((v, g)) else _kernel("weight_norm")
+    found: Tensor = run(v, g, dtype, backend)[0]
     return found
 
 
-def _cpu_why_not(v: Tensor, g: Tensor, dtype: torch.dtype) -> str | None:
-    return distill.transformed(v, g) or cpu.why_not(v)
+def _library(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why every backend takes PyTorch's operator, or None."""
+    dtype = dtype or v.dtype
+    if v.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        return f"but its kernels make bf16 and fp16 of fp32, not {dtype} of {v.dtype}"
+    return None if v.numel() else "but its kernels take at least one number"
+
+
+def _why_not(backend: str, v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    if reason := distill.transformed(v, g):
+        return reason
+    if backend == "triton" and (reason := distill.triton_why_not(v)):
+        return reason
+    found: str | None = _kernels(backend).why_not(v)
+    return found
 
 
 def _reference(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,5 +164,6 @@ def _reference(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return found.to(dtype)
 
 
-register(OP, "cpu", _cpu, _cpu_why_not)
+for _name in ("triton", "cpu"):
+    register(OP, _name, partial(_run, _name), partial(_why_not, _name), _library)
 register(OP, "reference", _reference)

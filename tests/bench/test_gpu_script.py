@@ -65,6 +65,17 @@ class Wrong:
 
     joint_backward = staticmethod(cpu.joint_backward)
 
+    def weight_norm(self, *call):
+        w, norms = cpu.weight_norm(*call)
+        w[-1] = w[-1] * (1 + 2**-6 * (self.what == "last row"))
+        return w, norms
+
+    def weight_norm_backward(self, *call):
+        for_v, for_g = cpu.weight_norm_backward(*call)
+        if self.what == "strides" and not call[1].is_contiguous():
+            for_v = for_v.flip(0)
+        return for_v * (1 + 1e-5 * (self.what == "found")), for_g
+
     def distill_backward(self, grad, stats, student, *rest, out=None):
         out = cpu.distill_backward(grad, stats, student, *rest, out=out)
         if self.what == "last column":
@@ -96,11 +107,14 @@ class Wrong:
         ("key gradient", "search"),
         ("nan", "search_bad"),
         ("last token", "search_head"),
+        ("last row", "weight_norm"),
+        ("found", "weight_norm"),
+        ("strides", "weight_norm"),
     ],
 )
 def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
     wrong = Wrong(what)
-    for module in (distill, search):
+    for module in (distill, search, sys.modules["mokd_fast.ops.weight_norm"]):
         monkeypatch.setattr(module, "_kernels", lambda backend: wrong)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
     check = {check.__name__: check for check in gpu_check.CHECKS}[name]
@@ -154,10 +168,10 @@ def test_the_long_checks_come_first():
 def test_checks_pass_in_the_triton_interpreter():
     pytest.importorskip("triton")
     command = "bench/gpu_check.py --device cpu --backends triton --small --only "
-    command += "values,extremes,linear_bad,search_head"
+    command += "values,extremes,linear_bad,search_head,weight_norm"
     ended = run([sys.executable, *command.split()], TRITON_INTERPRET="1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "4 of 4 checks passed" in ended.stdout
+    assert "5 of 5 checks passed" in ended.stdout
 
 
 def test_all_forms_are_the_same_loss():

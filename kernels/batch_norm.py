@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, WARPS = 4096, 8  # numbers of a tile, and of its program; no GPU has measured them
-WIDEST = 128  # columns of a tile
+# Numbers of a tile, its columns at most, and warps of its program.
+TILE, WIDEST, WARPS = 4096, 64, 4
 PROGRAMS = 1024  # of a pass that sums, about: some waves of the largest GPU
 MERGED = 4  # channels of a program that joins
 PARTS = 1024  # at most, of a channel
@@ -27,12 +27,27 @@ Moving = tuple[Tensor, Tensor, float] | None  # running mean and variance, and t
 
 
 @triton.jit
-def _rows(i, M: tl.int64, C: tl.int64, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of tile number i of rows, and where it has numbers. at: column of the first."""
-    row = i * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    column = at + tl.arange(0, COLUMNS)
-    mask = (row < M)[:, None] & (column < C)[None, :]
-    return row[:, None] * C + column[None, :], mask
+def _within(C: tl.int64, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets in a tile: 32 bits, the same in all of them."""
+    return tl.arange(0, ROWS)[:, None] * C.to(tl.int32) + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _tile(i, M: tl.int64, C: tl.int64, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where tile number i of rows begins, 64 bits, and where it has numbers. at: first column."""
+    rows, columns = M - i * ROWS, C - at
+    mask = (tl.arange(0, ROWS) < rows)[:, None] & (tl.arange(0, COLUMNS) < columns)[None, :]
+    return i * ROWS * C + at, mask
+
+
+@triton.jit
+def _tiles(part, M: tl.int64, parts: tl.int64, ROWS: tl.constexpr):
+    """Of a part: number of its first tile, how many it has, and their rows. It has every `parts`-th
+    from the last of all back, which is the only one that may not be full."""
+    all = (M + ROWS - 1) // ROWS
+    own = (all - part + parts - 1) // parts
+    rows = tl.where(part == 0, own * ROWS - (all * ROWS - M), own * ROWS)
+    return all - 1 - part, own, rows.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -41,34 +56,25 @@ def _statistics(x, means, squares, M: tl.int64, C: tl.int64, parts: tl.int64, RO
     """Of a part of the rows: mean and sum of squares about it, to [C, parts] each."""
     part = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * COLUMNS
-    tiles = (M + ROWS - 1) // ROWS
-    first = tiles - 1 - part  # the last tile of all is the only one that may not be full
-    where, mask = _rows(first, M, C, at, ROWS, COLUMNS)
+    first, own, n = _tiles(part, M, parts, ROWS)
+    within = _within(C, ROWS, COLUMNS)
+    base, mask = _tile(first, M, C, at, ROWS, COLUMNS)
     # Sums of squares keep their digits about a number that is near the mean.
     count = tl.minimum(ROWS, M - first * ROWS).to(tl.float32)
-    near = tl.sum(tl.load(x + where, mask=mask, other=0.0).to(tl.float32), 0) / count
+    near = tl.sum(tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32), 0) / count
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     square = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(first, -1, -parts):
-        where, mask = _rows(i, M, C, at, ROWS, COLUMNS)
-        d = tl.load(x + where, mask=mask, other=0.0).to(tl.float32) - near[None, :]
+    for j in range(own):  # Triton has no range with a step below 0 that it does not know
+        base, mask = _tile(first - j * parts, M, C, at, ROWS, COLUMNS)
+        d = tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32) - near[None, :]
         d = tl.where(mask, d, 0.0)
         total += d
         square += d * d
-    n = _count(part, M, parts, ROWS)
     off = tl.sum(total, 0) / n
     column = at + tl.arange(0, COLUMNS)
     to = column * parts + part
     tl.store(means + to, near + off, mask=column < C)
     tl.store(squares + to, tl.sum(square, 0) - off * off * n, mask=column < C)
-
-
-@triton.jit
-def _count(part, M: tl.int64, parts: tl.int64, ROWS: tl.constexpr):
-    """Rows of a part: every `parts`-th tile from the last one back, which may not be full."""
-    tiles = (M + ROWS - 1) // ROWS
-    rows = ((tiles - part + parts - 1) // parts) * ROWS
-    return tl.where(part == 0, rows - (tiles * ROWS - M), rows).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -81,7 +87,8 @@ def _join_statistics(means, squares, stats, moving_mean, moving_var, momentum, e
     mask = (c < C)[:, None] & (part < parts)[None, :]
     where = c[:, None] * parts + part[None, :]
     mean = tl.load(means + where, mask=mask, other=0.0)
-    n = tl.where(part < parts, _count(part, M, parts, ROWS), 0.0)[None, :]
+    _, _, n = _tiles(part, M, parts, ROWS)
+    n = tl.where(part < parts, n, 0.0)[None, :]
     first = tl.load(means + c * parts, mask=c < C, other=0.0)
     apart = tl.where(mask, mean - first[:, None], 0.0)
     count = M.to(tl.float32)
@@ -114,49 +121,46 @@ def _result(x, weight, bias, stats, added, y, M: tl.int64, C: tl.int64, ADDS: tl
             RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One tile of y."""
     at = tl.program_id(1).to(tl.int64) * COLUMNS
-    where, mask = _rows(tl.program_id(0).to(tl.int64), M, C, at, ROWS, COLUMNS)
-    z = tl.load(x + where, mask=mask, other=0.0).to(tl.float32) - _columns(stats, at, C, COLUMNS)
-    rate = _columns(weight, at, C, COLUMNS) * _columns(stats + C, at, C, COLUMNS)
-    z = z * rate + _columns(bias, at, C, COLUMNS)
+    base, mask = _tile(tl.program_id(0).to(tl.int64), M, C, at, ROWS, COLUMNS)
+    within = _within(C, ROWS, COLUMNS)
+    z = tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32)
     if ADDS:
-        z += tl.load(added + where, mask=mask, other=0.0).to(tl.float32)
+        more = tl.load(added + base + within, mask=mask, other=0.0)
+    rate = _columns(weight, at, C, COLUMNS) * _columns(stats + C, at, C, COLUMNS)
+    z = (z - _columns(stats, at, C, COLUMNS)) * rate + _columns(bias, at, C, COLUMNS)
+    if ADDS:
+        z += more.to(tl.float32)
     if RELU:
         z = tl.where(z <= 0, 0.0, z)  # NaN stays
-    tl.store(y + where, z.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _unmasked(g, x, y, weight, bias, stats, where, mask, at, C: tl.int64, FROM_Y: tl.constexpr,
-              RELU: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """The gradient after the ReLU's mask, and x - mean; both 0 outside of the tensor."""
-    dz = tl.load(g + where, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(x + where, mask=mask, other=0.0).to(tl.float32) - _columns(stats, at, C, COLUMNS)
-    d = tl.where(mask, d, 0.0)
-    if FROM_Y:
-        dz = tl.where(tl.load(y + where, mask=mask, other=0.0) <= 0, 0.0, dz)
-    elif RELU:
-        rate = _columns(weight, at, C, COLUMNS) * _columns(stats + C, at, C, COLUMNS)
-        dz = tl.where(d * rate + _columns(bias, at, C, COLUMNS) <= 0, 0.0, dz)
-    return dz, d
+    tl.store(y + base + within, z.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def _sums(g, x, y, weight, bias, stats, for_added, sums, M: tl.int64, C: tl.int64, parts: tl.int64,
           FROM_Y: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr):  # fmt: skip
-    """Of a part of the rows: sums of dz and of dz (x - mean), to [2, C, parts]."""
+    """Of a part of the rows: sums of dz and of dz (x - mean), to [2, C, parts]. dz is the gradient
+    after the ReLU's mask."""
     part = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * COLUMNS
-    first = (M + ROWS - 1) // ROWS - 1 - part
+    first, own, _ = _tiles(part, M, parts, ROWS)
+    within = _within(C, ROWS, COLUMNS)
+    mean = _columns(stats, at, C, COLUMNS)
+    rate = _columns(weight, at, C, COLUMNS) * _columns(stats + C, at, C, COLUMNS)
+    shift = _columns(bias, at, C, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(first, -1, -parts):
-        where, mask = _rows(i, M, C, at, ROWS, COLUMNS)
-        dz, d = _unmasked(g, x, y, weight, bias, stats, where, mask, at, C, FROM_Y, RELU, COLUMNS)
+    for j in range(own):
+        base, mask = _tile(first - j * parts, M, C, at, ROWS, COLUMNS)
+        dz = tl.load(g + base + within, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32) - mean
         if FROM_Y:
-            tl.store(for_added + where, dz.to(for_added.dtype.element_ty), mask=mask)
+            dz = tl.where(tl.load(y + base + within, mask=mask, other=0.0) <= 0, 0.0, dz)
+            tl.store(for_added + base + within, dz.to(for_added.dtype.element_ty), mask=mask)
+        elif RELU:
+            dz = tl.where(d * rate + shift <= 0, 0.0, dz)
         total += dz
-        product += dz * d
+        product += dz * tl.where(mask, d, 0.0)  # a NaN mean times 0 would be one
     column = at + tl.arange(0, COLUMNS)
     to = sums + column * parts + part
     tl.store(to, tl.sum(total, 0), mask=column < C)
@@ -186,12 +190,17 @@ def _for_x(g, x, weight, bias, stats, means, out, M: tl.int64, C: tl.int64, RELU
            ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One tile of x's gradient. g: of y; or of what was added, where something was."""
     at = tl.program_id(1).to(tl.int64) * COLUMNS
-    where, mask = _rows(tl.program_id(0).to(tl.int64), M, C, at, ROWS, COLUMNS)
-    dz, d = _unmasked(g, x, x, weight, bias, stats, where, mask, at, C, False, RELU, COLUMNS)
+    base, mask = _tile(tl.program_id(0).to(tl.int64), M, C, at, ROWS, COLUMNS)
+    within = _within(C, ROWS, COLUMNS)
+    dz = tl.load(g + base + within, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32)
+    d -= _columns(stats, at, C, COLUMNS)
     rate = _columns(weight, at, C, COLUMNS) * _columns(stats + C, at, C, COLUMNS)
+    if RELU:
+        dz = tl.where(d * rate + _columns(bias, at, C, COLUMNS) <= 0, 0.0, dz)
     mean, slope = _columns(means, at, C, COLUMNS), _columns(means + C, at, C, COLUMNS)
     found = rate * (dz - mean - d * slope)
-    tl.store(out + where, found.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + base + within, found.to(out.dtype.element_ty), mask=mask)
 
 
 def _cut(x: Tensor) -> tuple[dict[str, Any], int, tuple[int, int], tuple[int, int]]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention
 
 from bench.timing import Medians, interleave
 from mokd_fast.nn import MOKD, blocks
@@ -99,13 +99,13 @@ def _libraries(steps: Steps) -> tuple[Run, Run, Run]:
 
 
 def _compiled(run: Run, mokd: MOKD) -> dict[str, float]:
-    found = [module for module in mokd.modules() if isinstance(module, Block)]
     compile_blocks(mokd)
-    calls = [block._compiled_call_impl for block in found]
+    found = [module for module in mokd.modules() if module._compiled_call_impl is not None]
+    calls = [module._compiled_call_impl for module in found]
 
     def choose(impls: list[Any]) -> None:
-        for block, impl in zip(found, impls, strict=True):
-            block._compiled_call_impl = impl
+        for module, impl in zip(found, impls, strict=True):
+            module._compiled_call_impl = impl
 
     on, off = partial(choose, calls), partial(choose, [None] * len(found))
     on()

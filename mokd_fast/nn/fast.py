@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..ops import cpu, onednn
 from . import batch_norm, blocks
 from .blocks import Linear, half_precision
+from .heads import Between
 
 # `Conv2d` is a product where its windows have at most FEW pixels and it has MANY weights or more.
 FEW, MANY = 1 << 12, 1 << 16
@@ -128,14 +129,15 @@ def _plain(conv: nn.Conv2d) -> bool:
 
 
 def compile_blocks(model: nn.Module) -> int:
-    """torch.compile for the transformer blocks of `model`, in place; how many there are.
+    """torch.compile for the transformer blocks of `model`, in place; how many there are. And for
+    what a T-Head's search, which calls no block, does between its attentions (heads.py).
 
     One block's code serves all of its kind: seconds each, though every size, every drop-path rate
     and "with gradient or without" is compiled for itself. What it makes of a step: step.json.
     """
     # Students, teachers and searches, with gradient and without, in many sizes: each is compiled.
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-    found = [module for module in model.modules() if isinstance(module, vit.Block)]
-    for block in found:
-        block.compile(fullgraph=True, dynamic=False)
-    return len(found)
+    found = [module for module in model.modules() if isinstance(module, vit.Block | Between)]
+    for module in found:
+        module.compile(fullgraph=True, dynamic=False)
+    return sum(isinstance(module, vit.Block) for module in found)

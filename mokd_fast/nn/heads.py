@@ -61,16 +61,41 @@ GROUP = {"cpu": 600 << 10, "cuda": 48 << 20}
 Memory = list[tuple[Tensor, Tensor]]  # keys and values of each block, [B, H, N, d] of B maps
 
 
+class Between(nn.Module):
+    """What a search does in a block between two attentions, of tensors alone and without parameters
+    of its own, so that `compile_blocks` can compile it: sums, LayerNorms, casts and GELU are fused.
+    Uncompiled `Layers` does it step by step."""
+
+    def forward(
+        self, x: Tensor, found: Tensor | None, norm: list[Tensor], eps: float, *layers: list[Tensor]
+    ) -> Tensor:
+        """x [..., D]; of norm and of each layer weight and bias, a layer's as its product has them.
+        Without `found` what the layer makes of x's norm, with it as `Layers.block`."""
+
+        def normed(x: Tensor) -> Tensor:
+            weight, bias = norm
+            return F.layer_norm(x, weight.shape, weight, bias, eps).to(layers[0][0].dtype)
+
+        if found is None:
+            return F.linear(normed(x), *layers[0])
+        proj, fc1, fc2 = layers
+        x = x + F.linear(found, *proj)
+        return x + F.linear(F.gelu(F.linear(normed(x), *fc1)), *fc2)
+
+
 class Layers:
     """A transformer block's layers as one search uses them: their weights are cast once, for x's
     dtype or autocast's, and kept until `forget`; without gradients products on the CPU are
-    oneDNN's, with GELU inside (ops/onednn.py says why)."""
+    oneDNN's, with GELU inside (ops/onednn.py says why). Elsewhere `between` makes what it can,
+    where it has been compiled."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, between: Between) -> None:
         kind = x.device.type
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.onednn = plain and onednn.usable(kind, self.dtype)
+        compiled = between._compiled_call_impl is not None and not self.onednn
+        self.between = between if compiled else None
         self.cast: dict[nn.Module, list[Tensor]] = {}
         width = x.shape[-1] * self.dtype.itemsize
         self.group = max(1, GROUP.get(kind, GROUP["cuda"]) // width)  # tokens
@@ -78,14 +103,26 @@ class Layers:
     def __call__(
         self, layer: nn.Linear, x: Tensor, *, gelu: bool = False, only: slice = slice(None)
     ) -> Tensor:
-        if layer not in self.cast:
-            self.cast[layer] = [p.to(self.dtype) for p in (layer.weight, layer.bias)]
-        parameters = [p[only] for p in self.cast[layer]]
+        parameters = self.parameters(layer, only)
         x = x.to(self.dtype)
         if self.onednn and x.numel():
             return onednn.linear(x, *parameters, gelu=gelu)
         y = F.linear(x, *parameters)
         return F.gelu(y) if gelu else y
+
+    def parameters(self, layer: nn.Linear, only: slice = slice(None)) -> list[Tensor]:
+        """Its weight and bias, cast."""
+        if layer not in self.cast:
+            self.cast[layer] = [p.to(self.dtype) for p in (layer.weight, layer.bias)]
+        return [p[only] for p in self.cast[layer]]
+
+    def together(self, count: int, tokens: int) -> int:
+        """How many of `count`, each of so many tokens, go through a block at a time."""
+        most = max(1, self.group // max(1, tokens))
+        if self.between is None or not count:
+            return most
+        # Each size is compiled for itself: as even as can be there are two at most, mostly one.
+        return -(-count // -(-count // most))
 
     def attends(self, qkv: Tensor) -> bool:
         """Whether `self_attention` has a kernel for heads [.., d]."""
@@ -98,14 +135,30 @@ class Layers:
 
     def block(self, block: nn.Module, x: Tensor, found: Tensor) -> Tensor:
         """What a block makes of x [..., D] once its heads have found something."""
+        if self.between is not None:
+            of = [self.parameters(m) for m in (block.attn.proj, block.mlp.fc1, block.mlp.fc2)]  # type: ignore
+            shape, found = x.shape, found.to(self.dtype)
+            if x.is_contiguous():  # [Q, B, 1+N, D] of the first block is the size of those after it
+                x, found = x.flatten(0, -3), found.flatten(0, -3)
+            made: Tensor = self.between(x, found, *_norm(block.norm2), *of)  # type: ignore[arg-type]
+            return made.view(shape)
         y = self(block.attn.proj, found)  # type: ignore[union-attr, arg-type]
         x, normed = add_norm(x, y, block.norm2, self.dtype)  # type: ignore[arg-type]
         # No name for what lies between: it is the largest tensor here, and gone before the sum.
         return x + self(block.mlp.fc2, self(block.mlp.fc1, normed, gelu=True))  # type: ignore
 
-    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """A LayerNorm of x, for a product."""
-        return add_norm(x, None, norm, self.dtype)[1]
+    def after_norm(
+        self, norm: nn.Module, layer: nn.Linear, x: Tensor, only: slice = slice(None)
+    ) -> Tensor:
+        """What a layer, or some of its rows, makes of a LayerNorm of x."""
+        if self.between is not None:
+            made: Tensor = self.between(x, None, *_norm(norm), self.parameters(layer, only))
+            return made
+        return self(layer, add_norm(x, None, norm, self.dtype)[1], only=only)
+
+
+def _norm(norm: nn.Module) -> tuple[list[Tensor], float]:
+    return [norm.weight, norm.bias], norm.eps  # type: ignore[list-item, return-value]
 
 
 class THead(nn.Module):
@@ -157,6 +210,7 @@ class THead(nn.Module):
         self.grad_checkpointing = False  # timm's word, see nn/checkpointing.py
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks.apply(_init)
+        self.between = Between()
         # The stem and the prototypes keep PyTorch's own init, as the official ones do.
         self.stem: nn.Module = nn.Linear(width, dim) if stem else nn.Identity()
         self.last_layer = Prototypes(dim, prototypes, train_norm=True)
@@ -192,7 +246,7 @@ class THead(nn.Module):
             return self.look(self.remember(tokens, grid, embedding=False)[1], queries)[0]
         x = self._embedded(tokens, grid)
         queries = self._asking(queries, len(x))
-        layers = Layers(x)
+        layers = Layers(x, self.between)
         with torch.autocast(x.device.type, enabled=False):
             return self._joint(layers, x, queries)
 
@@ -205,7 +259,7 @@ class THead(nn.Module):
         last block, whose own it skips), and the keys and values of every block.
         """
         x = self._embedded(tokens, grid)
-        layers, memory = Layers(x), []
+        layers, memory = Layers(x, self.between), []
         with torch.autocast(x.device.type, enabled=False):
             for block in self.blocks:
                 layers.forget()
@@ -226,7 +280,7 @@ class THead(nn.Module):
         each block.
         """
         queries = self._asking(queries, len(memory[0][0]))
-        looks, layers = [], Layers(queries)
+        looks, layers = [], Layers(queries, self.between)
         with torch.autocast(queries.device.type, enabled=False):
             for block, (k, v) in zip(self.blocks, memory, strict=True):
                 layers.forget()
@@ -266,7 +320,7 @@ class THead(nn.Module):
         the next block: what a block makes stays in the caches, its weights are cast once.
         """
         first, *rest = self.blocks
-        images = max(1, layers.group // max(1, len(queries) * x.shape[1]))
+        images = layers.together(len(x), len(queries) * x.shape[1])
         parts = [
             self._first(layers, first, *part, last=not rest)
             for part in zip(x.split(images), queries.split(images, dim=1), strict=True)
@@ -286,7 +340,7 @@ class THead(nn.Module):
         own = self._qkv(layers, block, x).transpose(2, 3)  # 3 x [B, H, N, d]
         tokens, query = joint_attention(*own, *self._qkv(layers, block, queries))
         tokens = tokens.transpose(2, 3)  # [Q, B, N, H, d]
-        size = max(1, layers.group // max(1, x.shape[0] * x.shape[1]))
+        size = layers.together(len(queries), x.shape[0] * x.shape[1])
         parts = []
         for asking, heard, found in zip(
             queries.split(size), query.split(size), tokens.split(size), strict=True
@@ -320,7 +374,7 @@ class THead(nn.Module):
         [.., .., D] -> [end - first, .., .., H, d]"""
         D = x.shape[-1]
         only = slice(first * D, end * D)
-        qkv = layers(block.attn.qkv, layers.norm(block.norm1, x), only=only)  # type: ignore
+        qkv = layers.after_norm(block.norm1, block.attn.qkv, x, only)  # type: ignore[union-attr, arg-type]
         return qkv.unflatten(2, (end - first, self.heads, -1)).movedim(2, 0)
 
     def join(self, tokens: Tensor, grid: tuple[int, int], queries: Tensor) -> Tensor:

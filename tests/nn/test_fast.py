@@ -12,9 +12,10 @@ from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
-from mokd_fast.nn import Temperatures, blocks, fast
+from mokd_fast.nn import Temperatures, blocks, fast, heads
 from mokd_fast.nn.blocks import Block, Linear, Mlp
 from mokd_fast.nn.fast import FEW, MANY, Conv2d, compile_blocks, quicken
+from mokd_fast.nn.heads import THead
 from mokd_fast.ops import block, cpu, ema_update_, onednn
 from mokd_fast.train.networks import build
 from tests.train.recipes import small
@@ -379,6 +380,53 @@ def test_compiled_blocks_are_one_graph_and_not_compiled_again(precision, monkeyp
     for mine, theirs in zip(found[1], found[0], strict=True):
         if theirs is not None:
             torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("search", ["joint", "cross"])
+def test_compiled_searches_are_the_plain_ones(search, backend, monkeypatch):
+    """What lies between attentions, where products are not oneDNN's, as on a GPU: few graphs, in
+    groups too, none after the first search, none where oneDNN is."""
+    import torch._dynamo.utils as dynamo
+
+    def graphs() -> int:
+        return dynamo.counters["stats"]["unique_graphs"]
+
+    monkeypatch.setattr(
+        nn.Module, "compile",
+        lambda self, f=nn.Module.compile, **k: f(self, backend=backend, **k),
+    )  # fmt: skip
+    torch._dynamo.reset()
+    plain = THead(20, 8, dim=48, grid=(4, 4), stem=True, heads=3, search=search)
+    head = copy.deepcopy(plain)
+    assert compile_blocks(head) == 3 and head.state_dict().keys() == plain.state_dict().keys()
+    before = graphs()
+    if onednn.usable("cpu", torch.float32):
+        with torch.no_grad():
+            args = torch.randn(4, 16, 20), (4, 4), torch.randn(2, 4, 48)
+            assert torch.equal(head.search(*args), plain.search(*args)) and graphs() == before
+    monkeypatch.setattr(onednn, "usable", lambda *_: False)
+    # Room for three of four images: two and two, so that each size there is is compiled once.
+    monkeypatch.setitem(heads.GROUP, "cpu", 3 * 2 * 16 * 48 * 4)
+    # Joint: products of tokens, queries and both, the rest of the first two blocks and of the last.
+    # Cross: products of tokens, the last block's of those and of queries; the rest of both.
+    for made in (5, 0):
+        before = graphs()
+        args = torch.randn(4, 16, 20), (4, 4), torch.randn(2, 4, 48)
+        with torch.no_grad():
+            found = head.search(*args)
+            torch.testing.assert_close(found, plain.search(*args), rtol=1e-5, atol=1e-6)
+        assert graphs() == before + made
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(head.search(*args), plain.search(*args), rtol=0, atol=0.02)
+    nothing = args[2][:0]
+    assert head.search(*args[:2], nothing).shape == (0, 4, 48)
+    grads = []
+    for one in (head, plain):
+        one.search(*args).square().sum().backward()
+        grads.append([p.grad for p in one.parameters() if p.grad is not None])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def vit_blocks(**options) -> list[nn.Sequential]:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mokd_fast.errors import UserError
-from mokd_fast.nn import Temperatures, tally
+from mokd_fast.nn import Temperatures, heads, tally
+from mokd_fast.ops import onednn
 from mokd_fast.ops.foreach import Snapshot
 from mokd_fast.train import loop, networks, optim
 from mokd_fast.train.adapters import Fused
@@ -184,11 +185,19 @@ def test_every_way_has_the_bits(way, data, tmp_path, on_the_cpu, monkeypatch):  
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **k: compile_(self, backend="eager", **k)
     )
+    compiled, block = [], heads.Layers.block
+    monkeypatch.setattr(
+        heads.Layers, "block",
+        lambda self, *args: compiled.append(self.between is not None) or block(self, *args),
+    )  # fmt: skip
+    if way == "compiled":  # its searches too, as on a GPU
+        monkeypatch.setattr(onednn, "usable", lambda *_: False)
     recipe = recipe_of(data, *overrides, GRAPH, **more)
     plain = trained(recipe, tmp_path / "eager", recorded=False)
     replayed = trained(recipe, tmp_path / "replayed")
     assert on_the_cpu[1].replays == REPLAYED
     assert_same(plain, replayed)
+    assert way != "compiled" or (compiled and all(compiled))
 
 
 def test_batches_that_are_counted_at_once(data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811

@@ -1,6 +1,7 @@
 """Where a step's time goes on a device: spans between events, operations, and its kernels."""
 
 import json
+import re
 import tempfile
 import time
 from bisect import bisect
@@ -25,6 +26,18 @@ from mokd_fast.train.loop import Trainer
 OPTIMIZERS, OTHER = "clip, optimizers, EMA", "other"
 BORDER = "border "  # and a number: in a profiler's trace
 LAUNCHES, LAUNCHED = ("cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
+KINDS = {  # of a kernel, by its name: the first that fits
+    "compiled": "^triton_",  # whatever is fused in it
+    "ours": "mokd::|^_[a-z_]+$",  # CUDA C++; Triton has the names of functions
+    "attention": "sdpa|fmha|flash",
+    "batch norm": "batch_?norm|::bn_",
+    "optimizers, EMA, clip": "multi_tensor_apply",
+    # cuBLAS has xmma kernels too; what else cuDNN has changes layouts for its own.
+    "convolution": "implicit_gemm|[dw]grad|fprop|convol|conv_|conv2d|cudnn",
+    "products": "nvjet|gemm|gemv|cutlass|cublas|splitK",
+    "copies": "Memcpy|Memset|[Cc]opy|FillFunctor",
+    "other elementwise and reductions": "",
+}
 T = TypeVar("T")
 
 
@@ -130,30 +143,43 @@ def _trace(profiler: profile) -> list[dict[str, Any]]:
 
 
 def kernels_between(found: list[tuple[str, str]], trace: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of the kernels of each part, by when they were launched; most first."""
+    """Seconds of the kernels of each part, by when they were launched; most first.
+
+    A border is in the trace once more, as a "gpu_user_annotation" by the device's time: the host's
+    counts. All times are us of one clock."""
     at = {event["name"]: event["ts"] for event in trace if event.get("cat") == "user_annotation"}
-    begins = [at[mark] for _, mark in found]
+    begins = [at[mark] for _, mark in found[:-1]]
     launched = {
         event["args"]["correlation"]: event["ts"]
         for event in trace
         if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
     }
     total: dict[str, float] = defaultdict(float)
-    for event in trace:
-        if event.get("cat") in LAUNCHED:
-            ts = launched.get(event["args"].get("correlation"), event["ts"])
-            total[found[max(bisect(begins, ts) - 1, 0)][0]] += event["dur"] / 1e6
+    last: dict[Any, float] = {}  # of a stream, when its kernel so far was launched
+    ran = [event for event in trace if event.get("cat") in LAUNCHED]
+    for event in sorted(ran, key=lambda event: event["ts"]):
+        # Of the driver's calls the profiler sees cuLaunchKernel and cuLaunchKernelEx alone. What
+        # another one has launched (cuMemsetD8Async) came after what runs before it in its stream.
+        stream = event["args"].get("device"), event["args"].get("stream")
+        before = last.get(stream, begins[0])
+        last[stream] = launched.get(event["args"].get("correlation"), before)
+        total[found[max(bisect(begins, last[stream]) - 1, 0)][0]] += event["dur"] / 1e6
     return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
 
+def kind_of(name: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+
+
 def kernels(run: Run, steps: int = 3) -> dict[str, Any]:
-    """The share of the time without a kernel, and where the kernels' time goes."""
+    """The share of the time without a kernel, and where the kernels' time goes: by kind, and the
+    names that take most."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             run()
         torch.cuda.synchronize()
-    spans, by_name = [], defaultdict(lambda: [0.0, 0])
+    spans, by_name, kinds = [], defaultdict(lambda: [0.0, 0]), defaultdict(float)
     for event in profiler.events():
         if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
             continue
@@ -162,6 +188,7 @@ def kernels(run: Run, steps: int = 3) -> dict[str, Any]:
         row = by_name[event.name[:120]]
         row[0] += (end - begin) / steps / 1e6
         row[1] += 1 / steps
+        kinds[kind_of(event.name)] += (end - begin) / steps / 1e6
     spans.sort()
     busy, until = 0.0, spans[0][0]
     for begin, end in spans:
@@ -172,5 +199,6 @@ def kernels(run: Run, steps: int = 3) -> dict[str, Any]:
         "gaps": 1 - busy / (until - spans[0][0]),
         "busy_s": busy / steps / 1e6,
         "kernels": sum(count for _, count in by_name.values()),
+        "kinds": dict(sorted(kinds.items(), key=lambda pair: -pair[1])),
         "most": [[name, *row] for name, row in most[:40]],
     }

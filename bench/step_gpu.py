@@ -6,10 +6,12 @@ on the device, and what each of its means is worth there.
 
 ResNet-50 + ViT-S, K = 65536, 2 x 224 + 8 x 96. Ours runs with all that a GPU gains by (FAST, or
 what --set says). All steps of a row run in turns, in one precision; seconds are of the clock,
-device and host together. `parts` are those of our step as the recipe has it, without a recording:
-spans of the device's time, between events, which wait for the host, and the time of their kernels
-alone, by which their share of the matrix rate is (that of a large product in the same run). The
-gaps are what no kernel fills of the time from the first kernel of some steps to the last.
+device and host together. `parts` are those of our step with the same switches but a recording,
+which nobody can split: spans of the device's time, between events, which wait for the host, and the
+time of their kernels alone, by which their share of the matrix rate is (that of a large product in
+the same run). Operations are counted in our step as the recipe has it, which makes the same
+products: compiled blocks run under no counter. The gaps are what no kernel fills of the time from
+the first kernel of some steps to the last.
 
 A means comes in the order of `means`; what there is no time left for is left out, and named.
 --quick takes few rounds and no means; --full, with which `mokd-fast bench` may call it, changes
@@ -76,6 +78,11 @@ def held_bytes(step: Trainer | OfficialStep) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
+def unrecorded(steps: Steps) -> Trainer:
+    """Ours, with kernels that are launched one by one."""
+    return steps.make_trainer(cuda_graph=False) if steps.trainer.graph else steps.trainer
+
+
 def compare(steps: Steps, eager: Trainer, rounds: int, size: int) -> dict[str, Any]:
     """The row: ours, ours as the recipe has it, the official step and the best plain one, in the
     same precision."""
@@ -96,8 +103,7 @@ def compare(steps: Steps, eager: Trainer, rounds: int, size: int) -> dict[str, A
         peaks[key] = peak_bytes(run)  # before anything is recorded
     times = interleave(runs | {"product": product}, rounds)
     rate = operations / times["product"]
-    kind, parts = steps.device.type, our_parts(eager)
-    made = flops_of_parts(runs["eager"], parts)
+    kind, made = steps.device.type, flops_of_parts(runs["eager"], our_parts(eager))
     row: dict[str, Any] = {
         "op": "training step", "backend": "automatic", "dtype": steps.precision, "device": kind,
         "shape": steps.shape, "median_s": times["ours"], "eager_s": times["eager"],
@@ -110,8 +116,12 @@ def compare(steps: Steps, eager: Trainer, rounds: int, size: int) -> dict[str, A
     row["eager_peak_bytes"] = peaks["eager"]
     for key, step in whose.items():
         row |= {f"{key}_peak_bytes": peaks[key], f"{key}_held_bytes": held_bytes(step)}
-    seconds = seconds_of_parts(runs["eager"], parts, kind)
-    busy = kernel_seconds_of_parts(runs["eager"], parts) if kind == "cuda" else seconds
+    trainer = unrecorded(steps)
+    split, parts = steps.ours(trainer), our_parts(trainer)
+    split()  # a new one has optimizer state to make
+    split()
+    seconds = seconds_of_parts(split, parts, kind)
+    busy = kernel_seconds_of_parts(split, parts) if kind == "cuda" else seconds
     row["parts"] = {
         name: {
             "s": s,
@@ -245,7 +255,9 @@ def say(row: dict[str, Any]) -> None:
             f"{name} {s * 1e3:.1f}" for name, s in row[f"{whose}_parts"].items()))  # fmt: skip
     for key, found in row.get("device_time", {}).items():
         print(f"  {key}: gaps {found['gaps']:.1%}, {found['kernels']:.0f} kernels a step, busy "
-              f"{found['busy_s'] * 1e3:.1f} ms", flush=True)  # fmt: skip
+              f"{found['busy_s'] * 1e3:.1f} ms: " + ", ".join(
+                  f"{kind} {s * 1e3:.1f}" for kind, s in found["kinds"].items()
+              ), flush=True)  # fmt: skip
 
 
 def main() -> None:

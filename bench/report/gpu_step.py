@@ -54,7 +54,7 @@ def _counted(row: Row, rows: list[Row]) -> float:
 def parts_table() -> str:
     """The device's time: each of our parts with its share of the matrix rate, then the others'."""
     rows = [row for row in load_gpu("step")["rows"] if row["flops"]]
-    heads = [row["dtype"] for row in rows]
+    heads = [f"{row['dtype']}, {_with(row)}" for row in rows]
     lines = [f"| ours | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for part in dict.fromkeys(part for row in rows for part in row["parts"]):
         cells = (_part(row["parts"].get(part)) for row in rows)

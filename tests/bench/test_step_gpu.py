@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import device_parts, step, step_gpu
+from bench.readme import ROOT
 from bench.report import gpu_step, results
 
 MEANS = ["crops of a ViT packed", "our operators, not the reference", "logits stored"]
@@ -76,6 +78,17 @@ def test_the_reference_is_chosen_for_the_steps_without_our_operators_alone(monke
     assert os.environ["MOKD_FAST_BACKEND"] == ""
 
 
+@pytest.mark.parametrize("graph", [None, object()])
+def test_the_parts_are_those_of_the_measured_step(graph):
+    """Its own trainer, or one that differs in the recording alone."""
+    asked, other = [], object()
+    steps = SimpleNamespace(
+        trainer=SimpleNamespace(graph=graph), make_trainer=lambda **t: asked.append(t) or other
+    )
+    assert step_gpu.unrecorded(steps) is (other if graph else steps.trainer)
+    assert asked == ([{"cuda_graph": False}] if graph else [])
+
+
 def test_parts_lie_between_borders():
     """A part within a part is taken from it, and a label may be another each time."""
     now = iter([0, 1, 3, 6, 10, 15, 21, 28])
@@ -102,7 +115,8 @@ def test_parts_lie_between_borders():
 
 
 def test_kernels_belong_to_the_part_that_launched_them():
-    """By whichever thread, however late they run; the marks are those of a real trace."""
+    """By whichever thread, however late they run, and what no call of the trace has launched by
+    what runs before it in its stream; the marks are those of a real trace."""
 
     class Thing:
         def part(self):
@@ -123,10 +137,49 @@ def test_kernels_belong_to_the_part_that_launched_them():
     assert [name for name, _ in found] == ["other", "part", "other", ""]
     for correlation, cat, ts in ((7, "cuda_driver", within), (8, "cuda_runtime", 0.0)):
         trace.append({"cat": cat, "ts": ts, "dur": 1, "args": {"correlation": correlation}})
-        args = {"correlation": correlation}
+        args = {"correlation": correlation, "device": 0, "stream": correlation}
         trace.append({"cat": "kernel", "ts": last + 9, "dur": 3e6 + correlation, "args": args})
+    for mark in (event for event in list(trace) if event.get("cat") == "user_annotation"):
+        trace.insert(0, mark | {"cat": "gpu_user_annotation", "ts": last + 20})
+        trace.append(mark | {"cat": "gpu_user_annotation", "ts": last + 20})
     seconds = device_parts.kernels_between(found, trace)
     assert seconds == {"other": pytest.approx(3.000008), "part": pytest.approx(3.000007)}
+    for stream, ts in ((7, last + 12), (7, last + 30), (8, last + 13), (9, last + 14)):
+        args = {"correlation": 100 + stream, "device": 0, "stream": stream}
+        trace.insert(0, {"cat": "gpu_memset", "ts": ts, "dur": 1e6, "args": args})
+    seconds = device_parts.kernels_between(found, trace)
+    assert seconds == {"other": pytest.approx(5.000008), "part": pytest.approx(5.000007)}
+
+
+def test_kernels_are_of_a_kind_each():
+    """Names of a trace on an H200, and those of our Triton kernels."""
+    named = {
+        "void cudnn::batchnorm_bwtr_nhwc_semiPersist<__half>(cudnn::NhwcBatchNormBwd": "batch norm",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
+        "fmha_cutlassF_f16_aligned_64x64_rf_sm80": "attention",
+        "sm90_xmma_dgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc": "convolution",
+        "void cudnn::ops::nchwToNhwcKernel<__half, __half, float>(cudnn::ops::": "convolution",
+        "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x32": "products",
+        "nvjet_sm90_hsh_192x192_64x4_2x1_v_bz_coopB_bias_TNN": "products",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_f16_s161616gemm_f16>": "products",
+        "triton_per_fused__to_copy_add_native_layer_norm_view_5": "compiled",
+        "triton_poi_fused_convolution_native_batch_norm_0": "compiled",
+        "void mokd::cuda::(anonymous namespace)::backward_tiles<__half>(mokd::": "ours",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<": "optimizers",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::float16_copy_k": "copies",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::": "copies",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::FillFunctor": "copies",
+        "Memset (Unknown)": "copies",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "void at::native::(anonymous namespace)::max_pool_backward_nhwc<c10::Half>": "other",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>": "other",
+    }
+    for path in (ROOT / "kernels").glob("*.py"):
+        found = re.findall(r"@triton\.jit.*\ndef (\w+)\(", path.read_text())
+        named |= {name: "ours" for name in found if name.startswith("_")}
+    assert {"_attend", "_forward", "_blur_across"} <= named.keys()
+    for name, kind in named.items():
+        assert device_parts.kind_of(name).startswith(kind), name
 
 
 def test_tables_show_what_was_measured(measured, monkeypatch):
@@ -153,7 +206,7 @@ def test_tables_show_what_was_measured(measured, monkeypatch):
     path.write_text(json.dumps(result))
     line = gpu_step.step_table().splitlines()[3]  # its operations are those counted beside it
     assert "| the recipe's own | 1000.0 ms | " in line and f"| {row['flops']:.0%} of " in line
-    assert gpu_step.parts_table().splitlines()[0] == "| ours | bf16 |"
+    assert gpu_step.parts_table().splitlines()[0] == "| ours | bf16, pack_crops |"
     del result["rows"][1]
 
     row["device_time"] = {"ours": {"gaps": 0.25, "busy_s": 0.5, "kernels": 7.2, "most": []}}

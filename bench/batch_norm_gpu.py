@@ -144,7 +144,7 @@ def network(
 ) -> list[dict[str, Any]]:
     images = VIEWS[side] * pictures
     return [
-        measure(layer, images, dtype, device, rounds, alone) | {"layers": count}
+        measure(layer, images, dtype, device, rounds, alone) | {"view": side, "layers": count}
         for layer, count in layers(side).items()
     ]
 

@@ -50,6 +50,7 @@ PARTS = {
     "gpu-distill-table": gpu.distill_table,
     "gpu-linear-table": gpu.linear_table,
     "gpu-search-table": gpu.search_table,
+    "gpu-norms-table": gpu.norms_table,
     "gpu-augment-table": gpu.augment_table,
     "gpu-step-table": gpu_step.step_table,
     "gpu-parts-table": gpu_step.parts_table,

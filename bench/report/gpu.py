@@ -141,6 +141,30 @@ def augment_table() -> str:
     return _ended(lines, result)
 
 
+def norms_table() -> str:
+    """All BatchNorm of a ResNet-50 with its sums and ReLUs, a line a crop and dtype."""
+    result = load_gpu("batch_norm")
+    lines = ["| 64 pictures' crops | dtype | ours | PyTorch's passes | of the copy rate |"]
+    lines.append("|---|---|---|---|---|")
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["view"], row["dtype"]), []).append(row)
+    for (view, dtype), rows in groups.items():
+        ours, theirs, floor = (
+            sum(seconds(row) * row["layers"] for row in rows)
+            for seconds in (
+                lambda row: row["median_s"],
+                lambda row: row["baseline_s"],
+                lambda row: row["median_s"] * row["floor_fraction"],
+            )
+        )
+        lines.append(
+            f"| {view} | {SHORT[dtype]} | {ours * 1e3:.2f} ms "
+            f"| {theirs * 1e3:.2f} ms, {theirs / ours:.2f}x | {floor / ours:.0%} |"
+        )
+    return _ended(lines, result)
+
+
 def _grouped(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
     """(dtype, B, backend) -> the rows by what they are compared with."""
     found: dict[tuple[str, int, str], dict[str, Row]] = {}

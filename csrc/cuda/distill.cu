@@ -37,10 +37,10 @@ constexpr int THREADS = 128, MERGE_THREADS = 640;
 constexpr int64_t SHARED = 48 << 10;  // bytes that a block has without an attribute
 constexpr double LOG2_E = 1.4426950408889634;
 // Of the kernels for whole tiles, by the columns of a lane.
+template <typename S, int E>
+constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? (sizeof(S) == 2 ? 8 : 7) : 10;
 template <int E>
-constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? 6 : 10;
-template <int E>
-constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : E == 16 ? 6 : 8;
+constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : 8;
 // Of backward_tiles: fp32 on sm_80 would spill with four.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <typename S>
@@ -184,6 +184,26 @@ __device__ __forceinline__ const S* row_at(const Rows& rows, const Piece& at) {
   return static_cast<const S*>(rows.data) + (at.image * rows.image + at.k);
 }
 
+// p: the lane's first column.
+template <typename S, int E>
+__device__ __forceinline__ void prefetch_row(const S* p, const Piece& at) {
+  prefetch<E * WARP * int(sizeof(S))>(p, at.lane);
+}
+
+// Of row i of the stream, teachers first.
+template <typename S, int E>
+__device__ __forceinline__ void prefetch_later(const Call& d, const Piece& at, int i) {
+  const int v = i - d.shape.teachers;
+  if (v < 0) prefetch_row<S, E>(row_at<S>(d.teacher[i].rows, at), at);
+  else if (v < d.shape.views) prefetch_row<S, E>(row_at<S>(d.student, at) + v * d.view, at);
+}
+
+template <typename S, int E>
+__device__ __forceinline__ void prefetch_first(const Call& d, const Piece& at) {
+#pragma unroll
+  for (int i = 1; i <= AHEAD; ++i) prefetch_later<S, E>(d, at, i);
+}
+
 template <typename S, int N>
 __device__ __forceinline__ void subtract_center(const Teacher& teacher, int64_t k, float (&x)[N * WIDTH<S>]) {
   if (!teacher.center) return;
@@ -200,7 +220,7 @@ __device__ __forceinline__ void subtract_center(const Teacher& teacher, int64_t 
 
 // As forward_tiles. Rows are one stream, teachers first: the next one is on its way while one is used.
 template <typename S, int N>
-__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<N * WIDTH<S>>)
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<S, N * WIDTH<S>>)
     forward_whole(const __grid_constant__ Parameters p) {
   constexpr int E = N * WIDTH<S>;
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.joined = 0;
@@ -213,10 +233,12 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<N * WIDTH<S>>)
   Words<S, N> next;
   float x[E];
   next.load(row_at<S>(d.teacher[0].rows, at));
+  prefetch_first<S, E>(d, at);
   for (int t = 0; t < T; ++t) {
     const Teacher& teacher = d.teacher[t];
     next.wide(x);
     next.load(row_at<S>(t + 1 < T ? d.teacher[t + 1].rows : d.student, at));
+    prefetch_later<S, E>(d, at, t + 1 + AHEAD);
     subtract_center<S, N>(teacher, at.k, x);
     const float rate = inverse_temperature<float>(d, t) * float(LOG2_E);
     const float top = teacher.probabilities ? 0 : warp_max(x);
@@ -238,6 +260,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<N * WIDTH<S>>)
     const float largest = next.largest();
     next.wide(x);
     if (v + 1 < V) next.load(student += d.view);
+    if (v + 1 + AHEAD < V) prefetch_row<S, E>(student + AHEAD * d.view, at);
     const float top = warp_max(largest);
     float sums[4] = {lane_sum<E>([&](int j) { return power_of_two((x[j] -= top) * rate); })};
 #pragma unroll
@@ -270,12 +293,14 @@ __device__ __forceinline__ Pair join_tiles(const Parameters& p, int64_t b, int t
   const int lane = threadIdx.x % WARP;
   const double of_t = double(inverse_temperature<A>(p.call, t)), of_s = double(inverse_temperature<A>(p.call, -1));
   high = top = -A(INFINITY);
+#pragma unroll 4  // loads that wait together
   for (int64_t i = lane; i < p.all; i += WARP) {
     high = larger(high, (&first.teacher(t, 0))[i]);
     top = larger(top, (&first.student(v, 0))[i]);
   }
   high = warp_largest(high), top = warp_largest(top);
   Pair all = {{double(high) * of_t, 0}, {double(top) * of_s, 0}, 0};
+#pragma unroll 2
   for (int64_t i = lane; i < p.all; i += WARP) {
     const Partial teacher = {double((&first.teacher(t, 0))[i]) * of_t, double((&first.teacher(t, 1))[i])};
     const Partial student = {double((&first.student(v, 0))[i]) * of_s, double((&first.student(v, 1))[i])};
@@ -422,7 +447,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
   Shelf<E> q(shared, T, at.warp, at.lane);
   Words<S, N> next;
   float x[E];
-  if (at.any) next.load(row_at<S>(d.teacher[0].rows, at));
+  if (at.any) next.load(row_at<S>(d.teacher[0].rows, at)), prefetch_first<S, E>(d, at);
   // Behind the rows, for all warps: the views, and the coefficient of each pair.
   View* views = reinterpret_cast<View*>(reinterpret_cast<float*>(shared) + int(blockDim.x) * T * E);
   float* coefficients = reinterpret_cast<float*>(views + V);
@@ -441,6 +466,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
     any |= p.paired[t];
     next.wide(x);
     next.load(row_at<S>(t + 1 < T ? d.teacher[t + 1].rows : d.student, at));
+    prefetch_later<S, E>(d, at, t + 1 + AHEAD);
     subtract_center<S, N>(teacher, at.k, x);
     if (!teacher.probabilities) {
       const float* row = stats + teacher_stats(d.shape, t, at.image);
@@ -458,6 +484,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
     const View view = views[v];
     next.wide(x);
     if (v + 1 < V) next.load(student += d.view);
+    if (v + 1 + AHEAD < V) prefetch_row<S, E>(student + AHEAD * d.view, at);
     if (any >> v & 1)
 #pragma unroll
       for (int j = 0; j < E; ++j) x[j] = power_of_two((x[j] - view.max) * rate) * view.normal;

@@ -6,6 +6,8 @@
 #pragma once
 #include "tile.h"
 
+#include <climits>
+
 namespace mokd::cuda {
 
 template <typename S>
@@ -21,6 +23,21 @@ __device__ __forceinline__ uint4 read(const void* p) {
   return x;
 #else
   return *static_cast<const uint4*>(p);
+#endif
+}
+
+// Rows ahead of the one on its way to the registers that the L2 is told of: they need none.
+#ifndef MOKD_AHEAD
+#define MOKD_AHEAD 3
+#endif
+constexpr int AHEAD = MOKD_AHEAD;
+
+// Brings a tile to the L2, a lane a line of 128 bytes. p: the lane's first 16 bytes.
+template <int BYTES>
+__device__ __forceinline__ void prefetch(const void* p, int lane) {
+#ifdef __CUDA_ARCH__
+  if (lane < BYTES / 128)
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(static_cast<const char*>(p) + lane * int(128 - sizeof(uint4))));
 #endif
 }
 
@@ -98,8 +115,17 @@ struct Word<__half> {
   }
 };
 
-// NaN left out; finite for columns of -inf alone.
-__device__ __forceinline__ float warp_max(float top) { return larger(warp_largest(top), -FLT_MAX); }
+// NaN left out; finite for columns of -inf alone. One instruction finds the largest of 32 integers, whose
+// order that of floats is once those below 0 are turned around.
+__device__ __forceinline__ float warp_max(float top) {
+  top = larger(top, -FLT_MAX);
+  int bits;
+  memcpy(&bits, &top, sizeof(bits));
+  bits = __reduce_max_sync(0xffffffff, bits ^ (bits >> 31 & INT_MAX));
+  bits ^= bits >> 31 & INT_MAX;
+  memcpy(&top, &bits, sizeof(top));
+  return top;
+}
 
 template <int E>
 __device__ __forceinline__ float warp_max(const float (&x)[E]) {

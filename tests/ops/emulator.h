@@ -130,6 +130,11 @@ T __shfl_down_sync(unsigned, T value, int delta) {
   return emulator::shuffle(value, threadIdx.x % 32 + delta);
 }
 
+inline int __reduce_max_sync(unsigned mask, int value) {
+  for (int i = 16; i; i /= 2) value = std::max(value, __shfl_xor_sync(mask, value, i));
+  return value;
+}
+
 struct OnDevice {
   explicit OnDevice(int device) {
     if (device) throw std::runtime_error("CUDA: invalid device ordinal");  // one device, number 0

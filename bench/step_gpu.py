@@ -9,7 +9,7 @@ what --set says). All steps of a row run in turns, in one precision; seconds are
 device and host together. `parts` are those of our step with the same switches but a recording,
 which nobody can split: spans of the device's time, between events, which wait for the host, and the
 time of their kernels alone, by which their share of the matrix rate is (that of a large product in
-the same run). Operations are counted in our step as the recipe has it, which makes the same
+the same run). Operations are counted in our step with no switch, which makes the same
 products: compiled blocks run under no counter. The gaps are what no kernel fills of the time from
 the first kernel of some steps to the last.
 
@@ -84,7 +84,7 @@ def unrecorded(steps: Steps) -> Trainer:
 
 
 def compare(steps: Steps, eager: Trainer, rounds: int, size: int) -> dict[str, Any]:
-    """The row: ours, ours as the recipe has it, the official step and the best plain one, in the
+    """The row: ours, ours with no switch, the official step and the best plain one, in the
     same precision."""
     product, operations = matrix_rate(DTYPES[steps.precision], steps.device, size)
     runs = {
@@ -239,7 +239,7 @@ def measure(precision: str, options: argparse.Namespace, until: float) -> Iterab
 
 
 def say(row: dict[str, Any]) -> None:
-    print(f"{row['shape']}, {row['dtype']}: {row['median_s'] * 1e3:.1f} ms, as the recipe has it "
+    print(f"{row['shape']}, {row['dtype']}: {row['median_s'] * 1e3:.1f} ms, unrecorded, uncompiled "
           f"{row['eager_s'] * 1e3:.1f} ms; official "
           f"{row['baseline_s'] * 1e3:.1f} ms, {row['baseline_ratio']:.2f}x; best plain "
           f"{row['best_plain_s'] * 1e3:.1f} ms, {row['best_plain_ratio']:.2f}x; "

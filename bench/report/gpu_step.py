@@ -6,7 +6,7 @@ from bench.report.results import load_gpu, measured_gpu
 
 Row = dict[str, Any]
 WHOSE = {"ours": "ours", "best": "best plain", "official": "official"}
-NAMES = WHOSE | {"eager": "with the recipe's own"}
+NAMES = WHOSE | {"eager": "ours without any of them"}
 BUSY = (
     "Time of a step in which a kernel runs (the gaps are those of steps that the profiler watches, "
     "which makes the host slower and so gaps longer):"
@@ -40,9 +40,9 @@ def step_table() -> str:
 
 
 def _with(row: Row) -> str:
-    """The switches that were on; none is the recipe's own."""
+    """The switches that were on."""
     names = (text.removeprefix("train.").removesuffix("=true") for text in row["set"])
-    return ", ".join(names) or "the recipe's own"
+    return ", ".join(names) or "no switch"
 
 
 def _counted(row: Row, rows: list[Row]) -> float:

@@ -173,9 +173,25 @@ def _copies(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(numbers, torch.stack(list(numbers.values())).unbind(), strict=True))
 
 
+def records(recipe: Recipe, device: torch.device, processes: int, mokd: MOKD) -> bool:
+    """Whether the steps of these networks are recorded."""
+    train = recipe.train
+    if train.cuda_graph != "auto":
+        return train.cuda_graph
+    alone = device.type == "cuda" and processes == train.accumulate == 1
+    known = all(_is_timms(student.backbone) for student in mokd.students)
+    recordable = all(KINDS[model.optimizer.name].recordable for model in recipe.models)
+    return alone and known and recordable and not train.checkpoint_activations
+
+
+def _is_timms(backbone: object) -> bool:
+    """Or of a class made from its: others may do what no graph can record."""
+    return any(kind.__module__.startswith("timm.models.") for kind in type(backbone).__mro__)
+
+
 def refuse_graph(recipe: Recipe, device: torch.device, processes: int) -> None:
     """UserError where a recipe asks for a graph that this run cannot have."""
-    if not recipe.train.cuda_graph:
+    if recipe.train.cuda_graph is not True:
         return
     remedy = "set train.cuda_graph=false"
     if device.type != "cuda":

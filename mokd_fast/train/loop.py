@@ -30,7 +30,7 @@ from .diagnose import diagnose
 from .distributed import World
 from .fit import fit
 from .folder import RunLock, write_whole
-from .graph import Batch, Kind, Recorder, StepGraph, refuse_graph
+from .graph import Batch, Kind, Recorder, StepGraph, records, refuse_graph
 from .meter import BadFiles, Meter, StepResult, accumulate
 from .networks import make_networks
 from .online import OnlineKNN
@@ -202,6 +202,7 @@ class Trainer:
         self.loader.bad_files.update(reasons)
         self.bad_files = BadFiles(self.loader.bad_files, self.world)
         self.mokd = make_networks(recipe, self.device, self.precision, self.world, self.note)
+        self.recorded = records(recipe, self.device, self.world.size, self.mokd)
         self.statistics = Snapshot(self.mokd.statistics())
         self.counters = counters(self.mokd)
         self._schedules()
@@ -231,8 +232,7 @@ class Trainer:
             load_files(self, files)
             self.save()  # as well: the files may be gone or others by then
         self.network = self.world.share(self.mokd, self.device)
-        recorded = recipe.train.cuda_graph
-        self.graph = StepGraph(self.mokd, self._step, Recorder()) if recorded else None
+        self.graph = StepGraph(self.mokd, self._step, Recorder()) if self.recorded else None
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         path = self.run / "recipe.yaml"
         try:
@@ -250,7 +250,7 @@ class Trainer:
             ScheduledOptimizer(config, model, total=total, warmup=warmup, lr_scale=scale)
             for config, model in zip(recipe.models, self.mokd.students, strict=True)
         ]
-        for optimizer in self.optimizers if train.cuda_graph else []:
+        for optimizer in self.optimizers if self.recorded else []:
             optimizer.rates_on_device()
         self.emas = self.mokd.emas()
         self.momentum = cosine(recipe.teacher.momentum, recipe.teacher.final_momentum, total)

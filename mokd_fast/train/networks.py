@@ -8,7 +8,9 @@ from timm.layers import convert_sync_batchnorm
 from ..nn import MOKD, build_mokd, checkpoint_activations
 from ..nn.fast import compile_blocks, quicken
 from ..nn.tally import count_at_once
+from ..ops.attention import xformers_missing
 from .distributed import World
+from .graph import records
 from .recipe import Recipe, TrainConfig
 
 
@@ -33,23 +35,35 @@ def make_networks(
             checkpoint_activations(student)  # type: ignore[arg-type]
     if train.channels_last:
         mokd.to(memory_format=torch.channels_last)
-    quicken(mokd, device, precision, train.cuda_graph)
+    recorded = records(recipe, device, world.size, mokd)
+    quicken(mokd, device, precision, recorded)
     if device.type == "cuda":
         count_at_once(mokd)  # the trainer's step does
-    if packs_crops(train, device, precision) and not mokd.pack() and train.pack_crops is True:
+    packed = packs_crops(train, device, precision, recorded)
+    if packed and not mokd.pack() and train.pack_crops is True:
         note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
-    if train.compile and not compile_blocks(mokd):
+    compiled = recorded if train.compile == "auto" else train.compile
+    if compiled and not compile_blocks(mokd) and train.compile is True:
         note("train.compile=true: there is no transformer block to compile")
+    if recorded and train.cuda_graph == "auto":
+        note(
+            "train.cuda_graph=auto: steps are recorded"
+            + f"{', transformer blocks compiled' if compiled else ''}"
+            + f"{', crops of a ViT packed' if packed else ''}; the first ones take up to minutes"
+        )
     return mokd
 
 
-def packs_crops(train: TrainConfig, device: torch.device, precision: str) -> bool:
+def packs_crops(
+    train: TrainConfig, device: torch.device, precision: str, recorded: bool = False
+) -> bool:
     if train.pack_crops != "auto":
         return train.pack_crops
-    # Faster there in longer runs than step.json's, whose two rounds cannot tell, slower in fp32;
-    # nothing else has been measured.
-    measured = device.type == "cpu" and precision == "bf16"
-    return measured and not (train.checkpoint_activations or train.compile)
+    # Faster there, in bf16 on a CPU in longer runs than step.json's, whose two rounds cannot tell;
+    # slower in fp32; nothing else has been measured, packs by xformers among it.
+    on_a_cpu = device.type == "cpu" and precision == "bf16" and train.compile is not True
+    on_a_gpu = recorded and xformers_missing() is not None
+    return on_a_gpu or (on_a_cpu and not train.checkpoint_activations)
 
 
 def build(recipe: Recipe) -> MOKD:

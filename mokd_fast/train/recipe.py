@@ -123,10 +123,13 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_skipped: PositiveInt = 10  # non-finite steps in a row that end the run
     channels_last: bool = True
-    compile: bool = False  # transformer blocks by torch.compile; what it is worth: README
+    # The step recorded, then launched by one call, with sgd and adamw alone; auto: for networks
+    # of timm on one GPU, where the rest of the recipe goes with it.
+    cuda_graph: Literal["auto", True, False] = "auto"
+    # Transformer blocks and searches by torch.compile; auto: where the step is recorded.
+    compile: Literal["auto", True, False] = "auto"
     # A ViT's global and local crops in one pass; auto: where that was measured faster (README).
     pack_crops: Literal["auto", True, False] = "auto"
-    cuda_graph: bool = False  # the step recorded, then launched by one call; sgd and adamw alone
     checkpoint_activations: bool = False  # true: less memory, more time, no packs
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 10
@@ -149,7 +152,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _can_be_recorded(self) -> "TrainConfig":
-        if not self.cuda_graph:
+        if self.cuda_graph is not True:
             return self
         if self.accumulate > 1:
             raise ValueError(

@@ -205,7 +205,7 @@ def test_tables_show_what_was_measured(measured, monkeypatch):
     result["rows"].append(recorded)
     path.write_text(json.dumps(result))
     line = gpu_step.step_table().splitlines()[3]  # its operations are those counted beside it
-    assert "| the recipe's own | 1000.0 ms | " in line and f"| {row['flops']:.0%} of " in line
+    assert "| no switch | 1000.0 ms | " in line and f"| {row['flops']:.0%} of " in line
     assert gpu_step.parts_table().splitlines()[0] == "| ours | bf16, pack_crops |"
     del result["rows"][1]
 

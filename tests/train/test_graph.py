@@ -2,6 +2,7 @@
 does on a GPU is looked at with tensors that have no numbers; one test is for a real one."""
 
 import contextlib
+import io
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -9,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +25,7 @@ from mokd_fast.train.adapters import Fused
 from mokd_fast.train.checkpoint import newest
 from mokd_fast.train.diagnose import diagnose
 from mokd_fast.train.dry import dry_run
-from mokd_fast.train.graph import WARMUP, Kind, Recorder, StepGraph, refuse_graph
+from mokd_fast.train.graph import WARMUP, Kind, Recorder, StepGraph, records, refuse_graph
 from mokd_fast.train.loop import Trainer, pretrain
 from mokd_fast.train.networks import build
 from tests.train.graph_stand_in import on_the_cpu, stand_ins  # noqa: F401
@@ -48,7 +50,8 @@ def recipe_of(data, *overrides, models=(CNN, VIT), **more):
     warmup = dict.fromkeys(("self", "cross", "search"), "10it")
     return small(
         data, f"train.duration={STEPS}it", "train.warmup=1it", "train.freeze_last_layers=5it",
-        "train.checkpoint_every=20it", "train.device=cpu", "train.seed=8", *overrides,
+        "train.checkpoint_every=20it", "train.device=cpu", "train.seed=8", "train.compile=false",
+        "train.pack_crops=false", *overrides,
         models=[{**m, "temperature_warmup": warmup} for m in models], **more,
     )  # fmt: skip
 
@@ -328,6 +331,45 @@ def test_where_it_cannot_be_used(run, data, tmp_path):
         refuse_graph(recipe, torch.device("cuda"), 2)
     refuse_graph(recipe, torch.device("cuda"), 1)
     refuse_graph(recipe_of(data), torch.device("cpu"), 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "processes", "device", "expected"),
+    [
+        ("train.seed=1", 1, "cuda", True),
+        ("train.seed=1", 1, "cpu", False),
+        ("train.seed=1", 2, "cuda", False),
+        ("train.accumulate=2", 1, "cuda", False),
+        ("train.checkpoint_activations=true", 1, "cuda", False),
+        ("models.1.optimizer.name=lars", 1, "cuda", False),
+        ("train.cuda_graph=false", 1, "cuda", False),
+    ],
+)
+def test_when_steps_are_recorded_by_themselves(override, processes, device, expected, data):
+    recipe = recipe_of(data, "train.cuda_graph=auto", override)
+    mokd = networks.build(recipe)
+    assert records(recipe, torch.device(device), processes, mokd) is expected
+    refuse_graph(recipe, torch.device(device), processes)
+    mokd.students[1].backbone = torch.nn.Flatten()  # of nobody's making
+    assert not records(recipe, torch.device(device), processes, mokd)
+
+
+def test_what_goes_with_a_recording(data, tmp_path, monkeypatch, on_the_cpu):  # noqa: F811
+    """Blocks compiled and crops packed, and the user is told; each only where it is not set."""
+    for module in (networks, loop):
+        monkeypatch.setattr(module, "records", lambda *_: True)
+    compiled = []
+    monkeypatch.setattr(networks, "compile_blocks", lambda mokd: compiled.append(mokd) or 1)
+    auto = ("train.compile=auto", "train.pack_crops=auto")
+    for more, both in ((auto, True), ((), False)):
+        compiled.clear()
+        said = io.StringIO()
+        recipe = recipe_of(data, "train.cuda_graph=auto", *more)
+        trainer = Trainer(recipe, tmp_path / str(both), Console(file=said, width=200))
+        assert trainer.graph is not None and trainer.optimizers[0]._adapter.rates
+        assert bool(compiled) is both is any(s.packed for s in trainer.mokd.students)
+        assert "train.cuda_graph=auto: steps are recorded" in said.getvalue()
+        assert ("blocks compiled, crops of a ViT packed" in said.getvalue()) is both
     lars = recipe_of(data, "models.0.optimizer.name=lars", GRAPH)
     with pytest.raises(
         UserError, match=r"models.0.optimizer.name=lars .*one of sgd, adamw, or set"
@@ -457,8 +499,8 @@ def test_on_a_gpu(precision, how, data, tmp_path, monkeypatch):
     else:
         fp32_has_them(monkeypatch)
     found = []
-    for more in ((), (GRAPH,)):
-        recipe = recipe_of(data, "train.device=cuda", *how, *more)
+    for more in ("train.cuda_graph=false", GRAPH):
+        recipe = recipe_of(data, "train.device=cuda", *how, more)
         losses, recorded = on_a_gpu(recipe, tmp_path / "run", dtype)
         found.append(losses)
     assert len(recorded) == 4

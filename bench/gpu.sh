@@ -20,9 +20,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 total=${TOTAL:-530}
 
-# part=limit in seconds, in order of worth. What a part does is the function of its name below.
-LIMITS=(machine=30 build=110 check=100 tests=100 distill=90 step=170 linear=45 search=60
-    memcheck=80 racecheck=50 augment=20 sweep=60 data=60 initcheck=45 compiled=150)
+# part=limit in seconds, in order. What a part does is the function of its name below. Nothing is
+# timed in those of TOGETHER, which run side by side: they wait for compilers most of the time.
+LIMITS=(machine=30 build=110 check=180 tests=180 memcheck=180 racecheck=180 initcheck=180
+    compiled=180 caches=180 distill=90 step=170 norms=30 linear=45 search=60 augment=20 data=60
+    sweep=60)
+TOGETHER=" check tests memcheck racecheck initcheck compiled caches "
 NEED_NO_GPU=" machine build check "
 
 # -- the parts, run in the copy of the tree, each by a call of this script of its own
@@ -135,6 +138,7 @@ search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
 augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
 step() { "$python" bench/step_gpu.py --seconds 110 --json "$OUT/step.json"; }
+caches() { "$python" bench/step_gpu.py --quick --precisions fp16; } # what `step` would compile
 data() { "$python" bench/data.py --quick --json "$OUT/data.json"; } # the host's part of the machine
 
 if [[ ${1-} == --part ]]; then
@@ -159,6 +163,8 @@ OUT=${1:-$OUT}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 : "${COMMIT:=$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)}"
 export OUT COMMIT PYTHON=$python PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+: "${TORCHINDUCTOR_CACHE_DIR:=$work/inductor}" # one for all parts, and a new one
+export TORCHINDUCTOR_CACHE_DIR
 
 # As installed: the kernels inside the package, the module built in place.
 (cd "$root" && cp -r bench csrc kernels mokd_fast tests ./*.py ./*.toml ./*.txt ./*.md LICENSE "$work") || exit 2
@@ -182,11 +188,11 @@ record() { # name status seconds
 run() { # name limit
     local limit=$2 left=$((total - SECONDS)) begin=$SECONDS code
     if ! $gpu && [[ $NEED_NO_GPU != *" $1 "* ]]; then
-        record "$1" "not run: no CUDA device" 0
+        echo "not run: no CUDA device" >"$work/$1.status"
         return
     fi
     if ((left < 5)); then
-        record "$1" "not run: no time left" 0
+        echo "not run: no time left" >"$work/$1.status"
         return
     fi
     ((limit > left)) && limit=$left
@@ -194,17 +200,40 @@ run() { # name limit
     timeout -k 5 "$limit" bash "$root/bench/gpu.sh" --part "$1" 2>&1
     code=$?
     case $code in
-        0) record "$1" passed $((SECONDS - begin)) ;;
-        124 | 137) record "$1" "stopped at $limit s" $((SECONDS - begin)) ;;
-        *) record "$1" "failed with exit status $code" $((SECONDS - begin)) ;;
-    esac
+        0) echo passed ;;
+        124 | 137) echo "stopped at $limit s" ;;
+        *) echo "failed with exit status $code" ;;
+    esac >"$work/$1.status"
+    echo $((SECONDS - begin)) >"$work/$1.seconds"
+}
+
+ended() { # name
+    record "$1" "$(<"$work/$1.status")" "$(cat "$work/$1.seconds" 2>/dev/null || echo 0)"
+}
+
+together() { # name=limit ...
+    local part
+    for part in "$@"; do run "${part%%=*}" "${part##*=}" >"$work/${part%%=*}.log" & done
+    wait
+    for part in "${@%%=*}"; do
+        cat "$work/$part.log"
+        ended "$part"
+    done
 }
 
 main() {
-    local part wanted=" ${PARTS:-${LIMITS[*]%%=*}} "
+    local part now=() wanted=" ${PARTS:-${LIMITS[*]%%=*}} "
     for part in "${LIMITS[@]}"; do
-        [[ $wanted == *" ${part%%=*} "* ]] && run "${part%%=*}" "${part##*=}"
+        [[ $wanted == *" ${part%%=*} "* ]] || continue
+        if [[ $TOGETHER == *" ${part%%=*} "* ]]; then
+            now+=("$part")
+            continue
+        fi
+        ((${#now[@]})) && together "${now[@]}" && now=()
+        run "${part%%=*}" "${part##*=}"
+        ended "${part%%=*}"
     done
+    ((${#now[@]})) && together "${now[@]}"
     $gpu || echo "no CUDA device: only what needs none was run"
     if ((${#failed[@]})); then
         echo "FAILED after $SECONDS s: ${failed[*]}"

@@ -16,8 +16,8 @@ from bench import search as search_bench
 from mokd_fast.ops import cpu, distill, search
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["machine", "build", "check", "tests", "distill", "step", "linear", "search"]
-PARTS += ["memcheck", "racecheck", "augment", "sweep", "data", "initcheck", "compiled"]
+PARTS = ["machine", "build", "check", "tests", "memcheck", "racecheck", "initcheck", "compiled"]
+PARTS += ["caches", "distill", "step", "norms", "linear", "search", "augment", "data", "sweep"]
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
 
 

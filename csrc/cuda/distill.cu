@@ -302,12 +302,15 @@ __device__ __forceinline__ Pair join_tiles(const Parameters& p, int64_t b, int t
   Pair all = {{double(high) * of_t, 0}, {double(top) * of_s, 0}, 0};
 #pragma unroll 2
   for (int64_t i = lane; i < p.all; i += WARP) {
-    const Partial teacher = {double((&first.teacher(t, 0))[i]) * of_t, double((&first.teacher(t, 1))[i])};
-    const Partial student = {double((&first.student(v, 0))[i]) * of_s, double((&first.student(v, 1))[i])};
-    const double dot = double((&first.dot(t, v))[i]) * of_s, share = decay<A>(teacher.max - all.teacher.max);
-    all.teacher.sum += share * teacher.sum;
-    all.student.sum += decay<A>(student.max - all.student.max) * student.sum;
-    all.dot += share * dot_at(dot, teacher, student, all.student.max);
+    const double teacher_max = (&first.teacher(t, 0))[i], teacher_sum = (&first.teacher(t, 1))[i];
+    const double student_max = (&first.student(v, 0))[i], student_sum = (&first.student(v, 1))[i];
+    const double dot = (&first.dot(t, v))[i];
+    // In units of the logits: of a difference of two products the compiler rounds one alone, and where
+    // both are the same number what is left is its last digit, which may be any size in fp64.
+    const double below = (student_max - top) * of_s, share = decay<A>((teacher_max - high) * of_t);
+    all.teacher.sum += share * teacher_sum;
+    all.student.sum += decay<A>(below) * student_sum;
+    all.dot += share * (dot * of_s + teacher_sum * below);
   }
   all.teacher.sum = warp_sum(all.teacher.sum);
   all.student.sum = warp_sum(all.student.sum);

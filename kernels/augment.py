@@ -153,7 +153,7 @@ def _apply(r, g, b, code, factor, mean, C: tl.constexpr):
 @triton.jit
 def _rounded(sum, n):
     """sum / n to the nearest whole number, halves up: fp32 guesses, integers correct it."""
-    n = n.to(tl.int64)
+    n = tl.cast(n, tl.int64)  # of one pixel it is a constant, which has no `to`
     guess = (sum.to(tl.float32) / n.to(tl.float32) + 0.5).to(tl.int64)
     twice = 2 * sum + n
     guess -= (twice < 2 * n * guess).to(tl.int64)

@@ -36,3 +36,13 @@ def test_no_spill_no_fusion_and_64_bit_offsets(capability, c, tmp_path):
         assert "xi64>" in kernel.asm["ttir"], name
         if name in ("_sum_luma", "_colour"):  # Pillow has no fused a * b + c
             assert not re.search(r"\bfma\.", kernel.asm["ptx"]), name
+
+
+@pytest.mark.parametrize("c", [3, 1])
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 5), (5, 1)])
+def test_sides_of_one(h, w, c):
+    """Triton makes a constant of an argument that is 1."""
+    crops = torch.zeros(1, h, w, c, dtype=torch.uint8)
+    with compile_only(90) as found:
+        kernels.augment_crops(crops, augment_params(1), (0.5,) * c, (0.2,) * c, torch.float32)
+    assert len(found) == 4

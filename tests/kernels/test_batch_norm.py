@@ -45,3 +45,14 @@ def test_no_spill_16_bytes_at_a_time_and_64_bit_offsets(capability, dtype, tmp_p
                 assert offsets and set(offsets) == {"i64"}, name
             if name in ("_result", "_for_x"):
                 assert "st.global.v4.b32" in kernel.asm["ptx"], name
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 1, 1), (1, 16, 1, 1)])
+def test_sizes_of_one(shape, add):
+    """Triton makes a constant of an argument that is 1."""
+    x, w = torch.zeros(shape), torch.ones(shape[1])
+    with compile_only(90) as found:
+        y, stats = kernels.batch_norm(x, w, w, x if add else None, 1e-5, True, (w, w, 0.1))
+        kernels.batch_norm_backward(x, x, w, w, stats, y if add else None, True)
+    assert len(found) == 6

@@ -103,6 +103,12 @@ def test_few_and_odd_columns(columns, tmp_path):
         assert narrow_offsets(kernel.asm["ttir"]) <= {"arith.constant", "tt.make_range"}
 
 
+def test_sizes_of_one():
+    """Triton makes a constant of an argument that is 1."""
+    for counts in ((1,), (1, 1)):
+        assert len(compiled(90, torch.float32, counts, (1, 1, 1), variant=len(counts) > 1)) == 4
+
+
 def test_numbers_that_change_do_not_compile_again():
     first = compiled(90, torch.bfloat16, (2,))
     again = compiled(90, torch.bfloat16, (2,), (16, 48, 65536), weight=0.25)

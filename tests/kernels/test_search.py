@@ -11,14 +11,14 @@ from .aot import compile_only, resources
 from .test_distill import narrow_offsets
 
 
-def compiled(capability, dtype, d, queries=24, tokens=196):
+def compiled(capability, dtype, d, images=2, heads=6, queries=24, tokens=196):
     """All kernels, launched as the operators launch them."""
     new = torch.empty
-    maps = [new(2, 6, tokens, d, dtype=dtype) for _ in range(3)]
-    asking = [new(queries, 2, 6, d, dtype=dtype) for _ in range(3)]
+    maps = [new(images, heads, tokens, d, dtype=dtype) for _ in range(3)]
+    asking = [new(queries, images, heads, d, dtype=dtype) for _ in range(3)]
     with compile_only(capability) as found:
-        *_, rows, stats = kernels.joint_forward(*maps, *asking)
-        grads = new(queries, 2, tokens, 6, d, dtype=dtype), new(queries, 2, 6, d, dtype=dtype)
+        *results, rows, stats = kernels.joint_forward(*maps, *asking)
+        grads = [new(t.shape, dtype=dtype) for t in results]
         kernels.joint_backward(*grads, rows, stats, *maps, *asking)
     return found
 
@@ -47,3 +47,12 @@ def test_products_run_on_the_tensor_cores():
     for name in ("_attend", "_row_gradients", "_key_gradients"):
         ptx = compiled(80, torch.bfloat16, 64)[name].asm["ptx"]
         assert "mma.sync" in ptx, name
+
+
+@pytest.mark.parametrize("d", [1, 16])
+def test_sizes_of_one(d):
+    """Triton makes a constant of an argument that is 1."""
+    found = compiled(90, torch.float32, d, images=1, heads=1, queries=1, tokens=1)
+    with compile_only(90) as more:
+        kernels.search_forward(*[torch.empty(1, 1, 1, d)] * 3, True)
+    assert len(found) == 5 and more["_attend"] is not found["_attend"]

@@ -76,7 +76,7 @@ def run(operator, tensors, rounded=torch.float64, **options):
     found = operator(*leaves, **options)
     found = found if isinstance(found, tuple) else (found,)
     g = torch.Generator().manual_seed(1)
-    given = [torch.randn(f.shape, generator=g).to(rounded).to(f.dtype) for f in found]
+    given = [torch.randn(f.shape, generator=g).to(rounded).to(f) for f in found]
     grads = torch.autograd.grad(found, leaves, given)
     return [*(f.detach() for f in found), *grads]
 
@@ -94,6 +94,13 @@ def check(operator, tensors, backend, within=2e-6, times=1):
         top = max(1.0, truth.abs().max())
         error, theirs = ((x.double() - truth).abs().max() for x in (have, allowed))
         assert error <= times * theirs + (1e-13 if have.dtype == torch.float64 else within) * top
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_are_asked_for_on_any_device(operator):
+    """As tests/kernels/search_values.py does on a GPU."""
+    tensors = [t.to("meta") for t in case(operator, (3, 2, 2, 9, 16))]
+    assert all(found.is_meta for found in run(literal, tensors))
 
 
 @pytest.fixture(params=["baseline", "v3", "v4", "cuda"])

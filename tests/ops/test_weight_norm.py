@@ -27,15 +27,19 @@ def results(v: Tensor, g: Tensor, grad: Tensor, dtype: torch.dtype | None) -> li
 def check(
     v: Tensor, g: Tensor, grad: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against fp64, no error of result and gradients is larger than PyTorch's, up to rounding."""
+    """Against fp64, no error of result and gradients is larger than PyTorch's, up to rounding: 1e-6
+    of the numbers that cancel in a gradient. (In a row of one number, of v's gradient all do: what
+    is left is the last digit of g dw / |v|, PyTorch's too, whichever of 3000 rows has the least v.)
+    """
     exact = results(v.double(), g.double(), grad.double(), None)
     mine = results(v, g, grad, dtype)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")
     theirs = results(v, g, grad, dtype)
-    for want, got, other in zip(exact, mine, theirs, strict=True):
+    along = grad.double().abs().sum(1, keepdim=True)
+    masses = 0 * along, along * g.double() / v.double().norm(dim=1, keepdim=True), along
+    for want, got, other, mass in zip(exact, mine, theirs, masses, strict=True):
         assert got.dtype == other.dtype and got.shape == other.shape
         error, allowed = (got.double() - want).abs(), (other.double() - want).abs()
-        mass = grad.double().abs().sum().clamp(min=1) / max(len(v), 1)
         tolerance = 2e-6 * want.abs() + 1e-6 * mass
         assert not got.numel() or (error <= allowed.amax() + tolerance).all()
 
@@ -43,7 +47,7 @@ def check(
 @needs_native
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
-@pytest.mark.parametrize(("K", "D"), [*SHAPES, (5, 0)])
+@pytest.mark.parametrize(("K", "D"), [*SHAPES, (5, 0), (3000, 1)])
 def test_error_is_no_larger_than_that_of_the_library(K, D, level, dtype, monkeypatch):
     if cpu.native is not None and not _runs(level):
         pytest.skip(f"this processor has no {level}")

@@ -5,8 +5,8 @@
 From features [V, B, D] and prototypes [K, D] to the loss and the gradients dX and dW, at V = 10,
 T = 2, K = 65536 and D = 256. Each row sets a backend of ours against linear layers with the
 official loss, or with our fused loss of the same backend (`stored`), in the same rounds. Seconds
-are medians over rounds by CUDA events: median_s captured in a CUDA graph, eager_s called from
-Python.
+are medians over rounds by CUDA events: median_s of the device alone, captured in a CUDA graph,
+eager_s called from Python.
 
 extra_bytes: the peak beyond inputs, dX and dW. (Of a form whose peak comes before dW is there, so
 much less than it has: our share of it comes out too large, never too small.) autocast: fp32
@@ -73,7 +73,7 @@ def compare(
         agree(name, run(), want)
         extra[name] = peak_bytes(run) - sum(t.nbytes for t in inputs[:2])
         graphs[name] = captured(run, device)
-    taken, eager = medians(graphs, rounds, device), medians(steps, rounds, device)
+    taken, eager = medians(graphs, rounds, device, ahead=True), medians(steps, rounds, device)
     common = {
         "op": "linear_distill_cross_entropy",
         "dtype": kind,

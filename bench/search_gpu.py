@@ -6,8 +6,8 @@ The searches are those of bench/search.py (three blocks, C = 384, 6 heads, Q = 8
 CNN's with its stem), without gradient under fp16 autocast: joint by each backend and cross, against
 the official form and that with PyTorch's attention in it (sdpa). The operators are set against
 packed SDPA (feature_search) and against SDPA over the concatenation (joint_attention), in the same
-rounds. Seconds are medians over rounds by CUDA events: median_s captured in a CUDA graph, eager_s
-called from Python.
+rounds. Seconds are medians over rounds by CUDA events: median_s of the device alone, captured in a
+CUDA graph, eager_s called from Python.
 
 The achieved rate stands beside its ceiling, both of the same rounds: of a search the products that
 it needs beside a large fp16 product, of an operator the numbers that it must move beside a copy.
@@ -67,7 +67,7 @@ def timed(
         run()  # compile before anything is captured or counted
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
     graphs = {name: captured(run, device) for name, run in runs.items()}
-    counted = medians({"ceiling": ceiling, **graphs}, rounds, device)
+    counted = medians({"ceiling": ceiling, **graphs}, rounds, device, ahead=True)
     return counted, medians(runs, rounds, device), peaks
 
 

@@ -98,8 +98,8 @@ def test_a_search_is_one_line_and_each_operator_one_at_the_most_images(publish, 
 
 @needs_native
 def test_crops_are_a_share_of_the_copy_rate(publish):
-    row = augment_gpu.measure("local", 1, torch.bfloat16, "cpu", 1e10)
-    publish("augment", [row], calibration={"copy_GB_per_s": 10})
+    row = augment_gpu.measure("local", 1, torch.bfloat16, "cpu", 1)
+    publish("augment", [row])
     (line,), rest = table(gpu.augment_table())
     shares = (row["floor_fraction"], row["moved_fraction"])
     assert line[:2] == ["8 local, 96", "bf16"] and rest == ENDS

@@ -127,7 +127,10 @@ sanitize() { # tool backends checks [options of the sanitizer]
         --report-api-errors no --print-limit 20 "$@" \
         "$python" bench/gpu_check.py --small --backends "$backends" --only "$checks"
 }
-memcheck() { sanitize memcheck cuda,triton values,targets,strides,extremes,linear,search --padding 64; }
+memcheck() {
+    local checks=values,targets,strides,extremes,linear,search,weight_norm,normalised
+    sanitize memcheck cuda,triton "$checks" --padding 64
+}
 # Not linear: this tool breaks off in cuBLAS's kernels for an H200, which memcheck finds clean.
 racecheck() { sanitize racecheck cuda values,targets,search --kernel-name kns=mokd; }
 initcheck() { sanitize initcheck cuda values,targets,search; }
@@ -135,6 +138,7 @@ initcheck() { sanitize initcheck cuda values,targets,search; }
 distill() { "$python" bench/distill_gpu.py --json "$OUT/distill.json"; }
 linear() { "$python" bench/linear_distill_gpu.py --json "$OUT/linear_distill.json"; }
 search() { "$python" bench/search_gpu.py --json "$OUT/search.json"; }
+norms() { "$python" bench/batch_norm_gpu.py --json "$OUT/batch_norm.json"; }
 augment() { "$python" bench/augment_gpu.py --json "$OUT/augment.json"; }
 sweep() { "$python" bench/distill_sweep.py --seconds 45 --json "$OUT/sweep.json"; }
 step() { "$python" bench/step_gpu.py --seconds 110 --json "$OUT/step.json"; }

@@ -33,16 +33,19 @@ def test_no_spill_16_bytes_at_a_time_and_64_bit_offsets(capability, dtype, tmp_p
             used = resources(kernel, tmp_path)
             # A correctly rounded root calls its rare cases: 8 bytes for the way back on sm_100.
             stack = 8 if capability == 100 and re.search(r"\w+\.rn\.f32", kernel.asm["ptx"]) else 0
-            assert used["STACK"] <= stack and used["LOCAL"] == 0 and used["REG"] <= 128, (
+            most = 255 if name in ("_statistics", "_sums") else 128  # two sums a number
+            assert used["STACK"] <= stack and used["LOCAL"] == 0 and used["REG"] <= most, (
                 name,
                 used,
             )
             if name in STREAMS:
                 assert "ld.global.v4.b32" in kernel.asm["ptx"], name
-                offsets = re.findall(
-                    r"tt\.addptr .* : .*, tensor<\d+x\d+x(i\d+)>", kernel.asm["ttir"]
-                )
-                assert offsets and set(offsets) == {"i64"}, name
+                # Where a tile begins in 64 bits; what is within it in 32, the same in all of them.
+                ttir = kernel.asm["ttir"]
+                begins = re.findall(r"tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir)
+                narrow = re.findall(r"tt\.addptr %\w+, (%\w+) : \S+, (?:tensor<\S*x)?i32>?", ttir)
+                assert set(begins) == {"i64"} and len(set(narrow)) == 1, name
+                assert narrow[0].startswith("%within"), (name, narrow)
             if name in ("_result", "_for_x"):
                 assert "st.global.v4.b32" in kernel.asm["ptx"], name
 

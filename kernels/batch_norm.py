@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Numbers of a tile, its columns at most, and warps of its program.
-TILE, WIDEST, WARPS = 4096, 64, 4
-PROGRAMS = 1024  # of a pass that sums, about: some waves of the largest GPU
+TILE, WIDEST, WARPS = 2048, 128, 4
+PROGRAMS = 512  # of a pass that sums, about: some waves of the largest GPU
 MERGED = 4  # channels of a program that joins
 PARTS = 1024  # at most, of a channel
 Moving = tuple[Tensor, Tensor, float] | None  # running mean and variance, and their momentum

@@ -184,26 +184,6 @@ __device__ __forceinline__ const S* row_at(const Rows& rows, const Piece& at) {
   return static_cast<const S*>(rows.data) + (at.image * rows.image + at.k);
 }
 
-// p: the lane's first column.
-template <typename S, int E>
-__device__ __forceinline__ void prefetch_row(const S* p, const Piece& at) {
-  prefetch<E * WARP * int(sizeof(S))>(p, at.lane);
-}
-
-// Of row i of the stream, teachers first.
-template <typename S, int E>
-__device__ __forceinline__ void prefetch_later(const Call& d, const Piece& at, int i) {
-  const int v = i - d.shape.teachers;
-  if (v < 0) prefetch_row<S, E>(row_at<S>(d.teacher[i].rows, at), at);
-  else if (v < d.shape.views) prefetch_row<S, E>(row_at<S>(d.student, at) + v * d.view, at);
-}
-
-template <typename S, int E>
-__device__ __forceinline__ void prefetch_first(const Call& d, const Piece& at) {
-#pragma unroll
-  for (int i = 1; i <= AHEAD; ++i) prefetch_later<S, E>(d, at, i);
-}
-
 template <typename S, int N>
 __device__ __forceinline__ void subtract_center(const Teacher& teacher, int64_t k, float (&x)[N * WIDTH<S>]) {
   if (!teacher.center) return;
@@ -233,12 +213,10 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<S, N * WIDTH<S>>)
   Words<S, N> next;
   float x[E];
   next.load(row_at<S>(d.teacher[0].rows, at));
-  prefetch_first<S, E>(d, at);
   for (int t = 0; t < T; ++t) {
     const Teacher& teacher = d.teacher[t];
     next.wide(x);
     next.load(row_at<S>(t + 1 < T ? d.teacher[t + 1].rows : d.student, at));
-    prefetch_later<S, E>(d, at, t + 1 + AHEAD);
     subtract_center<S, N>(teacher, at.k, x);
     const float rate = inverse_temperature<float>(d, t) * float(LOG2_E);
     const float top = teacher.probabilities ? 0 : warp_max(x);
@@ -260,7 +238,6 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<S, N * WIDTH<S>>)
     const float largest = next.largest();
     next.wide(x);
     if (v + 1 < V) next.load(student += d.view);
-    if (v + 1 + AHEAD < V) prefetch_row<S, E>(student + AHEAD * d.view, at);
     const float top = warp_max(largest);
     float sums[4] = {lane_sum<E>([&](int j) { return power_of_two((x[j] -= top) * rate); })};
 #pragma unroll
@@ -450,7 +427,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
   Shelf<E> q(shared, T, at.warp, at.lane);
   Words<S, N> next;
   float x[E];
-  if (at.any) next.load(row_at<S>(d.teacher[0].rows, at)), prefetch_first<S, E>(d, at);
+  if (at.any) next.load(row_at<S>(d.teacher[0].rows, at));
   // Behind the rows, for all warps: the views, and the coefficient of each pair.
   View* views = reinterpret_cast<View*>(reinterpret_cast<float*>(shared) + int(blockDim.x) * T * E);
   float* coefficients = reinterpret_cast<float*>(views + V);
@@ -469,7 +446,6 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
     any |= p.paired[t];
     next.wide(x);
     next.load(row_at<S>(t + 1 < T ? d.teacher[t + 1].rows : d.student, at));
-    prefetch_later<S, E>(d, at, t + 1 + AHEAD);
     subtract_center<S, N>(teacher, at.k, x);
     if (!teacher.probabilities) {
       const float* row = stats + teacher_stats(d.shape, t, at.image);
@@ -487,7 +463,6 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
     const View view = views[v];
     next.wide(x);
     if (v + 1 < V) next.load(student += d.view);
-    if (v + 1 + AHEAD < V) prefetch_row<S, E>(student + AHEAD * d.view, at);
     if (any >> v & 1)
 #pragma unroll
       for (int j = 0; j < E; ++j) x[j] = power_of_two((x[j] - view.max) * rate) * view.normal;

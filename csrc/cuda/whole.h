@@ -26,21 +26,6 @@ __device__ __forceinline__ uint4 read(const void* p) {
 #endif
 }
 
-// Rows ahead of the one on its way to the registers that the L2 is told of: they need none.
-#ifndef MOKD_AHEAD
-#define MOKD_AHEAD 3
-#endif
-constexpr int AHEAD = MOKD_AHEAD;
-
-// Brings a tile to the L2, a lane a line of 128 bytes. p: the lane's first 16 bytes.
-template <int BYTES>
-__device__ __forceinline__ void prefetch(const void* p, int lane) {
-#ifdef __CUDA_ARCH__
-  if (lane < BYTES / 128)
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(static_cast<const char*>(p) + lane * int(128 - sizeof(uint4))));
-#endif
-}
-
 // 32 bits of a row: PER numbers of its type. `largest` is number by number and leaves NaN out.
 template <typename S>
 struct Word;

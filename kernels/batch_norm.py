@@ -20,6 +20,7 @@ from torch import Tensor
 
 # Numbers of a tile, its columns at most, and warps of its program.
 TILE, WIDEST, WARPS = 2048, 128, 4
+STAGES = 3  # of the loop over a part's tiles
 PROGRAMS = 512  # of a pass that sums, about: some waves of the largest GPU
 MERGED = 4  # channels of a program that joins
 PARTS = 1024  # at most, of a channel
@@ -52,7 +53,7 @@ def _tiles(part, M: tl.int64, parts: tl.int64, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def _statistics(x, means, squares, M: tl.int64, C: tl.int64, parts: tl.int64, ROWS: tl.constexpr,
-                COLUMNS: tl.constexpr):  # fmt: skip
+                COLUMNS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Of a part of the rows: mean and sum of squares about it, to [C, parts] each."""
     part = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * COLUMNS
@@ -64,7 +65,7 @@ def _statistics(x, means, squares, M: tl.int64, C: tl.int64, parts: tl.int64, RO
     near = tl.sum(tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32), 0) / count
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     square = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for j in range(own):  # Triton has no range with a step below 0 that it does not know
+    for j in tl.range(own, num_stages=STAGES):  # none has a step below 0 that is no constant
         base, mask = _tile(first - j * parts, M, C, at, ROWS, COLUMNS)
         d = tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32) - near[None, :]
         d = tl.where(mask, d, 0.0)
@@ -137,8 +138,8 @@ def _result(x, weight, bias, stats, added, y, M: tl.int64, C: tl.int64, ADDS: tl
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def _sums(g, x, y, weight, bias, stats, for_added, sums, M: tl.int64, C: tl.int64, parts: tl.int64,
-          FROM_Y: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr):  # fmt: skip
+          FROM_Y: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+          STAGES: tl.constexpr):  # fmt: skip
     """Of a part of the rows: sums of dz and of dz (x - mean), to [2, C, parts]. dz is the gradient
     after the ReLU's mask."""
     part = tl.program_id(0).to(tl.int64)
@@ -150,7 +151,7 @@ def _sums(g, x, y, weight, bias, stats, for_added, sums, M: tl.int64, C: tl.int6
     shift = _columns(bias, at, C, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for j in range(own):
+    for j in tl.range(own, num_stages=STAGES):
         base, mask = _tile(first - j * parts, M, C, at, ROWS, COLUMNS)
         dz = tl.load(g + base + within, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(x + base + within, mask=mask, other=0.0).to(tl.float32) - mean
@@ -237,7 +238,7 @@ def batch_norm(
     partial = weight.new_empty(2, C, parts)
     mean, var, momentum = (stats, stats, 0.0) if moving is None else moving
     with torch.cuda.device_of(x):
-        _statistics[summing](x, partial[0], partial[1], parts=parts, **shape)
+        _statistics[summing](x, partial[0], partial[1], parts=parts, STAGES=STAGES, **shape)
         _join_statistics[(triton.cdiv(C, MERGED),)](
             partial[0], partial[1], stats, mean, var, momentum, eps, M, C, parts, rows,
             triton.next_power_of_2(parts), MERGED, moving is not None,
@@ -270,7 +271,7 @@ def batch_norm_backward(
     with torch.cuda.device_of(x):
         _sums[summing](
             grad, x, x if y is None else y, weight, bias, stats, added, sums, parts=parts,
-            FROM_Y=y is not None, RELU=masked, **shape,
+            FROM_Y=y is not None, RELU=masked, STAGES=STAGES, **shape,
         )  # fmt: skip
         _join_sums[(triton.cdiv(C, MERGED),)](
             sums, stats, means, for_weight, for_bias, M, C, parts, triton.next_power_of_2(parts),

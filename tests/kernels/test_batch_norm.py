@@ -11,7 +11,8 @@ from mokd_fast.kernels import batch_norm as kernels
 
 from .aot import compile_only, resources
 
-STREAMS = {"_statistics", "_result", "_sums", "_for_x"}
+SUMS = {"_statistics", "_sums"}  # their tiles come by asynchronous copies
+STREAMS = {"_result", "_for_x", *SUMS}
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +34,15 @@ def test_no_spill_16_bytes_at_a_time_and_64_bit_offsets(capability, dtype, tmp_p
             used = resources(kernel, tmp_path)
             # A correctly rounded root calls its rare cases: 8 bytes for the way back on sm_100.
             stack = 8 if capability == 100 and re.search(r"\w+\.rn\.f32", kernel.asm["ptx"]) else 0
-            most = 255 if name in ("_statistics", "_sums") else 128  # two sums a number
-            assert used["STACK"] <= stack and used["LOCAL"] == 0 and used["REG"] <= most, (
-                name,
-                used,
-            )
+            assert used["STACK"] <= stack and used["LOCAL"] == 0, (name, used)
+            assert used["REG"] <= (160 if name in SUMS else 128), (name, used)
             if name in STREAMS:
-                assert "ld.global.v4.b32" in kernel.asm["ptx"], name
+                wide = (
+                    r"cp\.async\.\w+\.shared\.global .*, 0x10"
+                    if name in SUMS
+                    else r"ld\.global\.v4\.b32"
+                )
+                assert re.search(wide, kernel.asm["ptx"]), name
                 # Where a tile begins in 64 bits; what is within it in 32, the same in all of them.
                 ttir = kernel.asm["ttir"]
                 begins = re.findall(r"tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir)

@@ -38,12 +38,9 @@ constexpr int64_t SHARED = 48 << 10;  // bytes that a block has without an attri
 constexpr double LOG2_E = 1.4426950408889634;
 // Of the kernels for whole tiles, by the columns of a lane.
 template <typename S, int E>
-constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? (sizeof(S) == 2 ? 6 : 7) : 10;
-template <typename S, int E>
-constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : E == 16 && sizeof(S) == 2 ? 6 : 8;
-// Rows of a lane that are on their way; of two the registers have room for 16-bit ones.
-template <typename S>
-constexpr int DEPTH = sizeof(S) == 2 ? 2 : 1;
+constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? (sizeof(S) == 2 ? 8 : 7) : 10;
+template <int E>
+constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : 8;
 // Of backward_tiles: fp32 on sm_80 would spill with four.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <typename S>
@@ -187,13 +184,6 @@ __device__ __forceinline__ const S* row_at(const Rows& rows, const Piece& at) {
   return static_cast<const S*>(rows.data) + (at.image * rows.image + at.k);
 }
 
-// Row i of the stream of all, teachers first.
-template <typename S>
-__device__ __forceinline__ const S* row_at(const Call& d, int i, const Piece& at) {
-  const int v = i - d.shape.teachers;
-  return v < 0 ? row_at<S>(d.teacher[i].rows, at) : row_at<S>(d.student, at) + v * d.view;
-}
-
 template <typename S, int N>
 __device__ __forceinline__ void subtract_center(const Teacher& teacher, int64_t k, float (&x)[N * WIDTH<S>]) {
   if (!teacher.center) return;
@@ -220,13 +210,13 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<S, N * WIDTH<S>>)
   if (!at.any) return;
   const Written<float> out(p, at.image, at.tile);
   Shelf<E> e(shared, T, at.warp, at.lane);
-  Ahead<S, N, DEPTH<S> == 2> ahead;
+  Words<S, N> next;
   float x[E];
-  ahead.start(row_at<S>(d, 0, at), row_at<S>(d, 1, at));  // there is a view after the last teacher
+  next.load(row_at<S>(d.teacher[0].rows, at));
   for (int t = 0; t < T; ++t) {
     const Teacher& teacher = d.teacher[t];
-    ahead.next.wide(x);
-    ahead.step(t + DEPTH<S> < T + V, row_at<S>(d, t + DEPTH<S>, at));
+    next.wide(x);
+    next.load(row_at<S>(t + 1 < T ? d.teacher[t + 1].rows : d.student, at));
     subtract_center<S, N>(teacher, at.k, x);
     const float rate = inverse_temperature<float>(d, t) * float(LOG2_E);
     const float top = teacher.probabilities ? 0 : warp_max(x);
@@ -238,16 +228,16 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS<S, N * WIDTH<S>>)
     if (at.lane < 2) out.teacher(t, at.lane) = at.lane ? sum : top;
   }
   const float rate = inverse_temperature<float>(d, -1) * float(LOG2_E);
-  const S* student = row_at<S>(d.student, at) + (DEPTH<S> - 1) * d.view;
+  const S* student = row_at<S>(d.student, at);
   // Of a view lane 1 writes the maximum, lane 0 the sum, lane 8 i the dot with teacher row i - 1.
   const int mine = at.lane / 8 - 1;
   const bool writes = at.lane < 2 || (at.lane % 8 == 0 && mine < T);
   float* place = mine < 0 ? &out.student(0, at.lane ? 0 : 1) : &out.dot(mine, 0);
   const int64_t step = (mine < 0 ? 2 : 1) * out.step;
   for (int v = 0; v < V; ++v, place += step) {
-    const float largest = ahead.next.largest();
-    ahead.next.wide(x);
-    ahead.step(v + DEPTH<S> < V, student += d.view);
+    const float largest = next.largest();
+    next.wide(x);
+    if (v + 1 < V) next.load(student += d.view);
     const float top = warp_max(largest);
     float sums[4] = {lane_sum<E>([&](int j) { return power_of_two((x[j] -= top) * rate); })};
 #pragma unroll
@@ -426,7 +416,7 @@ struct View {
 
 // As backward_tiles.
 template <typename S, int N>
-__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<S, N * WIDTH<S>>)
+__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
     backward_whole(const __grid_constant__ Parameters p) {
   constexpr int E = N * WIDTH<S>;
   const Call& d = p.call;
@@ -435,9 +425,9 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<S, N * WIDTH<S>>)
   const Piece at(p, from_the_end(), WIDTH<S>);
   const int64_t B = d.shape.images, K = d.shape.columns;
   Shelf<E> q(shared, T, at.warp, at.lane);
-  Ahead<S, N, DEPTH<S> == 2> ahead;
+  Words<S, N> next;
   float x[E];
-  if (at.any) ahead.start(row_at<S>(d, 0, at), row_at<S>(d, 1, at));
+  if (at.any) next.load(row_at<S>(d.teacher[0].rows, at));
   // Behind the rows, for all warps: the views, and the coefficient of each pair.
   View* views = reinterpret_cast<View*>(reinterpret_cast<float*>(shared) + int(blockDim.x) * T * E);
   float* coefficients = reinterpret_cast<float*>(views + V);
@@ -454,8 +444,8 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<S, N * WIDTH<S>>)
   for (int t = 0; t < T; ++t) {
     const Teacher& teacher = d.teacher[t];
     any |= p.paired[t];
-    ahead.next.wide(x);
-    ahead.step(t + DEPTH<S> < T + V, row_at<S>(d, t + DEPTH<S>, at));
+    next.wide(x);
+    next.load(row_at<S>(t + 1 < T ? d.teacher[t + 1].rows : d.student, at));
     subtract_center<S, N>(teacher, at.k, x);
     if (!teacher.probabilities) {
       const float* row = stats + teacher_stats(d.shape, t, at.image);
@@ -466,13 +456,13 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<S, N * WIDTH<S>>)
     q.put(t, x);
   }
   const float rate = inverse_temperature<float>(d, -1) * float(LOG2_E);
-  const S* student = row_at<S>(d.student, at) + (DEPTH<S> - 1) * d.view;
+  const S* student = row_at<S>(d.student, at);
   S* out = static_cast<S*>(p.backward.gradient) + (at.image * K + at.k);
   const int64_t step = B * K;
   for (int v = 0; v < V; ++v, out += step) {
     const View view = views[v];
-    ahead.next.wide(x);
-    ahead.step(v + DEPTH<S> < V, student += d.view);
+    next.wide(x);
+    if (v + 1 < V) next.load(student += d.view);
     if (any >> v & 1)
 #pragma unroll
       for (int j = 0; j < E; ++j) x[j] = power_of_two((x[j] - view.max) * rate) * view.normal;

@@ -154,22 +154,6 @@ struct Words {
   }
 };
 
-// The tile of the next row on its way, and with DEEP that of the one after it.
-template <typename S, int N, bool DEEP>
-struct Ahead {
-  Words<S, N> next, after;
-
-  __device__ __forceinline__ void start(const S* first, const S* second) {
-    next.load(first);
-    if (DEEP) after.load(second);
-  }
-  // Once `next` is used. p: the row that is not on its way yet, or none.
-  __device__ __forceinline__ void step(bool any, const S* p) {
-    if (DEEP) next = after;
-    if (any) (DEEP ? after : next).load(p);
-  }
-};
-
 template <typename S, int N>
 __device__ __forceinline__ void store_whole(S* p, const float (&x)[N * WIDTH<S>]) {
   constexpr int PER = WIDTH<S> / 4;

@@ -216,9 +216,12 @@ ended() { # name
 }
 
 together() { # name=limit ...
-    local part
-    for part in "$@"; do run "${part%%=*}" "${part##*=}" >"$work/${part%%=*}.log" & done
-    wait
+    local part started=()
+    for part in "$@"; do
+        run "${part%%=*}" "${part##*=}" >"$work/${part%%=*}.log" &
+        started+=($!)
+    done
+    wait "${started[@]}" # a plain `wait` waits for the log's `tee` as well, which waits for this
     for part in "${@%%=*}"; do
         cat "$work/$part.log"
         ended "$part"

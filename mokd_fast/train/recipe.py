@@ -125,7 +125,7 @@ class TrainConfig(Config):
     channels_last: bool = True
     # The step recorded, then launched by one call, with sgd and adamw alone; auto: for networks
     # of timm on one GPU, where the rest of the recipe goes with it.
-    cuda_graph: Literal["auto", True, False] = "auto"
+    cuda_graph: Literal["auto", True, False] = False
     # Transformer blocks and searches by torch.compile; auto: where the step is recorded.
     compile: Literal["auto", True, False] = "auto"
     # A ViT's global and local crops in one pass; auto: where that was measured faster (README).

@@ -292,7 +292,8 @@ def test_the_sweep_names_the_fastest_and_what_cannot_run(monkeypatch):
 def run(command, **environment):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     environment.pop("OUT", None)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    options = {"capture_output": True, "text": True, "timeout": 300}  # one that hangs has failed
+    return subprocess.run(command, cwd=ROOT, env=environment, **options)
 
 
 def suite(out, **environment):

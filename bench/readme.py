@@ -47,6 +47,7 @@ PARTS = {
     "layers-table": layers_table,
     "activations": activations_sentence,
     "gpu-checks": gpu.checks_sentence,
+    "gpu-printed": gpu.printed,
     "gpu-distill-table": gpu.distill_table,
     "gpu-linear-table": gpu.linear_table,
     "gpu-search-table": gpu.search_table,

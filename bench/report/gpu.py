@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from bench.report.results import load_gpu, measured_gpu
+from bench.report.results import gpu_path, load_gpu, measured_gpu
 
 Row = dict[str, Any]
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -26,6 +26,11 @@ def checks_sentence() -> str:
             text += f" ({what}: {', '.join(names)})" if names else ""
         said.append(text)
     return f"Checks that passed: {'; '.join(said)}. {measured_gpu(result)}"
+
+
+def printed() -> str:
+    """What calls printed that left no results file."""
+    return f"```text\n{gpu_path('printed.txt').read_text()}```"
 
 
 def distill_table() -> str:

@@ -15,8 +15,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 def load_gpu(name: str) -> dict[str, Any]:
-    path = RESULTS.parent / GPU / f"{name}.json"
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    return json.loads(gpu_path(f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+
+def gpu_path(name: str) -> Path:
+    return RESULTS.parent / GPU / name
 
 
 def load_or_nothing(name: str) -> dict[str, Any]:

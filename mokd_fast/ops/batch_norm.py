@@ -200,6 +200,8 @@ def _library(
     missing = weight is None or bias is None or (running_mean is None) != (running_var is None)
     if missing or any(t.shape != x.shape[1:2] or t.dtype != torch.float32 for t in of_channels):
         return "but its kernels take a weight and a bias, and statistics or none, [C] in fp32"
+    if not all(t is None or t.is_contiguous() for t in (running_mean, running_var)):
+        return "but its kernels move statistics that lie side by side"
     given = [x, *of_channels] if added is None else [x, added, *of_channels]
     if not torch.compiler.is_compiling() and any(t.is_neg() for t in given):
         return "but its kernels read memory, where a negative view's numbers are others"

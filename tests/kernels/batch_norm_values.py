@@ -86,6 +86,18 @@ def test_frozen_weights_and_statistics_that_do_not_move():
     assert torch.equal(added.grad, grad.masked_fill(y <= 0, 0)) and weight.grad is None
 
 
+def test_statistics_that_lie_apart_move_alone():
+    x, _, weight, bias, _ = there(case((2, 16, 6, 6), torch.float32))
+    found = []
+    for backend in ("triton", "reference"):
+        table = torch.ones(2, 32, device=DEVICE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOKD_FAST_BACKEND", backend)
+            batch_norm(x, *table[:, ::2].unbind(), weight, bias, True)
+        found.append(table)
+    torch.testing.assert_close(*found)
+
+
 def test_what_is_chosen():
     x, _, weight, bias, _ = there(case((2, 16, 6, 6), torch.float16))
     assert explain("batch_norm", x, None, None, weight, bias, True).startswith("triton: chosen")

@@ -40,16 +40,18 @@ def make_networks(
     if device.type == "cuda":
         count_at_once(mokd)  # the trainer's step does
     packed = packs_crops(train, device, precision, recorded)
-    if packed and not mokd.pack() and train.pack_crops is True:
+    plain = mokd.pack() if packed else []
+    if packed and not plain and train.pack_crops is True:
         note("train.pack_crops=true: no model is a plain timm ViT, so T-Heads alone pack")
     compiled = recorded if train.compile == "auto" else train.compile
-    if compiled and not compile_blocks(mokd) and train.compile is True:
+    blocks = compile_blocks(mokd) if compiled else 0
+    if compiled and not blocks and train.compile is True:
         note("train.compile=true: there is no transformer block to compile")
     if recorded and train.cuda_graph == "auto":
         note(
             "train.cuda_graph=auto: steps are recorded"
-            + f"{', transformer blocks compiled' if compiled else ''}"
-            + f"{', crops of a ViT packed' if packed else ''}; the first ones take up to minutes"
+            + f"{', transformer blocks compiled' if blocks else ''}"
+            + f"{', crops of a ViT packed' if plain else ''}; the first ones take up to minutes"
         )
     return mokd
 

@@ -24,6 +24,7 @@ from mokd_fast.train import loop, networks, optim
 from mokd_fast.train.adapters import Fused
 from mokd_fast.train.checkpoint import newest
 from mokd_fast.train.diagnose import diagnose
+from mokd_fast.train.distributed import World
 from mokd_fast.train.dry import dry_run
 from mokd_fast.train.graph import WARMUP, Kind, Recorder, StepGraph, records, refuse_graph
 from mokd_fast.train.loop import Trainer, pretrain
@@ -331,6 +332,11 @@ def test_where_it_cannot_be_used(run, data, tmp_path):
         refuse_graph(recipe, torch.device("cuda"), 2)
     refuse_graph(recipe, torch.device("cuda"), 1)
     refuse_graph(recipe_of(data), torch.device("cpu"), 2)
+    lars = recipe_of(data, "models.0.optimizer.name=lars", GRAPH)
+    with pytest.raises(
+        UserError, match=r"models.0.optimizer.name=lars .*one of sgd, adamw, or set"
+    ):
+        refuse_graph(lars, torch.device("cuda"), 1)
 
 
 @pytest.mark.parametrize(
@@ -370,11 +376,20 @@ def test_what_goes_with_a_recording(data, tmp_path, monkeypatch, on_the_cpu):  #
         assert bool(compiled) is both is any(s.packed for s in trainer.mokd.students)
         assert "train.cuda_graph=auto: steps are recorded" in said.getvalue()
         assert ("blocks compiled, crops of a ViT packed" in said.getvalue()) is both
-    lars = recipe_of(data, "models.0.optimizer.name=lars", GRAPH)
-    with pytest.raises(
-        UserError, match=r"models.0.optimizer.name=lars .*one of sgd, adamw, or set"
+
+
+def test_no_more_is_said_than_is_done(data, monkeypatch):
+    """Of networks without a ViT, with a T-Head's blocks and without."""
+    monkeypatch.setattr(networks, "records", lambda *_: True)
+    auto = ("train.cuda_graph=auto", "train.compile=auto", "train.pack_crops=auto")
+    for models, more, done in (
+        ((CNN, CNN), {}, "steps are recorded, transformer blocks compiled; the"),
+        ((CNN,), {"t_head": None}, "steps are recorded; the"),
     ):
-        refuse_graph(lars, torch.device("cuda"), 1)
+        said = []
+        recipe = recipe_of(data, *auto, models=models, **more)
+        networks.make_networks(recipe, torch.device("cpu"), "fp32", World("cpu"), said.append)
+        assert [done in text for text in said] == [True]
 
 
 def test_a_recording_that_breaks_off_late_moves_nothing(data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811

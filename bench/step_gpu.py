@@ -7,11 +7,11 @@ on the device, and what each of its means is worth there.
 ResNet-50 + ViT-S, K = 65536, 2 x 224 + 8 x 96. Ours runs with all that a GPU gains by (FAST, or
 what --set says). All steps of a row run in turns, in one precision; seconds are of the clock,
 device and host together. `parts` are those of our step with the same switches but a recording,
-which nobody can split: spans of the device's time, between events, which wait for the host, and the
-time of their kernels alone, by which their share of the matrix rate is (that of a large product in
-the same run). Operations are counted in our step with no switch, which makes the same
-products: compiled blocks run under no counter. The gaps are what no kernel fills of the time from
-the first kernel of some steps to the last.
+which nobody can split (so BatchNorm is PyTorch's in them): spans of the device's time, between
+events, which wait for the host, and the time of their kernels alone, by which their share of the
+matrix rate is (that of a large product in the same run). Operations are counted in our step with no
+switch, which makes the same products: compiled blocks run under no counter. The gaps are what no
+kernel fills of the time from the first kernel of some steps to the last.
 
 A means comes in the order of `means`; what there is no time left for is left out, and named.
 --quick takes few rounds and no means; --full, with which `mokd-fast bench` may call it, changes

@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from mokd_fast.nn import checkpoint_activations
+from mokd_fast.nn import batch_norm, checkpoint_activations
+from mokd_fast.nn.fast import quicken
 from mokd_fast.nn.tally import BatchNorm2d, add_counts, count_at_once, counters
 from mokd_fast.train.networks import build
 from tests.train.recipes import SGD, model, small
@@ -38,6 +40,25 @@ def test_a_network(again):
     assert all(torch.equal(mine[key], value) for key, value in theirs.items())
     for p, q in zip(counted.parameters(), plain.parameters(), strict=True):
         assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_network_on_a_gpu(recorded, monkeypatch):
+    """In recorded steps alone its BatchNorms take sums and ReLUs along; all are counted at once."""
+    monkeypatch.setenv("MOKD_FAST_BACKEND", "reference")  # there is no GPU
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18", num_classes=0, layers=[1, 1, 1, 1]).train()
+    fast = copy.deepcopy(plain)
+    quicken(fast, torch.device("cuda"), "fp16", recorded)
+    count_at_once(fast)
+    kinds = {type(m) for m in fast.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kinds == {batch_norm.BatchNorm2d if recorded else BatchNorm2d}
+    assert (type(fast) is batch_norm.ResNet) is recorded
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fast(x), plain(x))
+    assert {norm.seen for norm in counters(fast)} == {1} and not fast.bn1.num_batches_tracked
+    add_counts(counters(fast))
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict())
 
 
 def test_what_is_left_alone():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 WIDTH = 8192  # of a row, at most: 16 warps
 # Numbers of a program (a longer row's are all its own) and of a warp: 8 KiB of v are on the way, 12
-# with its 16-bit gradient, and a thread has 16 numbers. No GPU has measured them.
+# with its 16-bit gradient, and a thread has 16 numbers. Other sizes were never tried.
 TILE, WARP = 2048, 512
 
 

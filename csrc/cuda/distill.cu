@@ -39,8 +39,8 @@ constexpr double LOG2_E = 1.4426950408889634;
 // Of the kernels for whole tiles, by the columns of a lane.
 template <typename S, int E>
 constexpr int FORWARD_BLOCKS = E == 32 ? 4 : E == 16 ? (sizeof(S) == 2 ? 8 : 7) : 10;
-template <int E>
-constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : 8;
+template <typename S, int E>
+constexpr int BACKWARD_BLOCKS = E == 32 ? 4 : E == 16 && sizeof(S) == 4 ? 7 : 8;
 // Of backward_tiles: fp32 on sm_80 would spill with four.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <typename S>
@@ -416,7 +416,7 @@ struct View {
 
 // As backward_tiles.
 template <typename S, int N>
-__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<N * WIDTH<S>>)
+__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS<S, N * WIDTH<S>>)
     backward_whole(const __grid_constant__ Parameters p) {
   constexpr int E = N * WIDTH<S>;
   const Call& d = p.call;

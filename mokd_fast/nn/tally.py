@@ -46,7 +46,9 @@ def count_at_once(model: nn.Module) -> None:
 
 
 def counters(model: nn.Module) -> list[Counted]:
-    return [module for module in model.modules() if isinstance(module, Counted)]
+    """Those whose batches `add_counts` adds."""
+    found = [module for module in model.modules() if isinstance(module, Counted)]
+    return [module for module in found if module.seen is not None]
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def batch_norm(
     """`F.batch_norm`, + `added`, and with `relu` no less than 0. Of x's shape, and dtype (as of
     x + `added`).
 
-    Gradients of first order, of x, weight, bias and added. The kernels round a bf16 result once,
+    Gradients of first order, of x, weight, bias and added. The kernels round a 16-bit result once,
     after the sum. In bf16 numbers from 2^111 on may become infinite or NaN.
 
     Args:
@@ -210,8 +210,13 @@ def _library(
 
 def _why_not(backend: str, x: Tensor, *rest: Any, **options: Any) -> str | None:
     tensors = [t for t in (x, *rest, *options.values()) if isinstance(t, Tensor)]
-    of_device = distill.triton_why_not(x) if backend == "triton" else cpu.why_not(x, tensors)
-    return distill.transformed(*tensors) or of_device
+    if reason := distill.transformed(*tensors):
+        return reason
+    if backend == "cpu":
+        return cpu.why_not(x, tensors)
+    if any(t.device != x.device for t in tensors):
+        return "it takes tensors of one device"
+    return distill.triton_why_not(x)
 
 
 def _reference(x: Tensor, *rest: Any) -> Tensor:

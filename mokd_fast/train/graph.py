@@ -161,7 +161,7 @@ class StepGraph:
                 raise found[0] from None
             reason = "; ".join(dict.fromkeys(str(each).partition("\n")[0] for each in found))
             raise UserError(
-                f"train.cuda_graph=true: a step of these networks cannot be recorded ({reason}); "
+                f"train.cuda_graph: a step of these networks cannot be recorded ({reason}); "
                 "set train.cuda_graph=false and the run goes on"
             ) from error
 

@@ -41,19 +41,23 @@ def advice(trainer: Trainer) -> str:
         goes_on = f"Set {' or '.join(free)} and the run goes on; or start" if free else "Start"
         return f"{goes_on} a new run (--run) with a larger train.accumulate or more processes"
     recipe = trainer.recipe = trainer.recipe.model_copy(update={"train": train})
-    also = ""
-    if trainer.graph is not None:
-        trainer.graph, also = None, "train.cuda_graph=false and "
+    recorded = trainer.graph is not None
+    if recorded:
+        trainer.graph = None
         if _fits(trainer):
             return (
                 "It fits without the graph, which keeps memory of its own, as just tried here: set "
-                "train.cuda_graph=false and the run goes on"
+                f"{_unrecorded(trainer)} and the run goes on"
             )
+
+    def also() -> str:
+        return f"{_unrecorded(trainer)} and " if recorded else ""
+
     if trainer.way != "fused-linear":
         trainer.mokd.prototype_loss = "fused-linear"
         if _fits(trainer):
             return (
-                f"It fits without stored logits, as just tried here: set {also}"
+                f"It fits without stored logits, as just tried here: set {also()}"
                 "loss.prototypes=fused-linear and the run goes on"
             )
         trainer.mokd.prototype_loss = trainer.way
@@ -64,7 +68,7 @@ def advice(trainer: Trainer) -> str:
             student.packed = False  # type: ignore[assignment]
         if _fits(trainer):
             return (
-                f"It fits where backward makes activations again, as just tried here: set {also}"
+                f"It fits where backward makes activations again, as just tried here: set {also()}"
                 "train.checkpoint_activations=true and the run goes on"
             )
         for student, before in zip(trainer.mokd.students, packed, strict=True):
@@ -77,12 +81,23 @@ def advice(trainer: Trainer) -> str:
         trainer.recipe = recipe.model_copy(update={"train": divided})
         if _fits(trainer):
             return (
-                f"Micro-batches of {train.batch // parts} fit, as just tried here: set {also}"
+                f"Micro-batches of {train.batch // parts} fit, as just tried here: set {also()}"
                 f"train.accumulate={parts}, which leaves train.batch={train.batch} as it is. That "
                 "is another recipe: give a new run folder with --run, and --warm-start "
                 f"{trainer.run} to keep what was learned"
             )
     return "Not even one picture at a time fits: choose smaller models, crops or prototypes"
+
+
+def _unrecorded(trainer: Trainer) -> str:
+    """What makes the step that is tried here of a recorded one: `auto` follows the recording."""
+    keys = ["train.cuda_graph=false"]
+    if trainer.recipe.train.compile == "auto":
+        keys.append("train.compile=true")
+    packed = any(student.packed for student in trainer.mokd.students)
+    if packed and trainer.recipe.train.pack_crops == "auto":
+        keys.append("train.pack_crops=true")
+    return " ".join(keys)
 
 
 def _fits(trainer: Trainer) -> bool:

@@ -364,6 +364,7 @@ def test_what_goes_with_a_recording(data, tmp_path, monkeypatch, on_the_cpu):  #
     """Blocks compiled and crops packed, and the user is told; each only where it is not set."""
     for module in (networks, loop):
         monkeypatch.setattr(module, "records", lambda *_: True)
+    monkeypatch.setattr(networks, "xformers_missing", lambda: "there is none")
     compiled = []
     monkeypatch.setattr(networks, "compile_blocks", lambda mokd: compiled.append(mokd) or 1)
     auto = ("train.compile=auto", "train.pack_crops=auto")
@@ -437,10 +438,14 @@ def test_networks_that_cannot_be_recorded(data, tmp_path, on_the_cpu, monkeypatc
     assert all(torch.equal(value, found[name]) for name, value in other.items())
 
 
+@pytest.mark.parametrize("auto", [False, True], ids=["set", "auto"])
 @pytest.mark.parametrize("short", [1, 3], ids=["the graph", "and stored logits"])
-def test_out_of_memory(short, data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811
-    """While it is recorded, `short` times; what is tried and told then is without the graph."""
-    recipe = recipe_of(data, GRAPH, "loss.prototypes=fused")
+def test_out_of_memory(short, auto, data, tmp_path, on_the_cpu, monkeypatch):  # noqa: F811
+    """While it is recorded, `short` times; what is tried and told then is without the graph, and
+    what followed it by itself is told too: with activations made again there are no packs."""
+    monkeypatch.setattr(networks, "compile_blocks", lambda mokd: 1)
+    follow = ("train.compile=auto", "train.pack_crops=auto") if auto else ()
+    recipe = recipe_of(data, GRAPH, "loss.prototypes=fused", *follow)
     losses, calls = Trainer._losses, []
 
     def out_of_memory(self, *args):
@@ -451,7 +456,8 @@ def test_out_of_memory(short, data, tmp_path, on_the_cpu, monkeypatch):  # noqa:
 
     monkeypatch.setattr(Trainer, "_losses", out_of_memory)
     more = "" if short == 1 else "train.checkpoint_activations=true and "
-    expected = f"set train.cuda_graph=false and {more}the run goes on"
+    keys = "train.compile=true " * auto + "train.pack_crops=true " * (auto and short == 1)
+    expected = f"set train.cuda_graph=false {keys}and {more}the run goes on"
     with pytest.raises(UserError, match=rf"out of memory in step 4 \(.*{expected}"):
         pretrain(recipe, run=tmp_path / "run", console=silent())
 

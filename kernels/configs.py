@@ -54,6 +54,7 @@ class Line(NamedTuple):
 
 
 ANY = 1 << 62  # columns
+AHEAD = 5_000_000  # cycles that a device waits for the launches of a call that is timed: 3 ms
 # The first line that covers a case is taken. A GPU measured some (bench/results/h200/distill.json);
 # like them, the others are what the compiler shows and the tests see again (tests/ops/test_cuda.py,
 # tests/kernels/test_distill.py): no spill (but 48 bytes a thread on an H100 of 24 fp32 rows with
@@ -187,10 +188,12 @@ def fastest(choices: list[Config], run: Callable[[Config], Any]) -> Config:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of a call on the current stream: the median of 7, after 2 that compile and warm up."""
+    """Of a call on the current stream: the median of 7, after 2 that compile and warm up. The
+    device waits for the host, whose launches may take longer than the kernels."""
     times = []
     for _ in range(9):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
         begin.record()
         call()
         end.record()

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers of a tile, its columns at most, and warps of its program.
+# Numbers of a tile, its columns at most, and warps of its program. This and what follows as an H200
+# was fastest with (bench/batch_norm_gpu.py --sweep).
 TILE, WIDEST, WARPS = 2048, 128, 4
 STAGES = 3  # of the loop over a part's tiles
-PROGRAMS = 512  # of a pass that sums, about: some waves of the largest GPU
+PROGRAMS = 512  # of a pass that sums, at most, unless there are more tiles of columns
 MERGED = 4  # channels of a program that joins
-PARTS = 1024  # at most, of a channel
 Moving = tuple[Tensor, Tensor, float] | None  # running mean and variance, and their momentum
 
 
@@ -211,7 +211,7 @@ def _cut(x: Tensor) -> tuple[dict[str, Any], int, tuple[int, int], tuple[int, in
     columns = min(WIDEST, max(16, triton.next_power_of_2(C)))
     rows = TILE // columns
     tiles, across = triton.cdiv(M, rows), triton.cdiv(C, columns)
-    parts = min(tiles, PARTS, max(1, PROGRAMS // across))
+    parts = min(tiles, max(1, PROGRAMS // across))
     shape = {"M": M, "C": C, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS}
     return shape, parts, (parts, across), (tiles, across)
 

@@ -137,7 +137,8 @@ def _gradients(ctx: Any, grads: Any, found: tuple[Tensor, ...]) -> tuple[Tensor 
 
 
 # The kernels' own forward takes what moves as well, which a functional operator must not.
-_FUNCTIONS = kernel(_kernels, "batch_norm"), kernel(_kernels, "batch_norm_backward")
+_kernel = partial(kernel, lambda backend: _kernels(backend))  # as in ops/distill.py
+_FUNCTIONS = _kernel("batch_norm"), _kernel("batch_norm_backward")
 _eager = with_autograd(OP, (_forward, _backward), _FUNCTIONS, _setup, _arguments, _gradients)
 
 

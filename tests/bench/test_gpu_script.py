@@ -76,6 +76,18 @@ class Wrong:
             for_v = for_v.flip(0)
         return for_v * (1 + 1e-5 * (self.what == "found")), for_g
 
+    def batch_norm(self, x, weight, *rest):
+        y, stats = cpu.batch_norm(x, weight, *rest)
+        if self.what == "last row":
+            y.permute(0, 2, 3, 1)[-1, -1, -1] *= 1 + 1e-4
+        elif self.what == "statistics" and rest[-1]:
+            rest[-1][1].mul_(1 + 1e-4)
+        return y, stats
+
+    def batch_norm_backward(self, *call):
+        for_x, *rest = cpu.batch_norm_backward(*call)
+        return for_x * (1 + 1e-4 * (self.what == "found")), *rest
+
     def distill_backward(self, grad, stats, student, *rest, out=None):
         out = cpu.distill_backward(grad, stats, student, *rest, out=out)
         if self.what == "last column":
@@ -110,11 +122,15 @@ class Wrong:
         ("last row", "weight_norm"),
         ("found", "weight_norm"),
         ("strides", "weight_norm"),
+        ("last row", "normalised"),
+        ("statistics", "normalised"),
+        ("found", "normalised"),
     ],
 )
 def test_checks_notice_wrong_kernels(what, name, monkeypatch, capsys):
     wrong = Wrong(what)
-    for module in (distill, search, sys.modules["mokd_fast.ops.weight_norm"]):
+    named = (sys.modules[f"mokd_fast.ops.{name}"] for name in ("weight_norm", "batch_norm"))
+    for module in (distill, search, *named):
         monkeypatch.setattr(module, "_kernels", lambda backend: wrong)
     monkeypatch.setenv("MOKD_FAST_BACKEND", "cpu")
     check = {check.__name__: check for check in gpu_check.CHECKS}[name]

@@ -1,13 +1,18 @@
 """Values of the Triton batch_norm: run by test_triton.py, interpreted or on a GPU."""
 
-import sys
-
 import pytest
 import torch
 from mokd_fast.kernels import batch_norm as kernels
 
 from mokd_fast.ops import batch_norm, explain
-from tests.ops.test_batch_norm import THEN, assert_as_exact, case, doubled, results
+from tests.ops.test_batch_norm import (
+    THEN,
+    assert_as_exact,
+    assert_is_an_operator,
+    case,
+    doubled,
+    results,
+)
 
 from .interpreter import _bfloat16_rounds_to_nearest, _quick  # noqa: F401
 
@@ -101,34 +106,9 @@ def test_statistics_that_lie_apart_move_alone():
 
 
 def test_it_checks_as_an_operator_compiles_and_refuses_a_second_derivative():
-    module = sys.modules["mokd_fast.ops.batch_norm"]
-    x, added, weight, bias, grad = there(case((2, 5, 3, 3), torch.float32))
-    leaves = [t.requires_grad_() for t in (x, weight, bias, added)]
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for more in (None, added):
-        arguments = (x, weight, bias, more, 1e-5, True, "triton")
-        torch.library.opcheck(module._forward, arguments, test_utils=tests)
-        y, stats = (t.detach() for t in module._forward(*arguments))
-        saved = [t.detach() for t in (x, weight, bias)], None if more is None else y
-        arguments = (grad, *saved[0], stats, saved[1], True, "triton")
-        torch.library.opcheck(module._backward, arguments, test_utils=tests)
-
-    def run(x, weight, bias, added, mean, var):
-        return batch_norm(x, mean, var, weight, bias, True, added=added, relu=True)
-
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOKD_FAST_BACKEND", "triton")
-        for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-            moving = [t.to(DEVICE) for t in (torch.zeros(5), torch.ones(5))]
-            y = call(*leaves, *moving)
-            found.append([y, *torch.autograd.grad(y.square().sum(), leaves), *moving])
-        y = run(*leaves, None, None)
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="batch_norm has no second derivative"):
-            first.sum().backward()
-    for mine, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, mine)  # lerp_ rounds the moved statistics otherwise
+    # Compiled, PyTorch moves the statistics: another rounding.
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    assert_is_an_operator(there(case((2, 5, 3, 3), torch.float32)), "triton", close)
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -56,9 +56,8 @@ def make_networks(
     return mokd
 
 
-def packs_crops(
-    train: TrainConfig, device: torch.device, precision: str, recorded: bool = False
-) -> bool:
+def packs_crops(train: TrainConfig, device: torch.device, precision: str, recorded: bool) -> bool:
+    """Whether global and local crops go through T-Heads and plain ViTs in one pass."""
     if train.pack_crops != "auto":
         return train.pack_crops
     # Faster there, in bf16 on a CPU in longer runs than step.json's, whose two rounds cannot tell;

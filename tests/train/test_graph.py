@@ -365,8 +365,11 @@ def test_what_goes_with_a_recording(data, tmp_path, monkeypatch, on_the_cpu):  #
     for module in (networks, loop):
         monkeypatch.setattr(module, "records", lambda *_: True)
     monkeypatch.setattr(networks, "xformers_missing", lambda: "there is none")
-    compiled = []
+    compiled, quickened, quicken = [], [], networks.quicken
     monkeypatch.setattr(networks, "compile_blocks", lambda mokd: compiled.append(mokd) or 1)
+    monkeypatch.setattr(
+        networks, "quicken", lambda *args: quickened.append(args[3]) or quicken(*args)
+    )
     auto = ("train.compile=auto", "train.pack_crops=auto")
     for more, both in ((auto, True), ((), False)):
         compiled.clear()
@@ -377,6 +380,10 @@ def test_what_goes_with_a_recording(data, tmp_path, monkeypatch, on_the_cpu):  #
         assert bool(compiled) is both is any(s.packed for s in trainer.mokd.students)
         assert "train.cuda_graph=auto: steps are recorded" in said.getvalue()
         assert ("blocks compiled, crops of a ViT packed" in said.getvalue()) is both
+    assert quickened == [True, True]
+    monkeypatch.setattr(networks, "xformers_missing", lambda: None)  # its packs were never run
+    train = recipe_of(data, *auto).train
+    assert not networks.packs_crops(train, torch.device("cuda"), "fp16", True)
 
 
 def test_no_more_is_said_than_is_done(data, monkeypatch):

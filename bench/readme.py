@@ -1,6 +1,7 @@
-"""Fills the generated parts of README.md and draws the plots, all from bench/results/.
+"""Fills the generated parts of README.md and bench/README.md and draws the plots, all from
+bench/results/.
 
-python bench/readme.py [--check]     --check: exit 1 when the README or a plot is stale
+python bench/readme.py [--check]     --check: exit 1 when one of them or a plot is stale
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
-from bench.report import gpu, gpu_step, plots
+from bench.report import gpu, gpu_step, plots, summary
 from bench.report.data import augment_table, data_table
 from bench.report.operators import distill_table, linear_table, scaling_table, search_table
 from bench.report.results import ROOT
@@ -29,12 +30,15 @@ from bench.report.training import (
     watch_sentence,
 )
 
+PAGES = ("README.md", "bench/README.md")
 PARTS = {
     "output": output,
     "demo-table": demo_table,
     "ablation-table": ablation_table,
     "alarms-table": alarms_table,
     "watch": watch_sentence,
+    "summary-table": summary.table,
+    "gpu-summary-table": summary.gpu_table,
     "distill-table": distill_table,
     "scaling-table": scaling_table,
     "linear-table": linear_table,
@@ -76,13 +80,14 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = render(old)
+    old = {page: (ROOT / page).read_text() for page in PAGES}
+    new = {page: render(text) for page, text in old.items()}
     if "--check" in sys.argv:
-        stale = ["README.md"] * (new != old) + [f"plots/{name}.svg" for name in plots.stale()]
+        stale = [page for page in PAGES if new[page] != old[page]]
+        stale += [f"plots/{name}.svg" for name in plots.stale()]
         sys.exit(f"stale: {', '.join(stale)}; run python bench/readme.py" if stale else 0)
-    path.write_text(new)
+    for page, text in new.items():
+        (ROOT / page).write_text(text)
     try:
         for drawn in plots.draw_stale():
             print(f"drawn: {drawn.relative_to(ROOT)}")

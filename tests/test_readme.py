@@ -11,36 +11,54 @@ from bench.report import plots, results
 from tests.train.recipes import pictures
 
 README = (ROOT / "README.md").read_text()
+PAGES = {page: (ROOT / page).read_text() for page in readme.PAGES}
 
 
 def test_generated_parts_are_fresh():
-    assert render(README) == README, "run python bench/readme.py"
+    for page, text in PAGES.items():
+        assert render(text) == text, f"{page}: run python bench/readme.py"
     assert not plots.stale(), "run python bench/readme.py"
 
 
 def test_missing_results_are_said(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert render(README).count("Not measured yet.") == len(readme.PARTS)
+    both = "".join(map(render, PAGES.values()))
+    assert both.count("Not measured yet.") == len(readme.PARTS)
     assert "step-table: not measured yet, no step.json" in capsys.readouterr().out
 
 
 def test_check_fails_on_a_stale_readme_or_plot(tmp_path: Path, monkeypatch):
-    (tmp_path / "README.md").write_text("<!-- generated: step-table -->\nold\n<!-- end -->\n")
+    page = tmp_path / "bench/README.md"
+    page.parent.mkdir()
+    (tmp_path / "README.md").write_text("")
+    page.write_text("<!-- generated: step-table -->\nold\n<!-- end -->\n")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
-    with pytest.raises(SystemExit, match=r"stale: README.md; run python bench/readme.py"):
+    with pytest.raises(SystemExit, match=r"stale: bench/README.md; run python bench/readme.py"):
         readme.main()
-    (tmp_path / "README.md").write_text("")
+    page.write_text("")
     monkeypatch.setattr(plots, "stale", lambda: {"speed": {}})
     with pytest.raises(SystemExit, match=r"stale: plots/speed.svg; run"):
         readme.main()
 
 
 def test_links_exist():
-    pictures = re.findall(r'<img[^>]* src="([^"]+)"', README)
-    assert len(pictures) == 3
-    for link in [*re.findall(r"\]\((?!http)([^)]+)\)", README), *pictures]:
-        assert (ROOT / link).exists(), link
+    shown = 0
+    for page, text in PAGES.items():
+        images = re.findall(r'<img[^>]* src="([^"]+)"', text)
+        shown += len(images)
+        for link in [*re.findall(r"\]\((?!http)([^)]+)\)", text), *images]:
+            path, _, title = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), link
+            assert not title or title in titles(target.read_text()), link
+    assert shown == 3
+
+
+def titles(text: str) -> list[str]:
+    """As GitHub links to them; of equal ones to the first."""
+    found = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in found]
 
 
 def test_python_examples_run(tmp_path: Path, monkeypatch):

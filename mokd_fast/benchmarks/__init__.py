@@ -37,8 +37,8 @@ def run(
     NAME.json of each goes to `out`/MACHINE, by default to bench/results of the checkout, or to
     bench-results beneath the working directory where there is no checkout. What --quick measures
     goes to MACHINE-quick, beside published figures and not over them. full: the published pair's
-    step too, as in the README. One that fails leaves what it had written as NAME.partial.json, and
-    the others run all the same.
+    step too, as in bench/README.md. One that fails leaves what it had written as NAME.partial.json,
+    and the others run all the same.
     """
     names = _known(names)
     if quick and full:

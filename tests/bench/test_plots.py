@@ -49,7 +49,9 @@ def test_other_drawing_makes_all_stale_and_another_matplotlib_none(copy, tmp_pat
 
 
 def test_without_matplotlib_it_says_what_is_stale(copy, tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text("")
+    (tmp_path / "bench").mkdir(exist_ok=True)
+    for page in readme.PAGES:
+        (tmp_path / page).write_text("")
     (copy / "plots" / "memory.svg").unlink()
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["readme.py"])
@@ -85,9 +87,20 @@ def test_bars_are_ratios_of_the_results():
 
 
 def test_only_the_official_form_is_no_other_form(copy):
-    change(copy, "step", lambda r: r.update(rows=r["rows"][:1]))
+    both = ("cpu", "official")
+    change(copy, "data", lambda r: r.update(rows=[x for x in r["rows"] if x["backend"] in both]))
+    (loader,) = (row for row in figures.speed()["rows"] if row[0].startswith("loader"))
+    assert loader[1] > 0 and loader[2:] == [0.0, ""]
+
+
+def test_the_step_stands_beside_the_best_plain_one():
+    row = json.loads((PUBLISHED / "step.json").read_text())["rows"][-1]
     *_, step = figures.speed()["rows"]
-    assert step[0].startswith("step, ") and step[1] > 0 and step[2:] == [0.0, ""]
+    assert step[0] == "step, resnet50+vit_small, bf16"
+    assert step[1:] == [
+        pytest.approx(row["ratio"], rel=1e-3), pytest.approx(row["best_plain_ratio"], rel=1e-3),
+        "best plain",
+    ]  # fmt: skip
 
 
 def test_growth_follows_one_axis_at_a_time():

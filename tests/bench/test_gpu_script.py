@@ -181,6 +181,7 @@ def test_the_long_checks_come_first():
     }
 
 
+@pytest.mark.slow
 def test_checks_pass_in_the_triton_interpreter():
     pytest.importorskip("triton")
     command = "bench/gpu_check.py --device cpu --backends triton --small --only "

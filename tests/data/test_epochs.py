@@ -53,7 +53,7 @@ def resources() -> tuple[float, int, int]:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="counts what Linux shows")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("kind", ["cpu", "dali"])
 def test_twenty_epochs_do_not_grow(kind, workers, folder, make_picture, alarm):
     """Pictures of 0.2 MiB: one kept of each batch would be 22 MiB, one descriptor 100."""

@@ -25,8 +25,8 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 1, 1, 2),
     (2, 130, 3, 3),  # tiles of columns
-    (5, 20, 33, 35),  # several parts, the last tile not full
-    (2, 144, 12, 11),
+    (2, 20, 33, 35),  # several parts, the last tile not full
+    (1, 144, 12, 11),
 ]
 
 

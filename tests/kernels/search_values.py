@@ -11,7 +11,7 @@ from .interpreter import _quick  # noqa: F401
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Weights are rounded to 16 bits before they meet the values, as every fused attention does it.
 WITHIN = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-SHAPES = [(1, 1, 1, 1, 16), (3, 2, 2, 49, 24), (17, 1, 2, 70, 40), (2, 1, 1, 70, 128)]
+SHAPES = [(1, 1, 1, 1, 16), (3, 2, 2, 49, 24), (17, 1, 1, 70, 40), (2, 1, 1, 70, 128)]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -132,7 +132,12 @@ def changed_by(one, two):
 
 @pytest.mark.parametrize(
     ("models", "size", "again"),
-    [("vit+vit", 4, False), ("cnn+vit", 2, False), ("cnn+vit", 2, True), ("cnn+vit", 4, False)],
+    [
+        pytest.param("vit+vit", 4, False, marks=pytest.mark.slow),
+        ("cnn+vit", 2, False),
+        pytest.param("cnn+vit", 2, True, marks=pytest.mark.slow),
+        ("cnn+vit", 4, False),
+    ],
 )
 def test_processes_are_one_that_takes_their_parts_in_turn(data, tmp_path, models, size, again):
     """One process with train.accumulate=`size` takes the same pictures in the same parts, each of

@@ -54,10 +54,11 @@ HOW = (
 )
 
 
-# Their resume is in tests of their own as well.
+# Their resume is in tests of their own as well, or each part of them is an option here.
 TWICE = {
     *("channels_last", "LARS", "online kNN", "no search", "all queries in both maps"),
-    *("checkpointed activations", "logits in plain PyTorch"),
+    *("checkpointed activations", "logits in plain PyTorch", "checkpointed and compiled"),
+    *("packed crops with drop-path", "ViT+ViT, packed", "no local crops, packed"),
 }
 
 

@@ -1,5 +1,6 @@
 """mokd_fast: two different vision models pre-trained together without labels, fast."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -10,6 +11,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "export", "knn", "linear", "load_run", "pretrain", "report"]
+
+if find_spec(f"{__name__}.kernels") is None:  # which an installation brings in, native code too
+    raise ImportError(
+        f"{__path__[0]} is the source of mokd_fast, not installed from there: `pip install -e .` "
+        "beside it, or start Python in another folder, where an installed mokd_fast is found"
+    )
 
 _HOMES = {"pretrain": "train.loop", "report": "report"}
 _HOMES |= dict.fromkeys(("export", "knn", "linear", "load_run"), "api")

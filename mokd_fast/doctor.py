@@ -62,6 +62,8 @@ def backends() -> dict[str, str]:
     linear = LinearTarget(cross_view_pairs(2, 4), student[:2], prototypes, temperature=0.04)
     maps = torch.randn(3, 2, 2, 9, 32, device=device)  # q, k, v [B, H, N, d]
     asked = torch.randn(3, 4, 2, 2, 32, device=device)  # [Q, B, H, d]
+    channels = torch.zeros(2, 8, 4, 4, device=device).to(memory_format=torch.channels_last)
+    ones = torch.ones(8, device=device)
     crops = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device=device)
     params = augment_params(2, device=device)
     return {
@@ -78,7 +80,7 @@ def backends() -> dict[str, str]:
             "self_attention", torch.zeros(1, 4, 3, 2, 64, device=device).bfloat16()
         ),
         "prototype_linear": explain("prototype_linear", student, prototypes, torch.bfloat16),
-        "batch_norm": explain("batch_norm", student[None], None, None, training=True),
+        "batch_norm": explain("batch_norm", channels, None, None, ones, ones, training=True),
         "clip_grad_per_tensor_": explain("clip_grad_per_tensor_", [prototypes], 3.0),
         "update_": explain("update_", torch.optim.AdamW([prototypes], fused=True)),
         "augment_crops": explain("augment_crops", crops, params, mean=(0.5,) * 3, std=(0.5,) * 3),

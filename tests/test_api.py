@@ -1,6 +1,9 @@
 """From Python: evaluation beside its controls, and an export that timm takes strictly."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,15 @@ def test_evaluation_stands_beside_its_controls(run, tmp_path):
     linear = mokd_fast.linear(run, *roots)
     assert all("linear" in row for row in linear.values())
     assert json.loads((run / "linear.json").read_text()) == linear
+
+
+def test_sources_that_are_not_installed_say_so(tmp_path):
+    """What Python finds in a clone's own folder after `pip install .`"""
+    shutil.copytree(Path(mokd_fast.__file__).parent, tmp_path / "mokd_fast")
+    command = [sys.executable, "-S", "-c", "import mokd_fast"]  # -S: nothing is installed
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"ImportError: {tmp_path}/mokd_fast is the source of mokd_fast, not" in ended.stderr
 
 
 def test_a_name_that_is_not_there():

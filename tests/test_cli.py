@@ -235,6 +235,13 @@ def test_doctor(run, monkeypatch):
     assert "NVIDIA apex" in text
 
 
+@pytest.mark.skipif(cpu.native is None, reason="the native module was not built")
+def test_doctor_asks_as_the_training_does():
+    other = {"prototype_loss", "self_attention", "prototype_linear"}  # ways; AVX512-BF16 alone
+    for name, said in doctor.backends().items():
+        assert "cpu: chosen" in said or name in other, (name, said)
+
+
 def test_doctor_says_which_apex_there_is(run, monkeypatch):
     for reason in ("the apex in x is not [NVIDIA's]", None):
         monkeypatch.setattr(doctor.apex, "why_not", lambda reason=reason: reason)

@@ -28,7 +28,7 @@ def step_table() -> str:
         flops = row["flops"] or _counted(row, result["rows"])
         share = flops / row["median_s"] / row["matrix_TFLOP_per_s"] / 1e12
         lines.append(
-            f"| {row['shape']} | {row['dtype']} | {_with(row)} | {_ms(row['median_s'])} "
+            f"| {row['shape']} | {row['dtype']} | {switches(row)} | {_ms(row['median_s'])} "
             f"| {_ms(row['baseline_s'])}, {row['baseline_ratio']:.2f}x "
             f"| {_ms(row['best_plain_s'])}, {row['best_plain_ratio']:.2f}x "
             f"| {share:.0%} of {row['matrix_TFLOP_per_s']:.0f} TFLOP/s "
@@ -39,7 +39,7 @@ def step_table() -> str:
     return "\n".join([*lines, "", measured_gpu(result)])
 
 
-def _with(row: Row) -> str:
+def switches(row: Row) -> str:
     """The switches that were on."""
     names = (text.removeprefix("train.").removesuffix("=true") for text in row["set"])
     return ", ".join(names) or "no switch"
@@ -54,7 +54,7 @@ def _counted(row: Row, rows: list[Row]) -> float:
 def parts_table() -> str:
     """The device's time: each of our parts with its share of the matrix rate, then the others'."""
     rows = [row for row in load_gpu("step")["rows"] if row["flops"]]
-    heads = [f"{row['dtype']}, {_with(row)}" for row in rows]
+    heads = [f"{row['dtype']}, {switches(row)}" for row in rows]
     lines = [f"| ours | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for part in dict.fromkeys(part for row in rows for part in row["parts"]):
         cells = (_part(row["parts"].get(part)) for row in rows)
@@ -103,7 +103,7 @@ def _busy(row: Row) -> str:
         f"({time['kernels']:.0f} kernels, gaps {time['gaps']:.0%})"
         for name, (time, seconds) in found.items()
     )
-    return f"{row['dtype']}, {_with(row)}: {'; '.join(said)}." if found else ""
+    return f"{row['dtype']}, {switches(row)}: {'; '.join(said)}." if found else ""
 
 
 def _part(part: dict[str, float] | None) -> str:

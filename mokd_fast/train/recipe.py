@@ -379,13 +379,14 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
         for kind, duration in model.temperature_warmup:
             durations[f"models.{i}.temperature_warmup.{kind}"] = duration
     long = {
-        f"{key}={duration} is {steps} steps"
+        key: f"{key}={duration} is {steps} steps"
         for key, duration in durations.items()
         if (steps := in_steps(duration, steps_per_epoch, total)) > total
     }
     if long:
         raise UserError(
-            f"{', '.join(sorted(long))}: longer than the run (train.duration={train.duration} is "
-            f"{total} steps). Shorten it, or write it in %"
+            f"{', '.join(sorted(long.values()))}: longer than the run (train.duration="
+            f"{train.duration} is {total} steps). Shorten it, or write it in %: "
+            f"{' '.join(f'{key}=10%' for key in sorted(long))}"
         )
     return total

@@ -1,23 +1,24 @@
 """Durations and the schedules they shape, one value an optimizer step."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 
 Schedule = NDArray[np.float64]  # [steps]
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
 
 
-def _duration(text: str) -> str:
-    if not _DURATION.fullmatch(text):
-        raise ValueError(f"a duration is written 3ep, 200it or 8%, got {text!r}")
-    return text
+def _duration(given: Any) -> str:
+    """Before any other check, which would ask of a number for a string."""
+    if not isinstance(given, str) or not _DURATION.fullmatch(given):
+        raise ValueError(f"a duration is written 3ep, 200it or 8%, got {given!r}")
+    return given
 
 
-Duration = Annotated[str, AfterValidator(_duration)]
+Duration = Annotated[str, BeforeValidator(_duration)]
 
 
 def in_steps(duration: str, steps_per_epoch: int, total: int = 0) -> int:

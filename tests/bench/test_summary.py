@@ -40,7 +40,7 @@ def test_on_a_gpu_the_fastest_backend_at_the_largest_shape_is_shown(tmp_path, mo
     loss = [
         row("slow", "official", 2.0, 8.0, dtype="float16"),
         row("fast", "official", 1.0, 8.0, dtype="float16"),
-        row("fast", "sum", 1.0, 6.0, dtype="float16"),
+        row("fast", "sum, compiled", 1.0, 6.0, dtype="float16"),
         row("fast", "einsum", 1.0, 5.0, dtype="float16"),
         row("fast", "official", 0.1, 8.0, images=4, dtype="float16"),
         row("fast", "official", 0.1, 8.0, dtype="float32"),
@@ -50,17 +50,22 @@ def test_on_a_gpu_the_fastest_backend_at_the_largest_shape_is_shown(tmp_path, mo
     search = [row("joint", name, 1.0, 2.0) for name in ("official", "sdpa")]
     step = {
         "shape": "a+b, batch 64, K=9", "dtype": "fp16", "baseline_ratio": 2.5,
-        "best_plain_ratio": 1.5, "ours_peak_bytes": 2**30, "official_peak_bytes": 2**31,
+        "set": ["train.compile=true"], "best_plain_ratio": 1.5,
+        "ours_peak_bytes": 2**30, "official_peak_bytes": 2**31,
     }  # fmt: skip
     for name, rows in (
-        ("distill", loss), ("linear_distill", layer), ("search", search), ("step", [step]),
+        ("distill", loss), ("linear_distill", layer), ("search", search),
+        ("step", [step, step, step | {"baseline_ratio": 1.2, "set": []}]),
     ):  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}))
     table = summary.gpu_table()
-    assert cells(table, "loss, fp16, 64 pictures") == ["8.0x", "5.00x (einsum)", "1 MiB / 3.0 GiB"]
-    assert cells(table, "prototypes + loss, autocast, 64 pictures") == [
-        "2.0x", "0.50x (stored)", "2 MiB / 4 MiB"
+    assert cells(table, "loss, fp16, 64 pictures") == [
+        "8.0x", "5.00x (one einsum)", "1 MiB / 3.0 GiB"
     ]  # fmt: skip
-    assert cells(table, "step, a+b, batch 64, fp16") == [
+    assert cells(table, "prototypes + loss, autocast, 64 pictures") == [
+        "2.0x", "", "2 MiB / 4 MiB"
+    ]  # fmt: skip
+    assert cells(table, "step, a+b, batch 64, fp16, no switch")[0] == "1.2x"
+    assert cells(table, "step, a+b, batch 64, fp16, compile") == [
         "2.5x", "1.50x (best plain)", "1.0 GiB / 2.0 GiB"
     ]  # fmt: skip

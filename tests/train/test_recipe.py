@@ -184,6 +184,13 @@ def test_a_warmup_longer_than_the_run(key):
             total_steps(small("x", f"train.duration={wrong}"), 3)
 
 
+@pytest.mark.parametrize("number", ["20", "0.5", "true"])
+def test_a_duration_without_a_unit(number):
+    message = rf"train.duration: a duration is written 3ep, 200it or 8%, got {number.capitalize()}"
+    with pytest.raises(UserError, match=message):
+        small("x", f"train.duration={number}")
+
+
 def test_every_long_warmup_is_named_at_once():
     recipe = load_recipe("resnet50-vit_small", ["train.duration=20ep"])
     with pytest.raises(UserError) as error:
@@ -191,6 +198,8 @@ def test_every_long_warmup_is_named_at_once():
     for i in (0, 1):
         for kind in ("self", "cross", "search"):
             assert f"models.{i}.temperature_warmup.{kind}=" in str(error.value)
+    overrides = str(error.value).partition("in %: ")[2].split()  # ready to be pasted
+    assert total_steps(load_recipe("resnet50-vit_small", ["train.duration=20ep", *overrides]), 10)
 
 
 def test_batch_norm_needs_two_rows():

@@ -10,8 +10,8 @@ SOURCES = pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc
 
 help:
 	@echo 'make demo       install, pre-train a small pair on real pictures, evaluate it (minutes)'
-	@echo 'make test       install with development tools, then lint and all tests'
-	@echo 'make test-slow  the tests that need minutes or gigabytes (10 GB of memory)'
+	@echo 'make test       install with development tools, then lint and all tests but slow ones'
+	@echo 'make test-slow  the slow ones: minutes, 10 GB of memory, and what is tested in parts already'
 	@echo 'make bench      every benchmark into bench/results; ARGS="distill --quick" for less, --full for all'
 	@echo 'make bench-compare  short cases of each operator against their last run here'
 	@echo 'make lint       ruff and mypy'

@@ -152,23 +152,10 @@ fi
 
 # -- the whole
 
-machine_name() {
-    (cd "$root" && "$python" -c 'from mokd_fast.benchmarks import machine_name as n; print(n())')
-}
-
 "$python" -c 'import torch' || { echo "gpu.sh: $python has no torch; set PYTHON" >&2; exit 2; }
 has_gpu && gpu=true || gpu=false
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
-if [[ -z ${1:-${OUT:-}} ]]; then
-    $gpu && OUT=$root/bench/results/$(machine_name) || OUT=$work/out # no figures to keep
-fi
-OUT=${1:-$OUT}
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
-: "${COMMIT:=$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)}"
-export OUT COMMIT PYTHON=$python PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-: "${TORCHINDUCTOR_CACHE_DIR:=$work/inductor}" # one for all parts, and a new one
-export TORCHINDUCTOR_CACHE_DIR
 
 # As installed: the kernels inside the package, the module built in place.
 (cd "$root" && cp -r bench csrc kernels mokd_fast tests ./*.py ./*.toml ./*.txt ./*.md LICENSE "$work") || exit 2
@@ -176,6 +163,21 @@ rm -f "$work"/mokd_fast/_C*.so
 # A built module comes before this file; without one, that of another tree must not be found.
 echo 'raise ImportError("the build failed")' >"$work/mokd_fast/_C.py"
 cp -r "$work/kernels" "$work/mokd_fast/kernels"
+
+machine_name() {
+    (cd "$work" && "$python" -c 'from mokd_fast.benchmarks import machine_name as n; print(n())')
+}
+
+if [[ -z ${1:-${OUT:-}} ]]; then
+    OUT=$work/out # no figures to keep
+    $gpu && { name=$(machine_name) && OUT=$root/bench/results/$name || exit 2; }
+fi
+OUT=${1:-$OUT}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+: "${COMMIT:=$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)}"
+export OUT COMMIT PYTHON=$python PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+: "${TORCHINDUCTOR_CACHE_DIR:=$work/inductor}" # one for all parts, and a new one
+export TORCHINDUCTOR_CACHE_DIR
 cd "$work" || exit 2
 
 rows="" failed=()

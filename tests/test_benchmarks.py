@@ -103,8 +103,10 @@ def test_mistakes(run, scripts, tmp_path, monkeypatch):
     assert code == 2 and "the benchmarks are missing" in error and "pip install" in error
 
 
-def test_the_machine_is_asked_in_another_process(monkeypatch):
+def test_the_machine_is_asked_in_another_process(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "mokd_fast.py").write_text("1 / 0")  # as a clone's, which is not what is installed
+    monkeypatch.chdir(tmp_path)
     assert benchmarks._machine_of_a_benchmark() == CPU
     monkeypatch.setattr(benchmarks.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="torch, which the benchmarks need, does not work"):

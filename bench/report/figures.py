@@ -64,7 +64,7 @@ def _loaders() -> Timed:
     seconds = {r["backend"]: r["median_s"] for r in load_or_nothing("data").get("rows", [])}
     if "cpu" not in seconds:
         return []
-    others = [n for n in ("official", "torchvision v2", "dali") if n in seconds]
+    others = [n for n in ("official", "torchvision v2") if n in seconds]  # dali's is ours too
     return [("loader, files to batches", seconds["cpu"], {n: seconds[n] for n in others})]
 
 
@@ -98,7 +98,7 @@ def memory() -> Figure | None:
         for r in load_or_nothing("data").get("rows", [])
     }
     if "cpu" in both:
-        rows.append(["loader and a worker", both["cpu"], both["official"]])
+        rows.append(["loader, files to batches", both["cpu"], both["official"]])
     for row in load_or_nothing("step").get("rows", []):
         rows.append([_pair(row), row["peak_bytes"], row["baseline_peak_bytes"]])
     return {"rows": rows} if rows else None

@@ -85,9 +85,11 @@ def machine_name() -> str:
 
 
 def _machine_of_a_benchmark() -> str:
-    """Asked in a process that ends: torch would stay in this one, and a context on the GPU."""
+    """Asked in a process that ends: torch would stay in this one, and a context on the GPU. Not in
+    the user's folder: that of a clone would come before what is installed."""
     code = f"from {__name__} import machine_name; print(machine_name())"
-    asked = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
     if asked.returncode:
         raise UserError("torch, which the benchmarks need, does not work: its message stands above")
     return asked.stdout.split()[-1]

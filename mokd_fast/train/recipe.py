@@ -128,7 +128,7 @@ class TrainConfig(Config):
     cuda_graph: Literal["auto", True, False] = False
     # Transformer blocks and searches by torch.compile; auto: where the step is recorded.
     compile: Literal["auto", True, False] = "auto"
-    # A ViT's global and local crops in one pass; auto: where bench/README.md shows it faster.
+    # A ViT's global and local crops in one pass; auto: where networks.packs_crops says faster.
     pack_crops: Literal["auto", True, False] = "auto"
     checkpoint_activations: bool = False  # true: less memory, more time, no packs
     device: Literal["auto", "cpu", "cuda"] = "auto"

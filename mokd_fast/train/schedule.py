@@ -14,7 +14,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
 def _duration(given: Any) -> str:
     """Before any other check, which would ask of a number for a string."""
     if not isinstance(given, str) or not _DURATION.fullmatch(given):
-        raise ValueError(f"a duration is written 3ep, 200it or 8%, got {given!r}")
+        raise ValueError("a duration is written 3ep, 200it or 8%")
     return given
 
 

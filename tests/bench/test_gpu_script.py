@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -355,6 +356,26 @@ def test_all_passed_is_exit_status_0(tmp_path):
     ended, summary, _ = suite(tmp_path / "out", **pretend(tmp_path, "nothing) ;;"))
     assert ended.returncode == 0 and summary["passed"], ended.stdout
     assert ended.stdout.splitlines()[-1].startswith("all passed after")
+
+
+def test_figures_lie_where_those_of_the_gpu_do(tmp_path):
+    """Without OUT, in a tree that nobody installed; where the name cannot be had, it ends."""
+    root = tmp_path / "tree"
+    for name in ("bench", "csrc", "kernels", "mokd_fast", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
+        shutil.copytree(ROOT / name, root / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    python = tmp_path / "python"  # it finds a GPU, and knows the name
+    python.write_text(f'#!/bin/bash\n[[ $* != *machine_name* ]] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "PARTS": "machine", "COMMIT": "abc"}
+    ended = run(["bash", root / "bench/gpu.sh"], **given)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (summary,) = (root / "bench/results").glob("*/summary.json")
+    assert summary.parent.name == f"cpu-{os.cpu_count()}core"  # what this one's is called
+    python.write_text("#!/bin/bash\n[[ $* != *machine_name* ]]\n")
+    assert run(["bash", root / "bench/gpu.sh"], **given).returncode == 2
 
 
 def test_a_part_that_hangs_is_stopped_and_the_rest_has_no_time(tmp_path):

@@ -21,7 +21,9 @@ def test_a_line_is_over_the_official_form_and_the_fastest_other():
     assert over == f"{ratios['official']:.1f}x"
     assert other.endswith(f"x ({closest})")
     assert float(other.split("x")[0]) == pytest.approx(ratios[closest], abs=0.006)
-    assert memory == "48 MiB / 184 MiB"
+    kept = (rows[0][key] / 2**20 for key in ("alive_bytes", "baseline_alive_bytes"))
+    assert rows[0]["baseline"] == "official" and memory == "{:.0f} MiB / {:.0f} MiB".format(*kept)
+    assert cells(table, "loader, files to batches")[1:][1]  # of the same name in both figures
     assert results.load("step")["machine"]["commit"] in table
 
 
@@ -49,13 +51,14 @@ def test_on_a_gpu_the_fastest_backend_at_the_largest_shape_is_shown(tmp_path, mo
     layer = [row("cuda", name, 1.0, s, **extra) for name, s in (("official", 2), ("stored", 0.5))]
     search = [row("joint", name, 1.0, 2.0) for name in ("official", "sdpa")]
     step = {
-        "shape": "a+b, batch 64, K=9", "dtype": "fp16", "baseline_ratio": 2.5,
-        "set": ["train.compile=true"], "best_plain_ratio": 1.5,
-        "ours_peak_bytes": 2**30, "official_peak_bytes": 2**31,
+        "shape": "a+b, batch 64, K=9", "dtype": "fp16", "baseline_s": 2.5, "best_plain_s": 1.5,
+        "median_s": 1.0, "set": ["train.compile=true"], "ours_peak_bytes": 2**30,
+        "official_peak_bytes": 2**31,
     }  # fmt: skip
+    others = [step | {"dtype": "bf16", "median_s": 1.1}, step | {"set": [], "median_s": 2.0}]
     for name, rows in (
         ("distill", loss), ("linear_distill", layer), ("search", search),
-        ("step", [step, step, step | {"baseline_ratio": 1.2, "set": []}]),
+        ("step", [others[0], step, others[1] | {"commit": "abc"}]),
     ):  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}))
     table = summary.gpu_table()
@@ -65,7 +68,18 @@ def test_on_a_gpu_the_fastest_backend_at_the_largest_shape_is_shown(tmp_path, mo
     assert cells(table, "prototypes + loss, autocast, 64 pictures") == [
         "2.0x", "", "2 MiB / 4 MiB"
     ]  # fmt: skip
-    assert cells(table, "step, a+b, batch 64, fp16, no switch")[0] == "1.2x"
-    assert cells(table, "step, a+b, batch 64, fp16, compile") == [
-        "2.5x", "1.50x (best plain)", "1.0 GiB / 2.0 GiB"
-    ]  # fmt: skip
+    searched = cells(table, "search of a ViT's map, fp16, 64 pictures")
+    assert searched == ["2.0x", "2.00x (official with SDPA)", "1 MiB / 3.0 GiB"]
+    fast = ["2.5x", "1.50x (best plain)", "1.0 GiB / 2.0 GiB"]
+    slow = ["1.2x", "0.75x (best plain)", "1.0 GiB / 2.0 GiB"]
+    name = "step, a+b, batch 64, fp16"
+    assert cells(table, f"{name}, compile") == fast
+    assert cells(table, f"{name}, no switch (commit abc)") == slow
+    # As bench/step_gpu.py writes it: a row a precision, with the step without a switch in it.
+    row = step | {"eager_s": 2.0, "eager_peak_bytes": 2**30}
+    for rows, lines in ((row, 2), (step, 1), (None, 0)):
+        result = {"machine": machine, "rows": [r for r in (rows,) if r]}
+        (folder / "step.json").write_text(json.dumps(result))
+        table = summary.gpu_table()
+        assert table.count("| step, ") == lines
+        assert lines < 2 or cells(table, f"{name}, no switch") == slow

@@ -517,24 +517,29 @@ def test_which_gpus_an_architecture_runs_on(arch, gpus):
 
 @pytest.fixture(scope="session")
 def machine_code(tmp_path_factory):
-    """[(kernel, bytes of its stack, SASS)] of the module as it is installed where that holds all
-    three architectures, else compiled here."""
-    triton = pytest.importorskip("triton")
-    archs = ("80", "90a", "100")
-    built = cpu.native.build_info()["cuda_archs"] if cpu.native else []
-    if {f"sm_{arch}" for arch in archs} <= set(built):
-        files = [cpu.native.__file__]
-    elif NVCC is None:
+    """[(architecture, kernel, bytes of its stack, SASS)] of the module as it is installed where
+    that is of these sources and holds all three architectures, else compiled here."""
+    if NVCC is None:
         pytest.skip("needs nvcc")
-    else:
+    archs = ("80", "90a", "100")
+    files = [Path(cpu.native.__file__)] if cpu.native else []
+    sources = [path for part in ("core", "cuda") for path in (ROOT / "csrc" / part).iterdir()]
+    built = cpu.native.build_info()["cuda_archs"] if files else []
+    newest = max(path.stat().st_mtime for path in sources)
+    if not {f"sm_{a}" for a in archs} <= set(built) or files[0].stat().st_mtime < newest:
         folder = tmp_path_factory.mktemp("nvcc")
         files = [folder / f"{name}.o" for name in ("distill", "search")]
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         for out in files:
             source = ROOT / f"csrc/cuda/{out.stem}.cu"
             command = [NVCC, "-O3", "-std=c++17", "--threads=4", *codes, "-c", source, "-o", out]
-            subprocess.run(list(map(str, command)), check=True)
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            build = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            said = build.stdout + build.stderr
+            assert build.returncode == 0 and "warning" not in said, said
+    cuobjdump = Path(NVCC).resolve().with_name("cuobjdump")
+    if not cuobjdump.exists():
+        triton = pytest.importorskip("triton")
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
     def dumped(option):
         """{(architecture, kernel): what cuobjdump says of it}"""

@@ -58,7 +58,7 @@ HOW = (
 TWICE = {
     *("channels_last", "LARS", "online kNN", "no search", "all queries in both maps"),
     *("checkpointed activations", "logits in plain PyTorch", "checkpointed and compiled"),
-    *("packed crops with drop-path", "ViT+ViT, packed", "no local crops, packed"),
+    *("packed crops with drop-path", "ViT+ViT, packed"),
 }
 
 

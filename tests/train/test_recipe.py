@@ -186,7 +186,7 @@ def test_a_warmup_longer_than_the_run(key):
 
 @pytest.mark.parametrize("number", ["20", "0.5", "true"])
 def test_a_duration_without_a_unit(number):
-    message = rf"train.duration: a duration is written 3ep, 200it or 8%, got {number.capitalize()}"
+    message = rf"train.duration: a duration is written 3ep, 200it or 8%, got {number.capitalize()}$"
     with pytest.raises(UserError, match=message):
         small("x", f"train.duration={number}")
 
